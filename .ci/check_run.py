@@ -1,0 +1,43 @@
+"""Check what a training run wrote: ``python .ci/check_run.py outputs/NAME``.
+
+Every iteration must have a finite loss and reward, and a ratio of exactly 1 before its first optimizer step.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+_FINITE = ("loss", "reward/total", "grad_norm")
+
+
+def faults(directory: Path) -> list[str]:
+    """What is wrong with the run in ``directory``, one line a fault."""
+    metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
+    missing = [f"{path} was not written" for path in (metrics, summary) if not path.exists()]
+    if missing:
+        return missing
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    found = [] if trained else [f"{metrics} has no iteration with a loss"]
+    for row in trained:
+        where = f"iteration {row.get('iteration')}"
+        if row.get("ratio_deviation") != 0:
+            found.append(f"{where}: ratio_deviation is {row.get('ratio_deviation')}, it must be 0")
+        bad = [key for key in _FINITE if not math.isfinite(row.get(key, math.nan))]
+        found += [f"{where}: {key} is {row.get(key)}" for key in bad]
+    if not json.loads(summary.read_text()):
+        found.append(f"{summary} is empty")
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python .ci/check_run.py outputs/NAME")
+    found = faults(Path(sys.argv[1]))
+    print("\n".join(found) or f"{sys.argv[1]} is sound")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Who may import what: the layers of the package, and the one place of each third party."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = set("prompts rollout update checkpoint metrics evaluate progress plots export doctor sample".split())
+PIECES = {"algorithm", "models", "rewards", "runtime"}
+BELOW_STAGES = PIECES | {"types"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "types": set(),
+    "shapes": set(),
+    "algorithm": {"types"},
+    "models": {"types"},
+    "rewards": {"types", "shapes"},
+    "runtime": {"types"},
+    **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
+    "trainer": STAGES | BELOW_STAGES,
+    "train": STAGES | BELOW_STAGES | {"trainer", "shapes"},
+    "cli": STAGES | BELOW_STAGES | {"trainer", "shapes", "train"},
+}
+CONFINED = {
+    "hydra": ("fastgrpo/cli.py", "fastgrpo/train.py"),
+    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/train.py"),
+    "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain.py"),
+    "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain.py"),
+    "flash_attn": ("fastgrpo/runtime/attention.py",),
+    "xformers": ("fastgrpo/runtime/attention.py",),
+    "torch_tensorrt": ("fastgrpo/runtime/tensorrt.py",),
+    "triton": ("kernels/",),
+    "fastgrpo_kernels": ("kernels/", "fastgrpo/algorithm/", "fastgrpo/rollout.py", "fastgrpo/update.py"),
+}
+KERNELS_MAY_IMPORT = {"torch", "triton", "fastgrpo_kernels", *sys.stdlib_module_names}
+FILES = [path.relative_to(ROOT) for top in ("fastgrpo", "kernels") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Every module that a file imports, also inside its functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write absolute imports"
+            # "from fastgrpo import rollout" imports fastgrpo.rollout
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
+    name = path.parts[1].removesuffix(".py")
+    for module in imported_modules((ROOT / path).read_text()):
+        top, *rest = module.split(".")
+        allowed = CONFINED.get(top)
+        assert allowed is None or str(path).startswith(allowed), f"{path} imports {module}: only {allowed} may"
+        if path.parts[0] == "kernels":
+            assert top in KERNELS_MAY_IMPORT, f"{path} imports {module}: kernels need torch and triton only"
+        elif top == "fastgrpo" and name != "__init__":
+            assert rest, f"{path}: import what you need from fastgrpo, by name"
+            assert rest[0] in MAY_IMPORT[name] | {name}, f"{path} imports {module}: {name} may not import {rest[0]}"
+            if name in {"rollout", "update"} and rest[0] == "models":
+                assert rest[1] == "adapter", f"{path} imports {module}: {name} sees a model only as the adapter"
+
+
+def test_every_module_of_the_package_has_a_layer() -> None:
+    modules = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "fastgrpo"}
+    assert modules - {"__init__"} <= MAY_IMPORT.keys()
