@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = set("prompts rollout update checkpoint metrics evaluate progress plots export doctor sample".split())
+STAGES = {"prompts", "rollout", "update", "evaluate", "checkpoint", "metrics", "progress", "plots"}
+STAGES |= {"export", "doctor", "sample"}
 PIECES = {"algorithm", "models", "rewards", "runtime"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {
