@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompts:
-    """The P prompts of one iteration; ``ids`` count prompt occurrences (iteration * P + p): noise is a function of them."""
+    """The P prompts of one iteration.  ``ids`` count prompt occurrences (iteration * P + p); noise is drawn by them."""
 
     texts: list[str]
     ids: list[int]
@@ -57,8 +57,8 @@ class Conditions:
 class Noise:
     """The start noises a proposal chose, and what its search measured.
 
-    ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN for
-    a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.
+    ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN
+    for a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.
     """
 
     start_BCHW: Tensor
@@ -69,7 +69,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B images (float32, in [0, 1]) and the T trained steps that led to them; ``steps`` are their indices in the grid."""
+    """B images (float32, in [0, 1]) and the T trained steps that led to them; ``steps`` are indices into the grid."""
 
     images_BCHW: Tensor
     x_TBCHW: Tensor
@@ -77,6 +77,17 @@ class Trajectories:
     log_prob_TB: Tensor
     steps: tuple[int, ...]
     start_BCHW: Tensor
+
+    def rows(self, rows: slice) -> "Trajectories":
+        """Some of the samples, all of their steps."""
+        return Trajectories(
+            self.images_BCHW[rows],
+            self.x_TBCHW[:, rows],
+            self.x_next_TBCHW[:, rows],
+            self.log_prob_TB[:, rows],
+            self.steps,
+            self.start_BCHW[rows],
+        )
 
 
 @dataclass(frozen=True)

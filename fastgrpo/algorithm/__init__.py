@@ -1,0 +1,1 @@
+"""The six choices that make an algorithm: schedule, noise, dynamics, timesteps, advantage, objective."""

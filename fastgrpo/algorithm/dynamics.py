@@ -1,0 +1,149 @@
+"""Dynamics: one reverse step from t to t_next < t, as three numbers.
+
+    mean     = c_x * x + c_v * v
+    x_next   = mean + std * noise
+    log_prob = log_prob_constant - log_prob_weight * mean over elements of (x_next - mean)^2
+    kl       = kl_weight * mean over elements of (mean - mean_reference)^2
+
+The latent is x_t = (1 - t) x_0 + t eps, the velocity v = eps - x_0, so x0hat = x - t v and epshat = x + (1 - t) v, and
+dt = t_next - t is negative.  s is the noise scale of the SDE, dx = drift dt + s dw: std = s sqrt(-dt).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels import sde_log_prob, sde_step
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """Host floats of one step; a deterministic step has std 0 and no log_prob: all its weights are 0."""
+
+    c_x: float
+    c_v: float
+    std: float
+    log_prob_weight: float
+    log_prob_constant: float
+    kl_weight: float
+
+    def mean(self, x: Tensor, v: Tensor) -> Tensor:
+        """Where a deterministic step leads."""
+        return self.c_x * x + self.c_v * v
+
+    def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x_next and its log_prob [B]; ValueError for a deterministic step, which has none."""
+        c_x_B, c_v_B, std_B, weight_B, constant_B = self._per_sample(
+            x, self.c_x, self.c_v, self.std, self.log_prob_weight, self.log_prob_constant
+        )
+        return sde_step(x, v, noise, c_x_B, c_v_B, std_B, weight_B, constant_B)
+
+    def log_prob(self, x: Tensor, v: Tensor, x_next: Tensor, v_reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log_prob and KL [B] of a stored x_next, differentiable in v; bit for bit the log_prob that ``step`` gave."""
+        c_x_B, c_v_B, weight_B, constant_B, kl_weight_B = self._per_sample(
+            x, self.c_x, self.c_v, self.log_prob_weight, self.log_prob_constant, self.kl_weight
+        )
+        return sde_log_prob(x, v, x_next, c_x_B, c_v_B, weight_B, constant_B, v_reference, kl_weight_B)
+
+    @staticmethod
+    def _per_sample(x: Tensor, *values: float) -> tuple[Tensor, ...]:
+        return tuple(torch.full((len(x),), value, device=x.device) for value in values)
+
+
+Dynamics = Callable[[Sequence[float], int], StepCoefficients]
+
+
+@dataclass(frozen=True)
+class ODE:
+    """Euler's method on dx = v dt: deterministic."""
+
+    def __call__(self, grid: Sequence[float], step: int) -> StepCoefficients:
+        return _deterministic(1.0, grid[step + 1] - grid[step])
+
+
+@dataclass(frozen=True)
+class FlowSDE:
+    """Flow-GRPO's dynamics, s = noise_level * sqrt(t / (1 - t)).  arXiv:2505.05470, equation 9.
+
+    At t = 1, where s is infinite, the denominator takes the grid's second time instead, as the published code does.
+    """
+
+    noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_positive(self.noise_level)
+
+    def __call__(self, grid: Sequence[float], step: int) -> StepCoefficients:
+        t = grid[step]
+        finite = grid[1] if t == 1.0 else t
+        return _sde(t, grid[step + 1], self.noise_level * math.sqrt(t / (1.0 - finite)))
+
+
+@dataclass(frozen=True)
+class DanceSDE:
+    """DanceGRPO's dynamics, s = noise_level at every time.  arXiv:2505.07818."""
+
+    noise_level: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_positive(self.noise_level)
+
+    def __call__(self, grid: Sequence[float], step: int) -> StepCoefficients:
+        return _sde(grid[step], grid[step + 1], self.noise_level)
+
+
+@dataclass(frozen=True)
+class CPS:
+    """Coefficient-preserving sampling: part of epshat is exchanged for new noise of the same total scale.
+
+    mean = (1 - t_next) x0hat + sqrt(t_next^2 - std^2) epshat with std = t_next sin(noise_level pi / 2).
+    Its log_prob, as published, is -(x_next - mean)^2: without variance and constants.  arXiv:2509.05952.
+    """
+
+    noise_level: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_positive(self.noise_level)
+        if self.noise_level > 1:
+            raise ValueError(
+                f"dynamics.noise_level of CPS must be at most 1, got {self.noise_level}; 1 is all new noise"
+            )
+
+    def __call__(self, grid: Sequence[float], step: int) -> StepCoefficients:
+        t, t_next = grid[step], grid[step + 1]
+        angle = self.noise_level * math.pi / 2.0
+        kept, std = t_next * math.cos(angle), t_next * math.sin(angle)
+        c_x = 1.0 - t_next + kept
+        c_v = kept * (1.0 - t) - (1.0 - t_next) * t
+        if std == 0.0:
+            return _deterministic(c_x, c_v)
+        return StepCoefficients(c_x, c_v, std, log_prob_weight=1.0, log_prob_constant=0.0, kl_weight=0.5 / std**2)
+
+
+def _sde(t: float, t_next: float, s: float) -> StepCoefficients:
+    """The reverse SDE of scale s that keeps the marginals of dx = v dt, by Euler-Maruyama."""
+    dt = t_next - t
+    std = s * math.sqrt(-dt)
+    return StepCoefficients(
+        c_x=1.0 + s**2 * dt / (2.0 * t),
+        c_v=(1.0 + s**2 * (1.0 - t) / (2.0 * t)) * dt,
+        std=std,
+        log_prob_weight=0.5 / std**2,
+        log_prob_constant=-math.log(std) - 0.5 * math.log(2.0 * math.pi),
+        # the published divergence divides by s^2 where a Gaussian's has std^2
+        kl_weight=0.5 / s**2,
+    )
+
+
+def _deterministic(c_x: float, c_v: float) -> StepCoefficients:
+    return StepCoefficients(c_x, c_v, std=0.0, log_prob_weight=0.0, log_prob_constant=0.0, kl_weight=0.0)
+
+
+def _check_positive(noise_level: float) -> None:
+    if not noise_level > 0:
+        raise ValueError(
+            f"dynamics.noise_level must be positive, got {noise_level}; use algorithm/dynamics=ode for no noise"
+        )

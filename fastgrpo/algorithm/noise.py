@@ -1,0 +1,95 @@
+"""Start noise: where the trajectories of an iteration begin.
+
+A proposal is called with a ``NoiseDraw``, its only source of randomness, and with a function ``score`` that estimates
+the reward of noises; it hands on G start noises a prompt.  Searching where to start leaves every log_prob untouched.
+The searches are in ``search.py``.  Letters: P prompts, G samples of a prompt, K candidates, B = P * G.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.types import Noise
+from fastgrpo_kernels import philox_normal
+
+# what the streams of the counter-based generator are for; a search round r draws from SEARCH_STREAM + r, the noise of
+# step j from STEP_STREAM + j
+START_STREAM = 0
+SEARCH_STREAM = 1
+STEP_STREAM = 1000
+DECISION_STREAM = 2000
+EVALUATION_STREAM = 3000
+
+# (noise_PKCHW, estimate_steps) -> rewards_PK
+Score = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class NoiseDraw:
+    """Standard normal noise as a function of global indices, so any number of GPUs draws the same for a prompt."""
+
+    seed: int
+    prompt_ids: list[int]
+    group_size: int
+    latent_shape: tuple[int, int, int]
+    iteration: int
+    num_iterations: int
+    device: torch.device | str = "cpu"
+
+    def __call__(self, stream: int, num: int, first: int = 0) -> Tensor:
+        """Noises ``first`` ... ``first + num - 1`` of a stream, float32 [P, num, C, H, W]."""
+        channels, height, width = self.latent_shape
+        noise = philox_normal(
+            self.seed,
+            stream,
+            torch.tensor(self.prompt_ids, dtype=torch.int64, device=self.device),
+            torch.arange(first, first + num, dtype=torch.int64, device=self.device),
+            channels * height * width,
+        )
+        return noise.view(len(self.prompt_ids), num, channels, height, width)
+
+    def uniform(self, stream: int) -> list[float]:
+        """One number in (0, 1) for each prompt, a function of (seed, stream, prompt id, iteration)."""
+        # on the CPU, so that a decision made with it neither waits for the GPU nor depends on it
+        ids, iteration = torch.tensor(self.prompt_ids, dtype=torch.int64), torch.tensor([self.iteration])
+        return torch.special.ndtr(philox_normal(self.seed, stream, ids, iteration, 1)[:, 0, 0].double()).tolist()
+
+
+NoiseProposal = Callable[[NoiseDraw, Score], Noise]
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Every sample starts from its own N(0, I): Flow-GRPO, arXiv:2505.05470."""
+
+    def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
+        return Noise(draw(START_STREAM, draw.group_size).flatten(0, 1), metrics={}, num_scored=0)
+
+
+@dataclass(frozen=True)
+class SharedNoise:
+    """All samples of a prompt start from one N(0, I): DanceGRPO, arXiv:2505.07818."""
+
+    def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
+        start_PGCHW = draw(START_STREAM, 1).repeat_interleave(draw.group_size, dim=1)
+        return Noise(start_PGCHW.flatten(0, 1), metrics={}, num_scored=0)
+
+
+def rank_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
+    """Spearman's correlation within each prompt, ties given their mean rank, averaged over prompts.
+
+    A prompt where either is constant or not finite has no correlation and is left out; NaN if none remains.
+    """
+    ranks_a, ranks_b = _ranks(a_PG), _ranks(b_PG)
+    correlation_P = (ranks_a * ranks_b).sum(dim=1) / (ranks_a.norm(dim=1) * ranks_b.norm(dim=1))
+    finite_P = torch.isfinite(a_PG).all(dim=1) & torch.isfinite(b_PG).all(dim=1) & torch.isfinite(correlation_P)
+    return correlation_P[finite_P].mean().item()
+
+
+def _ranks(values_PG: Tensor) -> Tensor:
+    """Ranks minus their mean, float64 [P, G]."""
+    above = (values_PG[:, :, None] > values_PG[:, None, :]).sum(dim=2)
+    below = (values_PG[:, :, None] < values_PG[:, None, :]).sum(dim=2)
+    return 0.5 * (above - below).double()

@@ -1,0 +1,56 @@
+"""Schedules: the grid of times t_0 = 1 > t_1 > ... > t_N = 0 that a latent passes on its way from noise to image.
+
+Grids are host floats, so no GPU ever has to be waited for to read one.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """t_i = shift(1 - i / N) with shift(u) = shift * u / (1 + (shift - 1) * u).
+
+    With a shift this is the grid of DanceGRPO and MixGRPO (shift 3), and FLUX's with shift = exp(mu).
+    """
+
+    num_steps: int
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps, self.shift)
+
+    def __call__(self) -> tuple[float, ...]:
+        return tuple(_shift(1.0 - i / self.num_steps, self.shift) for i in range(self.num_steps + 1))
+
+
+@dataclass(frozen=True)
+class SD3Schedule:
+    """What diffusers' FlowMatchEulerDiscreteScheduler gives: t runs from 1 to shift(1/1000), is shifted again, then 0.
+
+    The shift acts twice on the smallest time, so the last step (.00893 -> 0 at N = 10) is tiny.
+    """
+
+    num_steps: int
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps, self.shift)
+
+    def __call__(self) -> tuple[float, ...]:
+        smallest = _shift(1.0 / 1000.0, self.shift)
+        intervals = max(self.num_steps - 1, 1)
+        times = (1.0 - (1.0 - smallest) * i / intervals for i in range(self.num_steps))
+        return (*(_shift(t, self.shift) for t in times), 0.0)
+
+
+def _shift(u: float, shift: float) -> float:
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def _check(num_steps: int, shift: float) -> None:
+    if num_steps < 1:
+        raise ValueError(
+            f"schedule.num_steps must be at least 1, got {num_steps}; use 10 for training, 40 for evaluation"
+        )
+    if shift <= 0:
+        raise ValueError(f"schedule.shift must be positive, got {shift}; use 1 for no shift, 3 for SD3")

@@ -1,0 +1,217 @@
+"""Noise searches: candidates are scored by the reward of an estimate of their image, and the good ones are kept.
+
+Smart-GRPO (arXiv:2510.02654) fits N(mean, std^2), per prompt and latent element, to the best candidates of each round:
+the cross-entropy method.  Letters: P prompts, G samples of a prompt, K candidates, C, H, W a latent, d = C * H * W.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm.noise import DECISION_STREAM, SEARCH_STREAM, START_STREAM, NoiseDraw, Score
+from fastgrpo.types import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class EliteSearch:
+    """Smart-GRPO's search, and what its paper leaves open.
+
+    start    ``mean``: the group shares the refitted mean (the paper); ``elites``: G distinct noises, the best seen;
+             ``contrast``: the best and the worst seen, half each
+    fresh    with ``elites``: G draws from the refitted distribution in place of the best seen
+    project  ``sphere``: noises are rescaled to norm sqrt(d), which a mean of elites lacks; ``none``: the paper;
+             ``best``: the single best candidate in place of the mean
+    mix      share of the prompts that keep plain noise
+    anneal   what remains of the searched share in the last iteration, linearly; 1 is no annealing
+    momentum share of the old mean and std that a refit keeps
+    """
+
+    rounds: int = 1
+    candidates: int = 32
+    elites: int = 16
+    estimate_steps: int = 4
+    start: Literal["mean", "elites", "contrast"] = "elites"
+    project: Literal["sphere", "none", "best"] = "sphere"
+    fresh: bool = False
+    mix: float = 0.0
+    anneal: float = 1.0
+    momentum: float = 0.0
+    std_floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "rounds", "candidates", "elites", "estimate_steps")
+        if self.elites > self.candidates:
+            raise ValueError(f"noise.elites must be at most candidates = {self.candidates}, got {self.elites}")
+        _check_choice(self, "start", ("mean", "elites", "contrast"))
+        _check_choice(self, "project", ("sphere", "none", "best"))
+        if self.project == "best" and self.start != "mean":
+            raise ValueError(f"noise.project=best gives one noise a group, got start={self.start}; use start=mean")
+        if self.fresh and self.start != "elites":
+            raise ValueError(f"noise.fresh draws distinct noises, got start={self.start}; use start=elites")
+        for field in ("mix", "anneal"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(
+                    f"noise.{field} must lie in [0, 1], got {getattr(self, field)}; it is a share of prompts"
+                )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"noise.momentum must lie in [0, 1), got {self.momentum}; 0 keeps nothing of the old fit")
+        if self.std_floor < 0:
+            raise ValueError(f"noise.std_floor must not be negative, got {self.std_floor}; 0 is no floor")
+
+    def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
+        if not self.fresh and self.start != "mean" and self.rounds * self.candidates < draw.group_size:
+            raise ValueError(
+                f"noise.start={self.start} hands out {draw.group_size} distinct noises of only rounds * candidates = "
+                f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
+            )
+        share = self.searched_share(draw.iteration, draw.num_iterations)
+        searched = [u < share for u in draw.uniform(DECISION_STREAM)]
+        plain_PGCHW = draw(START_STREAM, draw.group_size)
+        metrics = {"search/share": sum(searched) / len(searched)}
+        if not any(searched):
+            return Noise(plain_PGCHW.flatten(0, 1), metrics, num_scored=0)
+        found_PGCHW, estimates_PG, gain_P = self._search(draw, score)
+        searched_P = torch.tensor(searched, device=found_PGCHW.device)
+        start_PGCHW = torch.where(searched_P[:, None, None, None, None], found_PGCHW, plain_PGCHW)
+        if estimates_PG is not None:
+            estimates_PG = torch.where(searched_P[:, None], estimates_PG, math.nan)
+        metrics["search/gain"] = gain_P[searched_P].mean().item()
+        num_scored = len(searched) * self.rounds * self.candidates
+        return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored, estimates_PG)
+
+    def searched_share(self, iteration: int, num_iterations: int) -> float:
+        """The expected share of prompts that are searched: from 1 - mix down to anneal * (1 - mix)."""
+        progress = min(iteration / max(num_iterations - 1, 1), 1.0)
+        return (1.0 - self.mix) * (1.0 + (self.anneal - 1.0) * progress)
+
+    def _search(self, draw: NoiseDraw, score: Score) -> tuple[Tensor, Tensor | None, Tensor]:
+        mean_PCHW = torch.zeros(len(draw.prompt_ids), *draw.latent_shape, device=draw.device)
+        std_PCHW = torch.ones_like(mean_PCHW)
+        rounds_PKCHW, rounds_PK = [], []
+        for r in range(self.rounds):
+            candidates_PKCHW = self._candidates(mean_PCHW, std_PCHW, draw(SEARCH_STREAM + r, self.candidates))
+            rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps)
+            elites_PTCHW = _take(candidates_PKCHW, _best_first(rewards_PK)[:, : self.elites])
+            mean_PCHW = torch.lerp(elites_PTCHW.mean(dim=1), mean_PCHW, self.momentum)
+            std_PCHW = torch.lerp(elites_PTCHW.std(dim=1, correction=0), std_PCHW, self.momentum)
+            std_PCHW = std_PCHW.clamp_min(self.std_floor)
+            rounds_PKCHW.append(candidates_PKCHW)
+            rounds_PK.append(rewards_PK)
+        gain_P = rounds_PK[-1].topk(self.elites, dim=1).values.mean(dim=1) - rounds_PK[0].mean(dim=1)
+        if self.fresh:
+            noise_PGCHW = draw(SEARCH_STREAM + self.rounds, draw.group_size)
+            return self._candidates(mean_PCHW, std_PCHW, noise_PGCHW), None, gain_P
+        if self.start == "mean" and self.project != "best":
+            start_P1CHW = self._candidates(mean_PCHW, std_PCHW, torch.zeros_like(mean_PCHW)[:, None])
+            return start_P1CHW.expand(-1, draw.group_size, -1, -1, -1), None, gain_P
+        seen_PKCHW, seen_PK = torch.cat(rounds_PKCHW, dim=1), torch.cat(rounds_PK, dim=1)
+        picked_PG = self._pick(_best_first(seen_PK), draw.group_size)
+        return _take(seen_PKCHW, picked_PG), seen_PK.gather(1, picked_PG), gain_P
+
+    def _candidates(self, mean_PCHW: Tensor, std_PCHW: Tensor, noise_PKCHW: Tensor) -> Tensor:
+        candidates_PKCHW = mean_PCHW[:, None] + std_PCHW[:, None] * noise_PKCHW
+        if self.project != "sphere":
+            return candidates_PKCHW
+        norm = torch.linalg.vector_norm(candidates_PKCHW, dim=(2, 3, 4), keepdim=True)
+        return candidates_PKCHW * (math.sqrt(mean_PCHW[0].numel()) / norm)
+
+    def _pick(self, order_PK: Tensor, group_size: int) -> Tensor:
+        """Which of the candidates seen, ordered best first, are handed out: indices [P, G]."""
+        if self.start == "mean":
+            return order_PK[:, :1].expand(-1, group_size)
+        if self.start == "elites":
+            return order_PK[:, :group_size]
+        num_worst = group_size // 2
+        return torch.cat([order_PK[:, : group_size - num_worst], order_PK[:, order_PK.shape[1] - num_worst :]], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfK:
+    """The best of K plain noises: one for the group (``shared``), or each sample's best of its own K (``distinct``)."""
+
+    candidates: int = 8
+    estimate_steps: int = 4
+    start: Literal["shared", "distinct"] = "distinct"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "candidates", "estimate_steps")
+        _check_choice(self, "start", ("shared", "distinct"))
+
+    def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
+        num_searches = draw.group_size if self.start == "distinct" else 1
+        candidates_PKCHW = draw(SEARCH_STREAM, num_searches * self.candidates)
+        rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps)
+        best_PS = rewards_PK.unflatten(1, (num_searches, self.candidates)).argmax(dim=2)
+        best_PS = best_PS + self.candidates * torch.arange(num_searches, device=best_PS.device)
+        return _hand_out(candidates_PKCHW, rewards_PK, best_PS.expand(-1, draw.group_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSearch:
+    """The ablation of Smart-GRPO that must not help: as many candidates are scored, and random ones are taken."""
+
+    rounds: int = 1
+    candidates: int = 32
+    estimate_steps: int = 4
+    start: Literal["shared", "distinct"] = "distinct"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "rounds", "candidates", "estimate_steps")
+        _check_choice(self, "start", ("shared", "distinct"))
+
+    def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
+        if self.start == "distinct" and self.rounds * self.candidates < draw.group_size:
+            raise ValueError(
+                f"noise.start=distinct hands out {draw.group_size} noises of only rounds * candidates = "
+                f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
+            )
+        rounds_PKCHW = [draw(SEARCH_STREAM + r, self.candidates) for r in range(self.rounds)]
+        rewards_PK = torch.cat([_estimate(score, z_PKCHW, self.estimate_steps) for z_PKCHW in rounds_PKCHW], dim=1)
+        # candidates are exchangeable, so the first ones are random ones
+        num_taken = draw.group_size if self.start == "distinct" else 1
+        taken_PG = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), draw.group_size)
+        return _hand_out(torch.cat(rounds_PKCHW, dim=1), rewards_PK, taken_PG)
+
+
+def _hand_out(candidates_PKCHW: Tensor, rewards_PK: Tensor, picked_PG: Tensor) -> Noise:
+    estimates_PG = rewards_PK.gather(1, picked_PG)
+    metrics = {"search/gain": (estimates_PG.mean() - rewards_PK.mean()).item()}
+    return Noise(_take(candidates_PKCHW, picked_PG).flatten(0, 1), metrics, rewards_PK.numel(), estimates_PG)
+
+
+def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int) -> Tensor:
+    rewards_PK = score(candidates_PKCHW, estimate_steps).float()
+    if rewards_PK.shape != candidates_PKCHW.shape[:2]:
+        raise ValueError(
+            f"score must return {tuple(candidates_PKCHW.shape[:2])} rewards, got {tuple(rewards_PK.shape)}"
+        )
+    # sorting puts NaN first: a failed reward would be taken for the best
+    if not torch.isfinite(rewards_PK).all():
+        raise ValueError("a noise search was given rewards that are not finite; check the reward of noisy images")
+    return rewards_PK
+
+
+def _best_first(rewards_PK: Tensor) -> Tensor:
+    # stable, so that equal rewards keep the order of the candidates on every device
+    return rewards_PK.sort(dim=1, descending=True, stable=True).indices
+
+
+def _take(candidates_PKCHW: Tensor, indices_PG: Tensor) -> Tensor:
+    return candidates_PKCHW[torch.arange(len(indices_PG), device=indices_PG.device)[:, None], indices_PG]
+
+
+def _check_counts(search: object, *fields: str) -> None:
+    for field in fields:
+        if getattr(search, field) < 1:
+            raise ValueError(
+                f"noise.{field} must be at least 1, got {getattr(search, field)}; "
+                "use algorithm/noise=gaussian for no search"
+            )
+
+
+def _check_choice(search: object, field: str, choices: tuple[str, ...]) -> None:
+    if getattr(search, field) not in choices:
+        raise ValueError(f"noise.{field} must be one of {', '.join(choices)}, got {getattr(search, field)!r}")
