@@ -1,0 +1,76 @@
+"""The directory of one run, and where each thing in it lies.
+
+    config.yaml  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run; ``RunDirectory.create`` makes the directory and refuses one that is taken."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path, *, resume: bool) -> "RunDirectory":
+        """ValueError if the directory holds another run and ``resume`` is off, or if it cannot be written."""
+        run = cls(Path(path))
+        try:
+            run.images.mkdir(parents=True, exist_ok=True)
+            # os.access says yes to root and to full or read-only network disks: only writing tells
+            with tempfile.TemporaryFile(dir=run.path) as file:
+                file.write(b"x")
+        except OSError as error:
+            remedy = "set output_dir to a directory you can write"
+            raise ValueError(f"cannot write the run directory {path} ({error.strerror}); {remedy}") from error
+        if not resume and run.is_taken:
+            raise ValueError(f"{path} already holds a run; continue it with resume=true or give a new name=...")
+        return run
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a run has written here before."""
+        return any(path.exists() for path in (self.config, self.metrics, self.checkpoints))
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lora(self) -> Path:
+        return self.path / "lora"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once: whoever reads it, or resumes after a kill, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.temporary")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

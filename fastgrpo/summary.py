@@ -1,0 +1,79 @@
+"""The summary of a run: what it reached, how fast, and on what hardware, versions and commit."""
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("fastgrpo", "torch", "triton", "diffusers", "transformers", "peft", "numpy")
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ``summary.json`` holds, from the rows of ``metrics.jsonl``; a quantity that was never measured is null."""
+    evaluations = [_evaluation(row) for row in rows if any(name.startswith("eval/") for name in row)]
+    last = rows[-1] if rows else {}
+    speeds = _column(rows, "images_per_second")
+    return {
+        "iterations": last.get("iteration", 0),
+        "images": last.get("images"),
+        "seconds": last.get("seconds"),
+        # the first iterations compile; the median does not see them
+        "images_per_second": statistics.median(speeds) if speeds else None,
+        "peak_bytes": max(_column(rows, "peak_bytes"), default=None),
+        "skipped_steps": sum(_column(rows, "skipped_steps")),
+        "first_evaluation": evaluations[0] if evaluations else None,
+        "last_evaluation": evaluations[-1] if evaluations else None,
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine of this process."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"gpus": gpus, "machine": platform.machine(), "cpu_cores": os.cpu_count(), "system": platform.platform()}
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and of each package that decides on speed or results; null for one that is not installed."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is imported from, "-dirty" if changed; null if it is not one."""
+    here = Path(__file__)
+    try:
+        # a virtual environment may lie in a checkout of something else, which does not track this file
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        dirty = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+        return _git(here.parent, "rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _evaluation(row: dict[str, Any]) -> dict[str, Any]:
+    scores = {name: value for name, value in row.items() if name.startswith("eval/")}
+    return {"iteration": row["iteration"], "seconds": row.get("seconds")} | scores
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
