@@ -13,7 +13,7 @@ Held-out captions (``held_out_captions``) appear in no stage.  Letters: B batch,
 """
 
 import argparse
-import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +89,7 @@ def misread(caption: Caption, generator: np.random.Generator) -> Caption:
     return Caption(tuple(wrong if relation is None or i == which else kind for i, kind in enumerate(kinds)), relation)
 
 
-def train_tokenizer(out: Path) -> CLIPTokenizer:
+def train_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary has every word of the world as one token."""
     words = sorted({word for caption in all_captions() for word in str(caption).split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -97,11 +97,16 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
     special = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     bpe.train_from_iterator(
-        words * 2, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, special_tokens=special,
-                                       end_of_word_suffix="</w>", show_progress=False)
+        words * 2,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            initial_alphabet=alphabet,
+            special_tokens=special,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
     )
-    bpe.model.save(str(out))
-    merges = [tuple(line.split()) for line in (out / "merges.txt").read_text().splitlines() if not line.startswith("#")]
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     vocab = bpe.get_vocab()
     # CLIP keeps its two special tokens last: its text model takes the largest id as the end of the text
     ordered = sorted((word for word in vocab if word not in special), key=vocab.__getitem__) + special
@@ -294,9 +299,50 @@ def main() -> None:
     for field, default in Recipe().__dict__.items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    recipe = Recipe(**arguments)
+    pretrain(arguments.pop("out"), Recipe(**arguments))
+
+
+def pretrain(out: Path, recipe: Recipe) -> None:
+    """All four stages; ``out`` receives the pipeline's directory and, under ``scorer``, the CLIP's."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(out)
+    tokenizer = train_tokenizer()
     vae = train_autoencoder(recipe)
-    vae.save_pretrained(out / "vae")
+    transformer, (encoder, encoder_2) = train_transformer(recipe, vae, tokenizer)
+    save_pipeline(out, tokenizer, vae, transformer, encoder, encoder_2)
+    save_scorer(out / "scorer", tokenizer, train_scorer(recipe, tokenizer))
+
+
+def save_pipeline(
+    out: Path,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+    encoder: CLIPTextModelWithProjection,
+    encoder_2: CLIPTextModelWithProjection,
+) -> None:
+    """Write a StableDiffusion3Pipeline directory in half precision."""
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).to(torch.float16).save_pretrained(out)
+
+
+def save_scorer(out: Path, tokenizer: CLIPTokenizer, model: CLIPModel) -> None:
+    """Write a CLIP directory as transformers reads it, in half precision."""
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=_CLIP_MEAN, image_std=_CLIP_STD
+    ).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

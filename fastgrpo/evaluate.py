@@ -1,0 +1,84 @@
+"""Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.  Never the search: it is for learning.
+
+The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm.dynamics import ODE
+from fastgrpo.algorithm.noise import EVALUATION_STREAM
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rollout import Rollout
+from fastgrpo.types import Prompts
+from fastgrpo_kernels import philox_normal
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means of each named reward over all images, and one image of each of the first few prompts.
+
+    ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.
+    """
+
+    means: dict[str, float]
+    num_images: int
+    texts: list[str]
+    images_BCHW: Tensor
+    verified: list[bool] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """``images_per_prompt`` images of each text on ``grid``; ``num_shown`` of them, of distinct prompts, are kept."""
+
+    model: FlowModel
+    rewards: Rewards
+    texts: Sequence[str]
+    images_per_prompt: int
+    grid: Sequence[float]
+    micro_batch: int
+    seed: int
+    num_shown: int = 32
+
+    def __post_init__(self) -> None:
+        if self.images_per_prompt < 1:
+            raise ValueError(f"evaluate.images_per_prompt must be at least 1, got {self.images_per_prompt}")
+
+    @torch.no_grad()
+    def __call__(self) -> EvaluationResult:
+        rollout = Rollout(
+            model=self.model, grid=self.grid, dynamics=ODE(), micro_batch=self.micro_batch, seed=self.seed
+        )
+        named: dict[str, list[Tensor]] = {}
+        shown: list[Tensor] = []
+        # a few prompts at a time: a full-size evaluation does not fit a GPU's memory as images
+        prompts_at_once = max(1, self.micro_batch // self.images_per_prompt)
+        for first in range(0, len(self.texts), prompts_at_once):
+            texts = list(self.texts[first : first + prompts_at_once])
+            prompts = Prompts(texts, ids=list(range(first, first + len(texts))))
+            images_BCHW = rollout(prompts, self.model.encode(texts), self._noise(prompts), ()).images_BCHW
+            for name, scores_PG in self.rewards(images_BCHW, prompts.texts).named.items():
+                named.setdefault(name, []).append(scores_PG.cpu())
+            shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
+        scores = {name: torch.cat(parts) for name, parts in named.items()}
+        verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
+        images_BCHW = torch.cat(shown)
+        return EvaluationResult(
+            means={name: scores_PG.mean().item() for name, scores_PG in scores.items()},
+            num_images=len(self.texts) * self.images_per_prompt,
+            texts=list(self.texts[: len(images_BCHW)]),
+            images_BCHW=images_BCHW,
+            verified=verdict[: len(images_BCHW), 0].tolist() if verdict is not None else None,
+        )
+
+    def _noise(self, prompts: Prompts) -> Tensor:
+        shape, device = self.model.latent_shape, self.model.device
+        ids_P = torch.tensor(prompts.ids, device=device)
+        ids_G = torch.arange(self.images_per_prompt, device=device)
+        numel = shape[0] * shape[1] * shape[2]
+        return philox_normal(self.seed, EVALUATION_STREAM, ids_P, ids_G, numel).view(-1, *shape)

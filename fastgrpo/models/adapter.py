@@ -1,0 +1,55 @@
+"""What rollout, update and evaluation know of a model: four methods and its trainable weights.
+
+Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.types import Conditions
+
+
+class FlowModel(Protocol):
+    """A flow-matching image model and the weights of it that are trained."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents, conditions and images live."""
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained weights (float32) under names that a checkpoint keeps."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Says which frozen weights ``trainable`` belongs to: equal for equal weights and adaptation."""
+
+    def encode(self, texts: Sequence[str]) -> Conditions:
+        """Conditions of the texts, one row a text."""
+
+    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """Guided velocity of the policy in float32; the gradient flows through the conditional branch only."""
+
+    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """The same of the frozen start, without gradient."""
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the trained weights are adapters, which ``save_lora`` can write on their own."""
+
+    def save_lora(self, directory: Path) -> None:
+        """Write the adapters where diffusers' ``load_lora_weights`` finds them."""
+
+    def save_merged(self, directory: Path) -> None:
+        """Write a whole pipeline with the trained weights in it."""
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Images of latents at t = 0."""

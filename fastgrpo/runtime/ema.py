@@ -1,0 +1,45 @@
+"""Exponential moving average of the trained weights, for evaluation and export."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """average <- decay * average + (1 - decay) * weight, with decay ramped up as (1 + n) / (10 + n) at the start."""
+
+    def __init__(self, weights: dict[str, nn.Parameter], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"train.ema_decay must be in [0, 1), got {decay}; 0 evaluates the weights themselves")
+        self.decay = decay
+        self.num_updates = 0
+        self._weights = weights
+        self.averages: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(list(self.averages.values()), [w.detach() for w in self._weights.values()], 1 - decay)
+
+    def load(self, averages: dict[str, Tensor], num_updates: int) -> None:
+        self.num_updates = num_updates
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the averages inside; its own weights come back bit for bit."""
+        own = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._copy(self.averages)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, source: dict[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(source[name])

@@ -1,0 +1,46 @@
+"""Seconds per stage of an iteration, without a host sync while it runs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageTimer:
+    """``with timer("rollout"):`` adds to that stage.  On CUDA events are recorded, and read when ``seconds`` is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._start = self._now()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((stage, start, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, and of everything since the timer was made under ``iteration``."""
+        end = self._now()
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        totals = {"iteration": self._between(self._start, end)}
+        for stage, first, last in self._spans:
+            totals[stage] = totals.get(stage, 0.0) + self._between(first, last)
+        return totals
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(first: float | torch.cuda.Event, last: float | torch.cuda.Event) -> float:
+        if isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event):
+            return first.elapsed_time(last) / 1000
+        assert isinstance(first, float) and isinstance(last, float)
+        return last - first

@@ -1,0 +1,130 @@
+"""Hydra config -> objects -> ``Trainer.run()``.  Each key of ``configs/train.yaml`` is read here, once."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.checkpoint import Checkpoint
+from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.evaluate import Evaluation
+from fastgrpo.metrics import Metrics
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rollout import Rollout
+from fastgrpo.run_directory import RunDirectory
+from fastgrpo.runtime.ema import EMA
+from fastgrpo.trainer import Trainer
+from fastgrpo.update import Update
+
+
+def train(config: DictConfig) -> Path:
+    """Run a checked ``train`` config to its end; returns the run directory."""
+    trainer = build_trainer(config)
+    trainer.resume()
+    trainer.run()
+    if trainer.model.has_lora:
+        with trainer.ema.applied():
+            trainer.model.save_lora(trainer.directory.lora)
+    return trainer.directory.path
+
+
+def build_trainer(config: DictConfig) -> Trainer:
+    """Everything a run needs, checked before the first forward pass; makes the run directory."""
+    settings = config.train
+    _check_positive(config, "train.iterations", "evaluate.every", "train.learning_rate", "train.max_minutes")
+    prompts = PromptSource(load_prompts(resolve_path(config.prompts.path)), settings.prompts_per_iteration, config.seed)
+    held_out = load_prompts(resolve_path(config.prompts.held_out))
+    algorithm: Algorithm = build(config.algorithm)
+    rewards: Rewards = build(config.reward)
+    directory = RunDirectory.create(config.output, resume=config.resume)
+    model = build_model(config)
+    grid = algorithm.grid
+    rollout = Rollout(
+        model=model,
+        grid=grid,
+        dynamics=algorithm.dynamics,
+        micro_batch=config.runtime.micro_batch,
+        seed=config.seed,
+    )
+    optimizer = torch.optim.AdamW(
+        list(model.trainable.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    update = Update(
+        model=model,
+        grid=grid,
+        dynamics=algorithm.dynamics,
+        objective=algorithm.objective,
+        optimizer=optimizer,
+        optimizer_steps=settings.optimizer_steps,
+        max_grad_norm=settings.max_grad_norm,
+        micro_batch=config.runtime.micro_batch,
+        seed=config.seed,
+    )
+    trainer = Trainer(
+        prompts=prompts,
+        group_size=settings.group_size,
+        model=model,
+        algorithm=algorithm,
+        rollout=rollout,
+        rewards=rewards,
+        update=update,
+        ema=EMA(model.trainable, settings.ema_decay),
+        evaluation=build_evaluation(config, model, rewards, algorithm, held_out),
+        evaluate_every=config.evaluate.every,
+        checkpoint=Checkpoint(directory.checkpoints, config.checkpoint.every, config.checkpoint.keep),
+        directory=directory,
+        metrics=Metrics(directory, wandb_project="fastgrpo" if config.wandb else None),
+        num_iterations=settings.iterations,
+        max_seconds=60 * settings.max_minutes,
+        seed=config.seed,
+    )
+    OmegaConf.save(config, directory.config)
+    return trainer
+
+
+def build_model(config: DictConfig) -> FlowModel:
+    """The model of a config, on its device."""
+    if config.runtime.threads > 0:
+        torch.set_num_threads(config.runtime.threads)
+    return build(config.model, adaptation=build(config.adaptation), device=device_of(config))
+
+
+def build_evaluation(
+    config: DictConfig, model: FlowModel, rewards: Rewards, algorithm: Algorithm, texts: list[str]
+) -> Evaluation:
+    """Evaluation as ``config.evaluate`` says; its noise is the same in every run, whatever the seed."""
+    return Evaluation(
+        model=model,
+        rewards=rewards,
+        texts=texts,
+        images_per_prompt=config.evaluate.images_per_prompt,
+        grid=algorithm.short_grid(config.evaluate.num_steps),
+        micro_batch=config.runtime.micro_batch,
+        seed=0,
+    )
+
+
+def device_of(config: DictConfig) -> str:
+    """``runtime.device``, where auto is CUDA if there is one."""
+    device = str(config.runtime.device)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
+    return device
+
+
+def _check_positive(config: DictConfig, *keys: str) -> None:
+    for key in keys:
+        value: Any = OmegaConf.select(config, key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{key} must be a positive number, got {value!r}")
+
+
+if __name__ == "__main__":
+    train(load_config("train", sys.argv[1:]))

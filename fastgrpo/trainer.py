@@ -1,0 +1,242 @@
+"""The loop: prompts -> conditions -> start noise -> rollout -> rewards -> advantages -> update -> checkpoint.
+
+Letters: P prompts, G samples of a prompt, B = P * G, K candidates of a noise search, C H W of a latent.
+"""
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.dynamics import ODE
+from fastgrpo.algorithm.noise import NoiseDraw, rank_correlation
+from fastgrpo.checkpoint import Checkpoint, TrainState
+from fastgrpo.evaluate import Evaluation
+from fastgrpo.metrics import Metrics
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.progress import Progress
+from fastgrpo.prompts import PromptSource
+from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rollout import Rollout
+from fastgrpo.run_directory import RunDirectory
+from fastgrpo.runtime.ema import EMA
+from fastgrpo.runtime.memory import peak_bytes
+from fastgrpo.runtime.timing import StageTimer
+from fastgrpo.types import Conditions, Noise, Prompts, Trajectories
+from fastgrpo.types import Rewards as NamedRewards
+from fastgrpo.update import Update, UpdateStats
+
+# float32 replays are exact and bfloat16 ones nearly: beyond this the update learns from another policy's samples
+MAX_RATIO_DEVIATION = 1e-2
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message says what happened, what was saved and what to try."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run: from its first iteration, or from its last checkpoint, to ``num_iterations`` or ``max_seconds``."""
+
+    prompts: PromptSource
+    group_size: int
+    model: FlowModel
+    algorithm: Algorithm
+    rollout: Rollout
+    rewards: Rewards
+    update: Update
+    ema: EMA
+    evaluation: Evaluation
+    evaluate_every: int
+    checkpoint: Checkpoint
+    directory: RunDirectory
+    metrics: Metrics
+    num_iterations: int
+    max_seconds: float
+    seed: int
+    iteration: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+    _skipped_in_a_row: int = field(default=0, init=False)
+    _checkpoint_seconds: float = field(default=0.0, init=False)
+    _stop_signal: int = field(default=0, init=False)
+
+    def step(self) -> dict[str, float]:
+        """One iteration; its metrics."""
+        timer = StageTimer(self.model.device)
+        with timer("encode"):
+            prompts = self.prompts.at(self.iteration)
+            conditions = self.model.encode(prompts.texts)
+        with timer("search"):
+            noise = self._propose(prompts, conditions)
+        with timer("rollout"):
+            trajectories = self.rollout(prompts, conditions, noise.start_BCHW, self._trained_steps())
+        with timer("reward"):
+            rewards = self.rewards(trajectories.images_BCHW, prompts.texts)
+            advantages_PG = self.algorithm.advantage(rewards.total_PG)
+        with timer("update"):
+            samples = conditions.repeat(self.group_size)
+            stats = self.update(trajectories, samples, advantages_PG.flatten(), self.iteration)
+            self.ema.update()
+        self._check(stats, trajectories, advantages_PG)
+        self.iteration += 1
+        return self._measured(noise, rewards, stats, timer.seconds())
+
+    def run(self) -> None:
+        """Train to the end, evaluating and saving on the way; on SIGTERM save and stop."""
+        with self._stopped_by_sigterm(), self.metrics, Progress(self.num_iterations, first=self.iteration) as progress:
+            if self.iteration == 0:
+                self._record(self._evaluate(), progress)
+            while not self._is_over():
+                values = self.step()
+                if self.iteration % self.evaluate_every == 0 or self._is_over():
+                    values |= self._evaluate()
+                self._record(values, progress)
+                if self.iteration % self.checkpoint.every == 0 or self._is_over() or self._stop_signal:
+                    self._save()
+                if self._stop_signal:
+                    raise TrainingError(
+                        f"stopped by signal {self._stop_signal} after iteration {self.iteration}, which is saved; "
+                        "go on with resume=true"
+                    )
+            self.metrics.finish()
+
+    def state(self) -> TrainState:
+        """All that a resumed run needs; noise and prompts are functions of the seed and the iteration."""
+        return TrainState(
+            iteration=self.iteration,
+            seconds=self.seconds,
+            weights={name: weight.detach() for name, weight in self.model.trainable.items()},
+            ema=self.ema.averages,
+            optimizer=self.update.optimizer.state_dict(),
+            model=self.model.fingerprint,
+            extra={"ema_updates": self.ema.num_updates, "skipped_in_a_row": self._skipped_in_a_row},
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest complete checkpoint, or begin where there is none."""
+        path = self.checkpoint.latest()
+        if path is None:
+            self.metrics.truncate_to(-1)
+            return
+        state = self.checkpoint.load_matching(path, self.state())
+        self.iteration, self.seconds = state.iteration, state.seconds
+        with torch.no_grad():
+            for name, weight in self.model.trainable.items():
+                weight.copy_(state.weights[name])
+        self.ema.load(state.ema, state.extra["ema_updates"])
+        self.update.optimizer.load_state_dict(state.optimizer)
+        self._skipped_in_a_row = state.extra["skipped_in_a_row"]
+        self.metrics.truncate_to(self.iteration)
+
+    def _propose(self, prompts: Prompts, conditions: Conditions) -> Noise:
+        """Start noises of the algorithm's proposal, which may score candidates by the reward of a quick estimate."""
+
+        def score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
+            num_candidates = noise_PKCHW.shape[1]
+            sample = replace(self.rollout, grid=self.algorithm.short_grid(estimate_steps), dynamics=ODE())
+            images_BCHW = sample(prompts, conditions, noise_PKCHW.flatten(0, 1), ()).images_BCHW
+            texts = [text for text in prompts.texts for _ in range(num_candidates)]
+            return self.rewards.score(images_BCHW, texts).view(len(prompts), num_candidates)
+
+        draw = NoiseDraw(
+            seed=self.seed,
+            prompt_ids=prompts.ids,
+            group_size=self.group_size,
+            latent_shape=self.model.latent_shape,
+            iteration=self.iteration,
+            num_iterations=self.num_iterations,
+            device=self.model.device,
+        )
+        return self.algorithm.noise(draw, score)
+
+    def _trained_steps(self) -> tuple[int, ...]:
+        return self.algorithm.timesteps(len(self.algorithm.grid) - 1, self.iteration, self.seed)
+
+    def _measured(
+        self, noise: Noise, rewards: NamedRewards, stats: UpdateStats, seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The iteration's metrics; their meaning is in ``metrics.METRICS``."""
+        self.seconds += seconds["iteration"]
+        num_images = rewards.total_PG.numel()
+        std_P = rewards.total_PG.std(dim=1, correction=0)
+        if noise.estimates_PG is not None:
+            noise.metrics["search/rank_correlation"] = rank_correlation(noise.estimates_PG, rewards.total_PG)
+        return {
+            "images": self.iteration * num_images,
+            "seconds": self.seconds,
+            **{f"reward/{name}": reward_PG.mean().item() for name, reward_PG in rewards.named.items()},
+            "reward/total": rewards.total_PG.mean().item(),
+            "reward/group_std": std_P.mean().item(),
+            "zero_variance_groups": (std_P == 0).float().mean().item(),
+            **vars(stats),
+            **noise.metrics,
+            "images_per_second": num_images / seconds["iteration"],
+            **{f"seconds/{stage}": value for stage, value in seconds.items()},
+            "seconds/checkpoint": self._take_checkpoint_seconds(),
+            "peak_bytes": peak_bytes(self.model.device),
+        }
+
+    def _check(self, stats: UpdateStats, trajectories: Trajectories, advantages_PG: Tensor) -> None:
+        """Stop a run whose ratio or gradients are broken; the batch at fault is saved for study."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if stats.skipped_steps else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            why = f"{self._skipped_in_a_row} iterations in a row had gradients that are not finite; lower the learning rate"
+        elif not stats.skipped_steps and stats.ratio_deviation > MAX_RATIO_DEVIATION:
+            why = (
+                f"ratio_deviation is {stats.ratio_deviation:.2g} before the first optimizer step, where the ratio must "
+                "be 1: rollout and update disagree; run fastgrpo doctor, or use model.dtype=float32"
+            )
+        else:
+            return
+        path = self.directory.path / "failed_batch.safetensors"
+        tensors = {name: value for name, value in vars(trajectories).items() if isinstance(value, Tensor)}
+        tensors["advantages_PG"] = advantages_PG
+        safetensors.torch.save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+        raise TrainingError(f"iteration {self.iteration}: {why}; its samples are in {path}")
+
+    def _evaluate(self) -> dict[str, float]:
+        timer = StageTimer(self.model.device)
+        with timer("evaluate"), self.ema.applied():
+            result = self.evaluation()
+        self.metrics.evaluation_grid(self.iteration, result.images_BCHW, result.texts, result.verified)
+        return {
+            "seconds": self.seconds,
+            **{f"eval/{name}": mean for name, mean in result.means.items()},
+            "seconds/evaluate": timer.seconds()["evaluate"],
+        }
+
+    def _record(self, values: Mapping[str, float], progress: Progress) -> None:
+        # before the checkpoint: one that outlives a kill then never lacks the lines that lead to it
+        self.metrics.log(self.iteration, values)
+        progress.update(self.iteration, values)
+
+    def _save(self) -> None:
+        timer = StageTimer(self.model.device)
+        with timer("checkpoint"):
+            self.checkpoint.save(self.state())
+        self._checkpoint_seconds = timer.seconds()["checkpoint"]
+
+    def _take_checkpoint_seconds(self) -> float:
+        taken, self._checkpoint_seconds = self._checkpoint_seconds, 0.0
+        return taken
+
+    def _is_over(self) -> bool:
+        return self.iteration >= self.num_iterations or self.seconds >= self.max_seconds
+
+    @contextmanager
+    def _stopped_by_sigterm(self) -> Iterator[None]:
+        def stop(signal_number: int, _: FrameType | None) -> None:
+            self._stop_signal = signal_number
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,190 @@
+"""Noise by index: the published integers, the documented layout, the distribution, and the kernel."""
+
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from fastgrpo_kernels import philox_normal, philox_uint32
+from fastgrpo_kernels.philox import _philox_normal_triton, philox_normal_reference
+
+# log, sin and cos of one library against another's, at up to 6.7 standard deviations
+TOLERANCES = {"rtol": 0.0, "atol": 3e-6}
+BIG_IDS = [0, 1, 2**31 + 5, 2**32 - 1]
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_integers_are_the_published_vectors_of_philox_4x32_10(counter: str, key: str, words: str) -> None:
+    c0, c1, c2, c3 = (ids(int(word, 16)) for word in counter.split())
+    k0, k1 = (int(word, 16) for word in key.split())
+    assert " ".join(f"{word.item():08x}" for word in philox_uint32((c0, c1, c2, c3), (k0, k1))) == words
+
+
+def normal_of_layout(seed: int, stream: int, prompt: int, candidate: int, i: int) -> float:
+    """The module's docstring, one element at a time in Python's integers and floats."""
+    c, k = [i // 4, candidate % 2**32, prompt % 2**32, stream], [seed % 2**32, seed // 2**32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    radius_word, angle_word = c[:2] if i % 4 < 2 else c[2:]
+    radius = math.sqrt(-2 * math.log(radius_word * 2**-32 + 2**-33))
+    return radius * (math.sin if i % 2 else math.cos)(angle_word * 2**-32 * 2 * math.pi)
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (42, 1003), (2**40 + 7, 1), (2**63 - 1, 2**32 - 1)])
+def test_normals_follow_the_documented_layout(seed: int, stream: int) -> None:
+    prompts, candidates, numel = [0, 3, 2**40 + 9], [7, 2**32 - 1], 10
+    drawn = philox_normal(seed, stream, ids(*prompts), ids(*candidates), numel)
+    expected = [[[normal_of_layout(seed, stream, p, k, i) for i in range(numel)] for k in candidates] for p in prompts]
+    torch.testing.assert_close(drawn, torch.tensor(expected), **TOLERANCES)
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    prompts=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4),
+    candidates=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4),
+    numel=st.integers(1, 70),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_an_element_does_not_depend_on_what_is_drawn_with_it(
+    seed: int, prompts: list[int], candidates: list[int], numel: int, data: st.DataObject
+) -> None:
+    together = philox_normal(seed, 3, ids(*prompts), ids(*candidates), numel)
+    p = data.draw(st.integers(0, len(prompts) - 1))
+    k = data.draw(st.integers(0, len(candidates) - 1))
+    shorter = data.draw(st.integers(1, numel))
+    alone = philox_normal(seed, 3, ids(prompts[p]), ids(candidates[k]), shorter)
+    assert torch.equal(alone[0, 0], together[p, k, :shorter])
+
+
+@pytest.fixture(scope="module")
+def draws_PKD() -> Tensor:
+    return philox_normal(2510_02654, 0, torch.arange(12), torch.arange(32), 1024)
+
+
+def test_draws_are_standard_normal(draws_PKD: Tensor) -> None:
+    draws = draws_PKD.flatten().double()
+    error = 1 / math.sqrt(draws.numel())
+    # four standard errors of each moment: Var(z) = 1, Var(z^2) = 2, Var(z^3) = 15, Var(z^4) = 96
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(draws.pow(power).mean().item() - expected) < 4 * math.sqrt(variance) * error, f"moment {power}"
+    assert stats.kstest(draws.numpy(), "norm").pvalue > 0.01
+    # 16,384 elements a latent: the tail beyond 4 must be there
+    assert 10 <= (draws.abs() > 4).sum() <= 45, "25 of 393,216 expected"
+
+
+def test_candidates_each_are_standard_normal(draws_PKD: Tensor) -> None:
+    p_values = [stats.kstest(draw.numpy(), "norm").pvalue for draw in draws_PKD.flatten(0, 1)[:96]]
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def assert_independent(a: Tensor, b: Tensor) -> None:
+    """Neither the values nor their squares correlate, beyond four standard errors, and sums stay normal."""
+    a, b = a.flatten().double(), b.flatten().double()
+    limit = 4 / math.sqrt(a.numel())
+    for first, second in ((a, b), (a.square(), b.square()), (a, b.square()), (a.square(), b)):
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < limit
+    assert stats.kstest(((a + b) / math.sqrt(2)).numpy(), "norm").pvalue > 0.01
+
+
+def test_neighbouring_prompts_candidates_and_elements_are_independent(draws_PKD: Tensor) -> None:
+    assert_independent(draws_PKD[::2], draws_PKD[1::2])
+    assert_independent(draws_PKD[:, ::2], draws_PKD[:, 1::2])
+    for offset in (1, 2, 3):
+        assert_independent(draws_PKD[..., ::4], draws_PKD[..., offset::4])
+    assert_independent(draws_PKD[..., :512], draws_PKD[..., 512:])
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(7, 1), (8, 0), (7 + 2**32, 0), (7, 1000)])
+def test_neighbouring_seeds_and_streams_are_independent(seed: int, stream: int) -> None:
+    prompts, candidates = torch.arange(4), torch.arange(8)
+    a, b = philox_normal(7, 0, prompts, candidates, 1024), philox_normal(seed, stream, prompts, candidates, 1024)
+    assert_independent(a, b)
+
+
+def test_no_two_indices_share_their_noise() -> None:
+    seeds, small = (0, 1, 2**32), torch.arange(6)
+    first = [philox_normal(seed, stream, small, small, 2) for seed in seeds for stream in range(6)]
+    rows = torch.cat(first).reshape(-1, 2)
+    assert torch.unique(rows, dim=0).shape[0] == len(seeds) * 6 * 6 * 6
+
+
+@pytest.mark.parametrize("numel", [1, 7, 1024, 1025])
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (1, 1), (2**40 + 16, 2**32 - 1)])
+@pytest.mark.usefixtures("poisoned_outputs")
+def test_kernel_equals_reference(seed: int, stream: int, numel: int, kernel_device: str) -> None:
+    prompts, candidates = ids(*BIG_IDS).to(kernel_device), ids(*BIG_IDS[::-1], 12).to(kernel_device)[::2]
+    drawn = _philox_normal_triton(seed, stream, prompts, candidates, numel)
+    torch.testing.assert_close(drawn, philox_normal_reference(seed, stream, prompts, candidates, numel), **TOLERANCES)
+
+
+@pytest.mark.gpu
+def test_gpu_draws_what_the_cpu_draws() -> None:
+    prompts, candidates = torch.arange(12), torch.arange(32)
+    drawn = philox_normal(5, 2, prompts.cuda(), candidates.cuda(), 16 * 64 * 64)
+    torch.testing.assert_close(drawn.cpu(), philox_normal(5, 2, prompts, candidates, 16 * 64 * 64), **TOLERANCES)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operator_is_well_formed(device: str) -> None:
+    arguments = (3, 1, ids(0, 1).to(device), ids(4).to(device), 6)
+    torch.library.opcheck(torch.ops.fastgrpo.philox_normal.default, arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiles_into_one_graph_for_any_seed(device: str) -> None:
+    prompts, candidates = ids(3, 1).to(device), ids(2, 9).to(device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def scaled(seed: int) -> Tensor:
+        return 2 * philox_normal(seed, 4, prompts, candidates, 5)
+
+    for seed in (11, 12, 2**40):
+        assert torch.equal(scaled(seed), 2 * philox_normal(seed, 4, prompts, candidates, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1; reduce it"),
+        ({"stream": 2**32}, r"stream must be in \[0, 2\^32\), got 4294967296; reduce it"),
+        ({"numel": 0}, r"numel must be .* got 0; pass the number of elements"),
+        ({"prompt_ids_P": torch.zeros(2, dtype=torch.int32)}, r"prompt_ids_P .* torch.int32 .*; pass torch.tensor"),
+        ({"candidate_ids_K": torch.zeros(0, dtype=torch.int64)}, r"candidate_ids_K .* \(0,\); pass torch.tensor"),
+        ({"candidate_ids_K": torch.zeros(1, dtype=torch.int64, device="meta")}, "on cpu and .* on meta; move them"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_refused_with_the_remedy(change: dict, message: str) -> None:
+    arguments = {"seed": 0, "stream": 0, "prompt_ids_P": ids(0), "candidate_ids_K": ids(0), "numel": 4}
+    with pytest.raises(ValueError, match=message):
+        philox_normal(**{**arguments, **change})
+
+
+def test_a_search_pool_is_drawn_in_milliseconds_on_one_core() -> None:
+    prompts, candidates = torch.arange(12), torch.arange(32)
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()
+        philox_normal(0, 1, prompts, candidates, 1024)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.04

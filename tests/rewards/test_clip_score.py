@@ -1,0 +1,108 @@
+"""CLIP score on a random miniature: equal to transformers' own processor and model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from fastgrpo.rewards.clip_score import ClipPreprocess, ClipScore
+
+WORDS = ["a", "red", "blue", "circle", "square"]
+LETTERS = sorted(set("".join(WORDS)))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP directory of one layer, random weights and a vocabulary of single letters."""
+    path = tmp_path_factory.mktemp("clip")
+    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    end = tokenizer.eos_token_id
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokens), "max_position_embeddings": 24, "eos_token_id": end, "bos_token_id": end - 1}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**shared, **text, "pad_token_id": end},
+            vision_config={**shared, "image_size": 32, "patch_size": 8},
+            projection_dim=12,
+        )
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def random_pixels(height: int, width: int) -> np.ndarray:
+    """Smooth and noisy images [3, H, W, 3] of bytes."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    coarse = F.interpolate(torch.rand(3, 3, 5, 5, generator=generator), (height, width), mode="bilinear")
+    coarse[2] = torch.rand(3, height, width, generator=generator)
+    return (coarse * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def to_images(pixels_BHWC: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 70), (33, 100), (20, 16)], ids=str)
+def test_preprocessing_equals_transformers_up_to_a_byte(directory: Path, size: tuple[int, int]) -> None:
+    processor = CLIPImageProcessorPil.from_pretrained(directory)
+    pixels_BHWC = random_pixels(*size)
+    expected = processor(images=list(pixels_BHWC), return_tensors="pt", input_data_format="channels_last").pixel_values
+    config = json.loads((directory / "preprocessor_config.json").read_text())
+    ours = ClipPreprocess.from_config(config, "the test")(to_images(pixels_BHWC))
+    # pillow rounds to bytes after each of its two passes
+    tolerance = 1e-5 if size == (32, 32) else 1.6 / 255 / 0.26
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=0)
+
+
+def test_score_is_the_cosine_of_transformers_own_embeddings(directory: Path) -> None:
+    model, tokenizer = CLIPModel.from_pretrained(directory), CLIPTokenizer.from_pretrained(directory)
+    processor = CLIPImageProcessorPil.from_pretrained(directory)
+    pixels_BHWC = random_pixels(32, 32)
+    prompts = ["a red circle", "a blue square", "a red circle"]
+    with torch.no_grad():
+        # one pair at a time, unpadded: neither batching nor padding may matter
+        expected = [
+            model(
+                **tokenizer(prompt, return_tensors="pt"),
+                **processor(images=pixels_HWC, return_tensors="pt", input_data_format="channels_last"),
+            ).logits_per_image.item()
+            / model.logit_scale.exp().item()
+            for pixels_HWC, prompt in zip(pixels_BHWC, prompts, strict=True)
+        ]
+    score_B = ClipScore(path=str(directory))(to_images(pixels_BHWC), prompts)
+    torch.testing.assert_close(score_B, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert score_B.unique().numel() == 3
+
+
+def test_a_directory_without_its_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(directory / name)
+    with pytest.raises(ValueError, match=r"tokenizer in .* put the model's tokenizer.json"):
+        ClipScore(path=str(tmp_path))
+
+
+def test_a_path_without_a_clip_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"preprocessor_config.json does not exist; give reward.terms.clip_score.path"):
+        ClipScore(path=str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"resample": 2}, {"size": {"height": 32, "width": 32}}, {"crop_size": 40}], ids=str)
+def test_a_preprocessor_that_does_something_else_is_refused(change: dict) -> None:
+    config = {
+        "size": {"shortest_edge": 32},
+        "crop_size": 32,
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    with pytest.raises(ValueError, match="the test"):
+        ClipPreprocess.from_config({**config, **change}, "the test")
