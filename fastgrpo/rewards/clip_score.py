@@ -60,9 +60,10 @@ class ClipPreprocess:
         short, long = min(height, width), max(height, width)
         if short != self.short_side:
             long = int(self.short_side * long / short)
-            size = (self.short_side, long) if height <= width else (long, self.short_side)
-            # bicubic overshoots next to edges, and a byte cannot
-            images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+            new_height, new_width = (self.short_side, long) if height <= width else (long, self.short_side)
+            # bicubic overshoots next to edges; pillow, whose bytes cannot, cuts that off after each of its two passes
+            for size in ((height, new_width), (new_height, new_width)):
+                images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         top = (images_BCHW.shape[-2] - self.crop_height) // 2
         left = (images_BCHW.shape[-1] - self.crop_width) // 2
         cropped_BCHW = images_BCHW[..., top : top + self.crop_height, left : left + self.crop_width]
@@ -91,7 +92,7 @@ class ClipScore:
                 f"{config} does not exist; give reward.terms.clip_score.path the directory of a CLIP with its "
                 "tokenizer and preprocessor_config.json, for example a download of openai/clip-vit-large-patch14"
             )
-        model = CLIPModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        model: Any = CLIPModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         object.__setattr__(self, "_model", model.eval().requires_grad_(False))
         object.__setattr__(self, "_tokenizer", _load_tokenizer(directory, model.config.text_config.vocab_size))
         preprocess = ClipPreprocess.from_config(json.loads(config.read_text()), str(config))

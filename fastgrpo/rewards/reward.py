@@ -131,6 +131,6 @@ def _check_finite(name: str, reward_B: Tensor, texts: list[str]) -> None:
     bad = (~torch.isfinite(reward_B)).nonzero().flatten().tolist()
     if bad:
         raise RewardError(
-            f"reward {name!r} answered {reward_B[bad[0]].item()} for image {bad[0]} ({texts[bad[0]]!r}); {len(bad)} of its "
-            f"{len(texts)} answers are not finite; let it return a finite number for every image"
+            f"reward {name!r} answered {reward_B[bad[0]].item()} for image {bad[0]} ({texts[bad[0]]!r}); {len(bad)} of "
+            f"its {len(texts)} answers are not finite; let it return a finite number for every image"
         )

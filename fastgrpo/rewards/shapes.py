@@ -11,7 +11,7 @@ from fastgrpo.shapes.world import IMAGE_SIZE, parse_caption
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesReward:
-    """Graded for training: the share of the caption that is there.  ``strict`` for evaluation: 1 if all of it, else 0."""
+    """Graded for training: the share of the caption that is there.  ``strict`` for evaluation: 1 if all is, else 0."""
 
     strict: bool = False
 

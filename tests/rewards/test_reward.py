@@ -1,5 +1,6 @@
 """The weighted sum against hand-computed numbers, and what it does with answers that cannot be trained on."""
 
+
 import pytest
 import torch
 from torch import Tensor
