@@ -85,10 +85,12 @@ def _sde_log_prob_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
     mean = step_mean_kernel(x_ptr, v_ptr, c_x_ptr, c_v_ptr, row, cols, mask, D)
-    store_square_sum(partial_ptr, row, load_row(x_next_ptr, row, cols, mask, D) - mean, mask)
+    difference = load_row(x_next_ptr, row, cols, mask, D) - mean
     if HAS_REFERENCE:
         shift = load_row(v_ptr, row, cols, mask, D) - load_row(v_reference_ptr, row, cols, mask, D)
         store_square_sum(kl_partial_ptr, row, tl.load(c_v_ptr + row) * shift, mask)
+    # after every load: the compiler then reads v once for both
+    store_square_sum(partial_ptr, row, difference, mask)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastgrpo_kernels import philox_normal, philox_uint32
 from fastgrpo_kernels.philox import _philox_normal_triton, philox_normal_reference
 
 # log, sin and cos of one library against another's, at up to 6.7 standard deviations
-TOLERANCES = {"rtol": 0.0, "atol": 3e-6}
+TOLERANCES: dict[str, Any] = {"rtol": 0.0, "atol": 3e-6}
 BIG_IDS = [0, 1, 2**31 + 5, 2**32 - 1]
 
 
@@ -174,8 +175,8 @@ def test_compiles_into_one_graph_for_any_seed(device: str) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_wrong_input_is_refused_with_the_remedy(change: dict, message: str) -> None:
-    arguments = {"seed": 0, "stream": 0, "prompt_ids_P": ids(0), "candidate_ids_K": ids(0), "numel": 4}
+def test_wrong_input_is_refused_with_the_remedy(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"seed": 0, "stream": 0, "prompt_ids_P": ids(0), "candidate_ids_K": ids(0), "numel": 4}
     with pytest.raises(ValueError, match=message):
         philox_normal(**{**arguments, **change})
 

@@ -1,19 +1,20 @@
 """One reverse step: its values, its log-probability, its gradient, and the kernel."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import sde_log_prob, sde_step
-from fastgrpo_kernels.sde_log_prob import _sde_log_prob_triton
+from fastgrpo_kernels import sde_step
+from fastgrpo_kernels.sde_log_prob import _sde_log_prob_triton, sde_log_prob_reference
 from fastgrpo_kernels.sde_step import _sde_step_triton, sde_step_reference
 
 MakeStep = Callable[..., dict[str, Tensor]]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # x_next is exact: every product and sum is rounded alike; log_prob is a float64 sum, rounded once
-LOG_PROB_TOLERANCE = {"rtol": 3e-7, "atol": 1e-7}
+LOG_PROB_TOLERANCE: dict[str, Any] = {"rtol": 3e-7, "atol": 1e-7}
 # Triton's interpreter truncates float32 to bfloat16, a GPU rounds
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # one element, odd, exactly one block, one past it, a latent, tokens
@@ -81,15 +82,17 @@ def test_log_prob_is_that_of_sde_log_prob_bit_for_bit(
 ) -> None:
     step = make_step(6, 3, 700, dtype=dtype, device=kernel_device)
     coefficients = [step[name] for name in ("c_x_B", "c_v_B", "weight_B", "constant_B")]
-    for forward, again in (
-        (sde_step_reference, lambda *args: sde_log_prob(*args)),
-        (_sde_step_triton, lambda *args: _sde_log_prob_triton(*args, None, None)),
-    ):
+    pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+        (sde_step_reference, sde_log_prob_reference),
+        (_sde_step_triton, _sde_log_prob_triton),
+    ]
+    for forward, again in pairs:
         x_next, log_prob_B = forward(*step.values())
         # one sample at a time: the batch of the update is not the batch of the rollout
         for b in range(6):
             one = slice(b, b + 1)
-            log_prob, _ = again(step["x"][one], step["v"][one], x_next[one], *(c[one] for c in coefficients))
+            stored: list[Any] = [value[one] for value in (step["x"], step["v"], x_next, *coefficients)]
+            log_prob, _ = again(*stored, None, None)
             assert torch.equal(log_prob, log_prob_B[one])
 
 
