@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = {"prompts", "rollout", "update", "evaluate", "checkpoint", "metrics", "progress", "plots"}
 STAGES |= {"export", "doctor", "sample"}
+# what stages write and read files with
+STAGES |= {"run_directory", "sealed", "tensor_tree", "grids", "summary"}
 PIECES = {"algorithm", "models", "rewards", "runtime"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,19 +23,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"types"},
     **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
     "trainer": STAGES | BELOW_STAGES,
-    "train": STAGES | BELOW_STAGES | {"trainer", "shapes"},
-    "cli": STAGES | BELOW_STAGES | {"trainer", "shapes", "train"},
+    "config": set(),
+    "train": STAGES | BELOW_STAGES | {"trainer", "config", "shapes"},
+    "cli": STAGES | BELOW_STAGES | {"trainer", "config", "shapes", "train"},
 }
 CONFINED = {
-    "hydra": ("fastgrpo/cli.py", "fastgrpo/train.py"),
-    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/train.py"),
+    "hydra": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py"),
+    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py"),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain.py"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain.py"),
     "flash_attn": ("fastgrpo/runtime/attention.py",),
     "xformers": ("fastgrpo/runtime/attention.py",),
     "torch_tensorrt": ("fastgrpo/runtime/tensorrt.py",),
     "triton": ("kernels/",),
-    "fastgrpo_kernels": ("kernels/", "fastgrpo/algorithm/", "fastgrpo/rollout.py", "fastgrpo/update.py"),
+    "fastgrpo_kernels": (
+        "kernels/",
+        "fastgrpo/algorithm/",
+        "fastgrpo/rollout.py",
+        "fastgrpo/update.py",
+        "fastgrpo/evaluate.py",
+    ),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "fastgrpo_kernels", *sys.stdlib_module_names}
 FILES = [path.relative_to(ROOT) for top in ("fastgrpo", "kernels") for path in sorted((ROOT / top).rglob("*.py"))]
