@@ -50,7 +50,7 @@ def png(image: Image.Image) -> bytes:
 
 def cell_origin(index: int, num_cells: int, num_panels: int, height: int, width: int) -> tuple[int, int]:
     """(x, y) of the top left pixel of a cell's first image; of use to whoever reads a grid back."""
-    cell_width, cell_height, scale = _cell_size(num_panels, height, width)
+    cell_width, cell_height, _ = _cell_size(num_panels, height, width)
     row, column = divmod(index, _num_columns(num_cells, cell_width))
     header = HEADER_PIXELS if num_panels > 1 else 0
     return MARGIN + column * (cell_width + MARGIN), MARGIN + header + row * (cell_height + MARGIN)
@@ -84,7 +84,8 @@ def _draw(
             page.paste(image, (left, y))
             if headers and index < columns:
                 canvas.text((left, MARGIN), headers[panel], fill=_INK, font=_font())
-        _write_label(canvas, (x, y + height * scale + 3), cell_width, label, None if verified is None else verified[index])
+        mark = None if verified is None else verified[index]
+        _write_label(canvas, (x, y + height * scale + 3), cell_width, label, mark)
     return page
 
 

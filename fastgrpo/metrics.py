@@ -26,7 +26,7 @@ METRICS = {
     "seconds": "training time so far, without evaluation, over all resumptions",
     "reward/<name>": "mean of one named reward over the iteration's images",
     "reward/total": "mean of the weighted sum of the rewards: what is maximised",
-    "reward/group_std": "standard deviation of the total reward within a group, mean over groups; 0 leaves nothing to learn",
+    "reward/group_std": "standard deviation of the total reward within a group, mean over groups; 0 teaches nothing",
     "zero_variance_groups": "share of groups whose images all have the same reward: they give no gradient",
     "eval/<name>": "mean on the evaluation prompts, from plain N(0, I) noise, the same prompts and noise each time",
     "loss": "mean of the objective over the iteration's optimizer steps",
@@ -175,7 +175,7 @@ class Metrics:
         return path
 
     def finish(self) -> dict[str, Any]:
-        """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``; callable at any time, returns the summary."""
+        """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``, at any time; returns the summary."""
         rows = read_metrics(self._run.metrics)
         draw_curves(rows, self._run.curves, title=self._run.path.name)
         summary = summarize(rows)

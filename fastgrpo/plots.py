@@ -50,7 +50,7 @@ def _draw_panel(axes: Axes, rows: Sequence[dict[str, Any]], x: str, keys: Sequen
             drawn += 1
     if drawn == 0:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="gray")
-    if drawn > 1 or any(key.endswith("/") for key in keys[:drawn]):
+    elif names != list(keys):
         axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

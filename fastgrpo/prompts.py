@@ -4,7 +4,7 @@
     epoch        = i // N                   each epoch is a permutation of all N prompts, a function of (seed, epoch)
     prompt       = order(seed, epoch)[i % N]
 
-So a resumed run, and a run on any number of GPUs, sees the same prompts.  Letters: N prompts in the file, P an iteration.
+So a resumed run, and one on any number of GPUs, sees the same prompts.  Letters: N prompts in all, P in an iteration.
 """
 
 import json
@@ -101,5 +101,5 @@ def _prompt_of_object(text: str, place: str) -> str:
         raise ValueError(f'{place}: no "prompt" string in this line; {remedy}')
     prompt: str = value["prompt"]
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"{place}: half of a surrogate pair (\\ud800 ... \\udfff); write the character itself in UTF-8")
+        raise ValueError(f"{place}: half of a surrogate pair (\\ud800 ... \\udfff); write the character itself")
     return prompt

@@ -1,6 +1,8 @@
 """The directory of one run, and where each thing in it lies.
 
     config.yaml  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
+
+Files that are written again and again are replaced whole (``write_whole``).
 """
 
 import os
@@ -20,6 +22,8 @@ class RunDirectory:
         """ValueError if the directory holds another run and ``resume`` is off, or if it cannot be written."""
         run = cls(Path(path))
         try:
+            if not resume and run.is_taken:
+                raise ValueError(f"{path} already holds a run; continue it with resume=true or give a new name=...")
             run.images.mkdir(parents=True, exist_ok=True)
             # os.access says yes to root and to full or read-only network disks: only writing tells
             with tempfile.TemporaryFile(dir=run.path) as file:
@@ -27,8 +31,6 @@ class RunDirectory:
         except OSError as error:
             remedy = "set output_dir to a directory you can write"
             raise ValueError(f"cannot write the run directory {path} ({error.strerror}); {remedy}") from error
-        if not resume and run.is_taken:
-            raise ValueError(f"{path} already holds a run; continue it with resume=true or give a new name=...")
         return run
 
     @property

@@ -84,12 +84,12 @@ def _read_manifest(path: Path) -> dict[str, dict[str, object]]:
         text = path.read_text(encoding="utf-8")
         entries = json.loads(text)["files"]
         # its own text is the only thing that no hash covers, so it must be the one way to write what it says
-        intact = text == _manifest_text(entries) and all(set(entry) == {"bytes", "sha256"} for entry in entries.values())
+        intact = text == _manifest_text(entries)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    if not intact:
+    if not intact or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{path} is damaged or of another format than {_FORMAT}")
     return entries
 
@@ -99,8 +99,8 @@ def _read(path: Path, entry: Mapping[str, object]) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    if len(content) != entry["bytes"]:
-        raise ValueError(f"{path} has {len(content)} bytes instead of {entry['bytes']}")
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    if len(content) != entry.get("bytes"):
+        raise ValueError(f"{path} has {len(content)} bytes instead of {entry.get('bytes')}")
+    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return content

@@ -1,8 +1,12 @@
 """Nested dicts, lists, tuples, tensors and scalars as JSON and one flat dict of tensors: no pickle.
 
+A tensor is named by its path; what JSON cannot say is marked with a dollar sign:
+
     {"state": {0: {"step": <tensor>}}, "betas": (0.9, 0.99)}
     <-> {"state": {"$items": [[0, {"step": {"$tensor": "state/0/step"}}]]}, "betas": {"$tuple": [0.9, 0.99]}}
         and the tensors {"state/0/step": <tensor>}
+
+It reads back as what it was, integer keys and tuples included.
 """
 
 from typing import Any

@@ -1,0 +1,110 @@
+"""Prompt order is a function of the seed alone; a bad prompt file is refused with its line and the remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgrpo.prompts import MAX_CHARACTERS, PromptSource, load_prompts
+
+SOURCES = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**40))
+
+
+def source_of(num_prompts: int, prompts_per_iteration: int, seed: int) -> PromptSource:
+    return PromptSource([f"prompt {index}" for index in range(num_prompts)], prompts_per_iteration, seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SOURCES)
+def test_each_epoch_is_a_permutation_of_all_prompts(sizes: tuple[int, int, int]) -> None:
+    num_prompts, prompts_per_iteration, _ = sizes
+    source = source_of(*sizes)
+    iterations = -(-3 * num_prompts // prompts_per_iteration)
+    texts = [text for iteration in range(iterations) for text in source.at(iteration).texts]
+    for epoch in range(3):
+        assert sorted(texts[epoch * num_prompts : (epoch + 1) * num_prompts]) == sorted(source.texts)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SOURCES, st.integers(0, 10**6))
+def test_an_iteration_does_not_depend_on_what_was_asked_before(sizes: tuple[int, int, int], iteration: int) -> None:
+    walked = source_of(*sizes)
+    for earlier in range(5):
+        walked.at(earlier)
+    prompts = walked.at(iteration)
+    assert prompts == source_of(*sizes).at(iteration)
+    assert prompts.ids == [iteration * sizes[1] + p for p in range(sizes[1])]
+
+
+@given(st.integers(1, 10), st.integers(0, 20))
+def test_the_occurrence_decides_the_prompt_however_iterations_are_cut(num_prompts: int, seed: int) -> None:
+    whole = source_of(num_prompts, 12, seed).at(0)
+    parts = [source_of(num_prompts, 3, seed).at(iteration) for iteration in range(4)]
+    assert whole.texts == [text for part in parts for text in part.texts]
+    assert whole.ids == [index for part in parts for index in part.ids]
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    orders = {tuple(source_of(20, 20, seed).at(epoch).texts) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_the_order_of_a_seed_is_the_same_on_every_machine() -> None:
+    assert [text[-1] for text in source_of(5, 5, 42).at(0).texts] == ["4", "2", "3", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((["a"], 0, 1), "prompts_per_iteration"), ((["a"], 1, -1), "seed"), (([], 1, 0), "at least one prompt")],
+)
+def test_bad_settings_are_refused(arguments: tuple[list[str], int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptSource(*arguments)
+
+
+def test_text_files_give_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n  zwei grüne Kreise \n{not json}".encode())
+    assert load_prompts(path) == ["a red circle", "zwei grüne Kreise", "{not json}"]
+
+
+def test_jsonl_files_give_the_prompt_of_each_object(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"tag": "counting", "prompt": "two cats"}, {"prompt": "une pomme \u2028 bleue"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_prompts(str(path)) == ["two cats", "une pomme \u2028 bleue"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"", "is empty; write one prompt a line"),
+        ("p.txt", b"good\n\nthird\n", r"p\.txt:2: blank prompt; remove the line"),
+        ("p.txt", b"good\n  \t\n", r"p\.txt:2: blank prompt"),
+        ("p.txt", b"good\nb\xff\n", r"p\.txt:2: byte 2 of this line is not UTF-8; save the file as UTF-8"),
+        ("p.txt", b"a\0b\n", r"p\.txt:1: holds a NUL"),
+        ("p.txt", b"a\n" + b"x" * (MAX_CHARACTERS + 1), rf"p\.txt:2: .* shorten it to at most {MAX_CHARACTERS}"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', r"p\.jsonl:2: not valid JSON .* write one"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: not valid JSON"),
+        ("p.jsonl", b'{"text": "a"}\n', r'p\.jsonl:1: no "prompt" string'),
+        ("p.jsonl", b'{"prompt": 3}\n', r'p\.jsonl:1: no "prompt" string'),
+        ("p.jsonl", b'["a"]\n', r'p\.jsonl:1: no "prompt" string'),
+        ("p.jsonl", b'{"prompt": " "}\n', r"p\.jsonl:1: blank prompt"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', r"p\.jsonl:1: half of a surrogate pair"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_with_line_and_remedy(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / name)
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.txt does not exist; check prompts\.path"):
+        load_prompts(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match=r"cannot be read .* give a readable text file"):
+        load_prompts(tmp_path)
