@@ -1,4 +1,4 @@
-"""An algorithm is six choices; Flow-GRPO, Smart-GRPO, MixGRPO and DanceGRPO are recipes of them (configs/algorithm/)."""
+"""An algorithm is six choices; Flow-GRPO, Smart-GRPO, MixGRPO and DanceGRPO are recipes of them: configs/algorithm."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,0 +1,118 @@
+"""Dynamics, against other forms of the same formulas, and by what they do to a Gaussian data distribution."""
+
+import math
+
+import pytest
+
+from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
+from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+
+SDES = [FlowSDE, DanceSDE, CPS]
+X, V = 0.3, -1.1
+
+
+def mean_of(step):
+    return step.c_x * X + step.c_v * V
+
+
+def final_marginal(dynamics, num_steps, center, spread):
+    """Mean and variance at t = 0 for data N(center, spread^2): with the exact velocity, each step is linear in x."""
+    grid = LinearSchedule(num_steps)()
+    mean, variance = 0.0, 1.0
+    for step in range(num_steps):
+        t = grid[step]
+        slope = (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2)
+        offset = -center - slope * (1 - t) * center
+        c = dynamics(grid, step)
+        mean = c.c_x * mean + c.c_v * (slope * mean + offset)
+        variance = (c.c_x + c.c_v * slope) ** 2 * variance + c.std**2
+    return mean, variance
+
+
+@pytest.mark.parametrize(("dynamics", "scale"), [(FlowSDE(0.7), None), (DanceSDE(0.3), 0.3)])
+@pytest.mark.parametrize("step", range(9))
+def test_sdes_are_euler_maruyama_on_the_score(dynamics, scale, step):
+    grid = SD3Schedule(10)()
+    t, dt = grid[step], grid[step + 1] - grid[step]
+    finite_t = grid[1] if step == 0 else t
+    s = scale or 0.7 * (t / (1 - finite_t)) ** 0.5
+    score = -(X + (1 - t) * V) / t
+    c = dynamics(grid, step)
+    assert mean_of(c) == pytest.approx(X + (V - 0.5 * s**2 * score) * dt)
+    assert c.std == pytest.approx(s * (-dt) ** 0.5)
+    assert c.kl_weight == pytest.approx(1 / (2 * s**2))
+    z = 0.4
+    log_density = math.log(math.exp(-0.5 * (z / c.std) ** 2) / (c.std * math.sqrt(2 * math.pi)))
+    assert c.log_prob_constant - c.log_prob_weight * z**2 == pytest.approx(log_density)
+
+
+def test_flow_sde_first_step_by_hand():
+    # linear grid of 4 steps: t = 1, dt = -1/4, s^2 = .49 * 1 / (1 - .75) = 1.96
+    c = FlowSDE(0.7)(LinearSchedule(4)(), 0)
+    assert (c.c_x, c.c_v, c.std) == pytest.approx((1 - 1.96 / 8, -0.25, 0.7))
+
+
+def test_cps_by_hand():
+    # t = .75 -> .5 with a third of a right angle: std = .5 sin 30 = .25, kept = .5 cos 30
+    c = CPS(1 / 3)(LinearSchedule(4)(), 1)
+    x0, eps = X - 0.75 * V, X + 0.25 * V
+    assert mean_of(c) == pytest.approx(0.5 * x0 + 0.5 * 0.8660254 * eps)
+    assert c.std == pytest.approx(0.25)
+    assert (c.log_prob_weight, c.log_prob_constant, c.kl_weight) == pytest.approx((1.0, 0.0, 8.0))
+
+
+def test_cps_ratio_is_the_difference_of_squared_distances():
+    c = CPS(0.8)(LinearSchedule(4)(), 1)
+    x_next, old, new = 0.2, 0.15, 0.17
+    log_ratio = c.log_prob_weight * ((x_next - old) ** 2 - (x_next - new) ** 2)
+    assert math.exp(log_ratio) == pytest.approx(math.exp(0.0025 - 0.0009))
+
+
+@pytest.mark.parametrize("sde", SDES)
+@pytest.mark.parametrize("step", range(10))
+def test_without_noise_every_sde_is_the_ode(sde, step):
+    grid = SD3Schedule(10)()
+    ode, limit = ODE()(grid, step), sde(1e-5)(grid, step)
+    assert (limit.c_x, limit.c_v) == pytest.approx((ode.c_x, ode.c_v), abs=1e-8)
+    assert limit.std < 1e-4
+
+
+@pytest.mark.parametrize("dynamics", [ODE(), FlowSDE(0.7), DanceSDE(0.3), DanceSDE(1.0)])
+def test_more_steps_bring_the_marginal_to_the_data(dynamics):
+    center, spread = 0.8, 0.5
+    errors = []
+    for num_steps in (20, 200, 2000):
+        mean, variance = final_marginal(dynamics, num_steps, center, spread)
+        errors.append(abs(mean - center) + abs(variance - spread**2))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 2e-3
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.8, 1.0])
+def test_cps_keeps_the_coefficients_exactly(noise_level):
+    # with one data point x0hat and epshat are exact, and any number of steps ends on it
+    assert final_marginal(CPS(noise_level), 3, 0.8, 0.0) == pytest.approx((0.8, 0.0), abs=1e-12)
+    c, t_next = CPS(noise_level)(LinearSchedule(4)(), 1), 0.5
+    x0, eps = 2.0, 3.0
+    t = 0.75
+    kept = c.c_x * ((1 - t) * x0 + t * eps) + c.c_v * (eps - x0) - (1 - t_next) * x0
+    assert (kept / eps) ** 2 + c.std**2 == pytest.approx(t_next**2)
+
+
+@pytest.mark.parametrize("dynamics", [ODE(), CPS(0.8)])
+def test_a_deterministic_step_has_no_log_prob(dynamics):
+    c = dynamics((1.0, 0.5, 0.0), 1)
+    assert (c.c_x, c.c_v) == pytest.approx((1.0, -0.5))
+    assert (c.std, c.log_prob_weight, c.log_prob_constant, c.kl_weight) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("sde", SDES)
+def test_bad_noise_levels_are_named(sde):
+    for noise_level in (0.0, -0.5, math.nan):
+        with pytest.raises(ValueError, match=r"noise_level must be positive, got .*dynamics=ode"):
+            sde(noise_level)
+
+
+def test_cps_cannot_make_more_noise_than_there_is():
+    with pytest.raises(ValueError, match=r"must be at most 1, got 1.5"):
+        CPS(1.5)

@@ -1,0 +1,59 @@
+import math
+
+import pytest
+import torch
+
+from fastgrpo.algorithm.objective import ClippedSurrogate
+
+CLIP, KL_COEF = 0.1, 0.04
+
+
+def independent_loss_and_gradients(log_prob, old, advantage, kl):
+    """PPO's case distinction: outside the trust region on the improving side the loss is flat."""
+    ratio = math.exp(log_prob - old)
+    if advantage > 0 and ratio > 1 + CLIP:
+        surrogate, slope = -advantage * (1 + CLIP), 0.0
+    elif advantage < 0 and ratio < 1 - CLIP:
+        surrogate, slope = -advantage * (1 - CLIP), 0.0
+    else:
+        surrogate, slope = -advantage * ratio, -advantage * ratio
+    return surrogate + KL_COEF * kl, slope, KL_COEF
+
+
+def test_loss_and_gradient_equal_the_case_distinction():
+    log_ratio = torch.tensor([-0.5, -0.05, 0.0, 0.05, 0.5]).repeat_interleave(3)
+    advantage_B = torch.tensor([-2.0, 0.0, 1.5]).repeat(5)
+    old_B = torch.linspace(-3, 2, 15)
+    log_prob_B = (old_B + log_ratio).requires_grad_()
+    kl_B = torch.linspace(0, 1, 15).requires_grad_()
+    loss_B, _ = ClippedSurrogate(CLIP, KL_COEF)(log_prob_B, old_B, advantage_B, kl_B)
+    gradients = torch.autograd.grad(loss_B.sum(), [log_prob_B, kl_B])
+    rows = zip(log_prob_B.tolist(), old_B.tolist(), advantage_B.tolist(), kl_B.tolist(), strict=True)
+    expected = torch.tensor([independent_loss_and_gradients(*row) for row in rows]).T
+    torch.testing.assert_close(torch.stack([loss_B.detach(), *gradients]), expected)
+
+
+def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
+    log_prob_B = torch.tensor([-1.0, 0.3], requires_grad=True)
+    advantage_B = torch.tensor([2.0, -3.0])
+    loss_B, stats = ClippedSurrogate(1e-4, 0.0)(log_prob_B, log_prob_B.detach(), advantage_B, torch.zeros(2))
+    (gradient_B,) = torch.autograd.grad(loss_B.sum(), log_prob_B)
+    # clamp passes the gradient inside its range, and maximum splits a tie between two equal branches
+    torch.testing.assert_close(gradient_B, -advantage_B)
+    assert (stats.ratio_deviation.item(), stats.clip_fraction.item()) == (0, 0)
+
+
+def test_stats_by_hand():
+    old_B = torch.zeros(4)
+    log_prob_B = torch.log(torch.tensor([1.0, 1.05, 0.7, 1.2]))
+    _, stats = ClippedSurrogate(CLIP, KL_COEF)(log_prob_B, old_B, torch.ones(4), torch.tensor([0.0, 1.0, 2.0, 5.0]))
+    assert stats.ratio_deviation.item() == pytest.approx(0.3)
+    assert stats.clip_fraction.item() == 0.5
+    assert stats.kl.item() == 2.0
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match=r"clip_range must lie in \(0, 1\), got 0"):
+        ClippedSurrogate(0.0)
+    with pytest.raises(ValueError, match="kl_coef must not be negative, got -1"):
+        ClippedSurrogate(kl_coef=-1)

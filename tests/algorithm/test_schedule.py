@@ -1,0 +1,41 @@
+from itertools import pairwise
+
+import pytest
+
+from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+
+
+def test_sd3_grid_is_the_published_one():
+    published = (1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893, 0)
+    assert SD3Schedule(10)() == pytest.approx(published, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 40])
+def test_sd3_grid_is_that_of_diffusers(num_steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(num_steps)
+    assert SD3Schedule(num_steps)() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_linear_grid_with_and_without_a_shift():
+    assert LinearSchedule(4)() == pytest.approx((1, 0.75, 0.5, 0.25, 0))
+    # 3 u / (1 + 2 u) at u = 3/4, 1/2, 1/4
+    assert LinearSchedule(4, shift=3.0)() == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule, SD3Schedule])
+def test_grids_fall_from_one_to_zero(schedule):
+    for num_steps in (1, 2, 7):
+        grid = schedule(num_steps)()
+        assert len(grid) == num_steps + 1
+        assert (grid[0], grid[-1]) == (1.0, 0.0)
+        assert all(t > t_next for t, t_next in pairwise(grid))
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule, SD3Schedule])
+def test_bad_values_are_named(schedule):
+    with pytest.raises(ValueError, match=r"num_steps must be at least 1, got 0"):
+        schedule(0)
+    with pytest.raises(ValueError, match=r"shift must be positive, got -1"):
+        schedule(4, shift=-1)

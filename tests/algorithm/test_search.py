@@ -1,0 +1,207 @@
+"""The searches on a reward in closed form: minus the squared distance to a target."""
+
+import math
+
+import pytest
+import torch
+
+from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw, rank_correlation
+from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
+
+TARGET_CHW = torch.linspace(-1.5, 1.5, 16).view(1, 4, 4)
+DIMENSION = 16
+
+
+class QuadraticReward:
+    """Remembers every candidate it scored."""
+
+    def __init__(self):
+        self.seen, self.estimate_steps = [], set()
+
+    def __call__(self, noise_PKCHW, estimate_steps):
+        self.seen.append(noise_PKCHW)
+        self.estimate_steps.add(estimate_steps)
+        return self.exact(noise_PKCHW)
+
+    @staticmethod
+    def exact(noise):
+        return -(noise - TARGET_CHW).square().sum(dim=(-3, -2, -1))
+
+    @property
+    def num_scored(self):
+        return sum(z.shape[0] * z.shape[1] for z in self.seen)
+
+    @property
+    def seen_PK(self):
+        return self.exact(torch.cat(self.seen, dim=1))
+
+
+def run(search, num_prompts=5, group_size=4, iteration=0, num_iterations=11):
+    draw = NoiseDraw(
+        seed=3, prompt_ids=list(range(num_prompts)), group_size=group_size, latent_shape=(1, 4, 4), iteration=iteration,
+        num_iterations=num_iterations,
+    )  # fmt: skip
+    reward = QuadraticReward()
+    noise = search(draw, reward)
+    return noise, noise.start_BCHW.unflatten(0, (num_prompts, group_size)), reward, draw
+
+
+def test_the_mean_moves_to_the_optimum():
+    search = EliteSearch(rounds=15, candidates=128, elites=16, start="mean", project="none")
+    noise, start_PGCHW, _, _ = run(search)
+    assert (start_PGCHW - TARGET_CHW).abs().max() < 0.15
+    assert torch.equal(start_PGCHW, start_PGCHW[:, :1].expand_as(start_PGCHW))
+    assert noise.metrics["search/gain"] > 10
+    assert noise.estimates_PG is None
+
+
+def test_one_round_refits_the_elites_by_hand():
+    search = EliteSearch(rounds=1, candidates=8, elites=3, start="mean", project="none")
+    _, start_PGCHW, reward, _ = run(search)
+    best = reward.seen_PK.topk(3, dim=1).indices
+    for p in range(5):
+        torch.testing.assert_close(start_PGCHW[p, 0], reward.seen[0][p, best[p]].mean(dim=0))
+
+
+def test_the_second_round_draws_from_the_refit_with_momentum_and_floor():
+    search = EliteSearch(
+        rounds=2, candidates=8, elites=1, start="mean", project="none", momentum=0.25, std_floor=0.5, estimate_steps=3
+    )
+    _, _, reward, draw = run(search)
+    elite_P = reward.exact(reward.seen[0]).argmax(dim=1)
+    elite_PCHW = reward.seen[0][torch.arange(5), elite_P]
+    # one elite has no spread: std = .25 * 1 + .75 * 0, below its floor
+    expected = 0.75 * elite_PCHW[:, None] + 0.5 * draw(2, 8)
+    torch.testing.assert_close(reward.seen[1], expected)
+    assert reward.estimate_steps == {3}
+
+
+@pytest.mark.parametrize("start", ["mean", "elites", "contrast"])
+def test_projected_noise_lies_on_the_sphere(start):
+    _, start_PGCHW, reward, _ = run(EliteSearch(rounds=2, candidates=8, elites=4, start=start, project="sphere"))
+    for noise in (start_PGCHW, *reward.seen):
+        norm = noise.flatten(2).norm(dim=2)
+        torch.testing.assert_close(norm, torch.full_like(norm, DIMENSION**0.5), rtol=1e-6, atol=0)
+
+
+def test_elites_are_the_best_seen_over_all_rounds():
+    search = EliteSearch(rounds=2, candidates=3, elites=2, project="none")
+    noise, start_PGCHW, reward, _ = run(search, group_size=5)
+    best_first = reward.seen_PK.sort(dim=1, descending=True).values
+    torch.testing.assert_close(reward.exact(start_PGCHW), best_first[:, :5])
+    torch.testing.assert_close(noise.estimates_PG, best_first[:, :5])
+    assert rank_correlation(noise.estimates_PG, reward.exact(start_PGCHW)) == pytest.approx(1.0)
+    assert all(len(torch.unique(group, dim=0)) == 5 for group in start_PGCHW)
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 5])
+def test_contrast_is_the_best_and_the_worst_seen(group_size):
+    search = EliteSearch(rounds=1, candidates=8, elites=2, start="contrast", project="none")
+    noise, _, reward, _ = run(search, group_size=group_size)
+    best_first = reward.seen_PK.sort(dim=1, descending=True).values
+    worst = group_size // 2
+    expected = torch.cat([best_first[:, : group_size - worst], best_first[:, 8 - worst :]], dim=1)
+    torch.testing.assert_close(noise.estimates_PG, expected)
+
+
+def test_project_best_shares_the_single_best_candidate():
+    search = EliteSearch(rounds=3, candidates=4, elites=2, start="mean", project="best")
+    _, start_PGCHW, reward, _ = run(search)
+    best_PG = reward.seen_PK.amax(dim=1, keepdim=True).expand(5, 4)
+    torch.testing.assert_close(reward.exact(start_PGCHW), best_PG)
+
+
+def test_fresh_elites_are_new_draws_from_the_refit():
+    search = EliteSearch(rounds=1, candidates=8, elites=3, project="none", fresh=True)
+    noise, start_PGCHW, reward, draw = run(search)
+    elites = reward.seen[0][torch.arange(5)[:, None], reward.seen_PK.topk(3, dim=1).indices]
+    expected = elites.mean(dim=1, keepdim=True) + elites.std(dim=1, keepdim=True, correction=0) * draw(2, 4)
+    torch.testing.assert_close(start_PGCHW, expected)
+    assert noise.estimates_PG is None
+
+
+def test_gain_is_what_the_elites_have_over_the_first_candidates():
+    noise, _, reward, _ = run(EliteSearch(rounds=2, candidates=6, elites=2))
+    first, last = (reward.exact(z) for z in reward.seen)
+    expected = (last.topk(2, dim=1).values.mean(dim=1) - first.mean(dim=1)).mean().item()
+    assert noise.metrics["search/gain"] == pytest.approx(expected)
+
+
+def test_mix_leaves_a_share_of_the_prompts_with_plain_noise():
+    search = EliteSearch(candidates=4, elites=2, mix=0.3)
+    noise, start_PGCHW, _, draw = run(search, num_prompts=400)
+    plain = GaussianNoise()(draw, QuadraticReward()).start_BCHW.view_as(start_PGCHW)
+    is_plain_P = (start_PGCHW == plain).flatten(1).all(dim=1)
+    assert is_plain_P.float().mean().item() == pytest.approx(0.3, abs=0.07)
+    assert noise.metrics["search/share"] == pytest.approx(1 - is_plain_P.float().mean().item())
+    assert torch.equal(noise.estimates_PG.isnan().all(dim=1), is_plain_P)
+    assert noise.estimates_PG[~is_plain_P].isfinite().all()
+
+
+def test_anneal_lowers_the_searched_share_linearly():
+    search = EliteSearch(mix=0.2, anneal=0.5)
+    assert [search.searched_share(i, 11) for i in (0, 5, 10)] == pytest.approx([0.8, 0.6, 0.4])
+    assert search.searched_share(0, 1) == pytest.approx(0.8)
+
+
+def test_nothing_is_scored_when_no_prompt_is_searched():
+    noise, start_PGCHW, reward, draw = run(EliteSearch(anneal=0.0), iteration=10)
+    assert (noise.num_scored, reward.num_scored, noise.estimates_PG) == (0, 0, None)
+    assert torch.equal(start_PGCHW.flatten(0, 1), GaussianNoise()(draw, reward).start_BCHW)
+
+
+def test_best_of_k_shared_and_distinct():
+    noise, start_PGCHW, reward, _ = run(BestOfK(candidates=6, start="shared"))
+    assert noise.num_scored == reward.num_scored == 5 * 6
+    torch.testing.assert_close(reward.exact(start_PGCHW), reward.seen_PK.amax(dim=1, keepdim=True).expand(5, 4))
+
+    noise, start_PGCHW, reward, _ = run(BestOfK(candidates=6, start="distinct"))
+    assert noise.num_scored == reward.num_scored == 5 * 4 * 6
+    own_best_PG = reward.seen_PK.view(5, 4, 6).amax(dim=2)
+    torch.testing.assert_close(reward.exact(start_PGCHW), own_best_PG)
+    torch.testing.assert_close(noise.estimates_PG, own_best_PG)
+
+
+@pytest.mark.parametrize("start", ["shared", "distinct"])
+def test_random_search_scores_as_many_candidates_and_gains_nothing(start):
+    noise, start_PGCHW, reward, _ = run(RandomSearch(rounds=3, candidates=8, start=start), num_prompts=300)
+    elite, _, _, _ = run(EliteSearch(rounds=3, candidates=8, elites=3), num_prompts=300)
+    assert noise.num_scored == reward.num_scored == elite.num_scored == 300 * 3 * 8
+    torch.testing.assert_close(reward.exact(start_PGCHW), noise.estimates_PG)
+    assert abs(noise.metrics["search/gain"]) < 0.2 * elite.metrics["search/gain"]
+    assert torch.equal(start_PGCHW[:, 0], start_PGCHW[:, 1]) == (start == "shared")
+
+
+def test_a_failed_reward_is_never_taken_for_the_best():
+    draw = NoiseDraw(0, [0], group_size=1, latent_shape=(1, 4, 4), iteration=0, num_iterations=1)
+    with pytest.raises(ValueError, match="rewards that are not finite"):
+        BestOfK()(draw, lambda z, _: torch.full(z.shape[:2], math.nan))
+    with pytest.raises(ValueError, match=r"score must return \(1, 8\) rewards, got \(1,\)"):
+        BestOfK()(draw, lambda z, _: torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"estimate_steps": 0}, "estimate_steps must be at least 1, got 0"),
+        ({"candidates": 4, "elites": 5}, "elites must be at most candidates = 4, got 5"),
+        ({"start": "median"}, "start must be one of mean, elites, contrast, got 'median'"),
+        ({"project": "ball"}, "project must be one of sphere, none, best, got 'ball'"),
+        ({"project": "best"}, "project=best gives one noise a group, got start=elites; use start=mean"),
+        ({"fresh": True, "start": "mean"}, "fresh draws distinct noises, got start=mean"),
+        ({"mix": 1.1}, "mix must lie in"),
+        ({"anneal": -0.1}, "anneal must lie in"),
+        ({"momentum": 1.0}, "momentum must lie in"),
+        ({"std_floor": -1.0}, "std_floor must not be negative"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EliteSearch(**fields)
+
+
+@pytest.mark.parametrize("search", [EliteSearch(candidates=3, elites=1), RandomSearch(candidates=3)])
+def test_more_samples_than_candidates_are_refused(search):
+    with pytest.raises(ValueError, match=r"hands out 4 .*noises of only rounds \* candidates = 3"):
+        run(search)
