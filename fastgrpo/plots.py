@@ -33,6 +33,8 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, title: str, x: st
         axes.set_title(name, fontsize=11)
         axes.set_ylabel(unit)
         axes.set_xlabel(_AXIS[x])
+        if unit == "images/s":
+            axes.set_ylim(bottom=0.0)
     buffer = io.BytesIO()
     # matplotlib writes its version into the file otherwise: equal runs have equal pictures
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -1,6 +1,7 @@
 """What a run writes can be read back: rows, scalars, pixels, curves, summary; a resumed run writes it without seams."""
 
 import importlib.util
+import io
 import json
 import logging
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from fastgrpo.grids import cell_origin, enlargement
 from fastgrpo.metrics import METRICS, Metrics, explain, read_metrics
@@ -54,7 +56,7 @@ def test_every_key_of_a_run_is_explained() -> None:
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_logged(run: RunDirectory, metrics: Metrics) -> None:
-    metrics.log(1, {"loss": 0.1, "images": 96, "kl": np.float32(0.5)})
+    metrics.log(1, {"loss": 0.1, "images": 96, "kl": 0.5})
     assert json.loads(run.metrics.read_text()) == {"iteration": 1, "loss": 0.1, "images": 96, "kl": 0.5}
 
 
@@ -295,3 +297,14 @@ def test_a_log_file_gets_the_first_line_every_nth_and_the_last(capsys: pytest.Ca
         "iteration 10/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:20 left",
         "iteration 12/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:00 left",
     ]
+
+
+def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    with Progress(2, console=console, clock=clock_of([0.0, 4.0, 8.0])) as progress:
+        progress.update(1, {"reward/total": 0.25})
+        progress.update(2, {"reward/total": 0.75})
+    assert "iteration 1/2  reward 0.250  0:04 left" in screen.getvalue()
+    assert "iteration 2/2  reward 0.750  0:00 left" in screen.getvalue()
+    assert screen.getvalue().count("\n") == 1
