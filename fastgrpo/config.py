@@ -110,7 +110,8 @@ def find_target(path: str, key: str) -> Any:
 def build(config: DictConfig, **extra: Any) -> Any:
     """The object of a checked config.  A piece's own ValueError comes through as it was raised."""
     try:
-        return instantiate(config, **extra)
+        # objects given to instantiate itself would come out as configs: Hydra takes dataclasses for schemas
+        return instantiate(config, _partial_=True)(**extra) if extra else instantiate(config)
     except HydraException as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
