@@ -1,6 +1,7 @@
 """Settings of every test: one thread, no network, kernels in Triton's interpreter where there is no GPU."""
 
 import os
+from pathlib import Path
 
 # oversubscribed threads make a small forward 15 times slower; both must be set before torch is imported
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,3 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a pipeline in miniature with random weights."""
+    from tests.tiny import make_pipeline
+
+    return make_pipeline(tmp_path_factory.mktemp("weights") / "tiny")
