@@ -103,7 +103,7 @@ def build_evaluation(
         rewards=rewards,
         texts=texts,
         images_per_prompt=config.evaluate.images_per_prompt,
-        grid=algorithm.short_grid(config.evaluate.num_steps),
+        grid=algorithm.evaluation_grid(config.evaluate.num_steps),
         micro_batch=config.runtime.micro_batch,
         seed=0,
     )

@@ -140,7 +140,7 @@ class Trainer:
 
         def score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
             num_candidates = noise_PKCHW.shape[1]
-            sample = replace(self.rollout, grid=self.algorithm.short_grid(estimate_steps), dynamics=ODE())
+            sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
             images_BCHW = sample(prompts, conditions, noise_PKCHW.flatten(0, 1), ()).images_BCHW
             texts = [text for text in prompts.texts for _ in range(num_candidates)]
             return self.rewards.score(images_BCHW, texts).view(len(prompts), num_candidates)
@@ -187,7 +187,10 @@ class Trainer:
         """Stop a run whose ratio or gradients are broken; the batch at fault is saved for study."""
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if stats.skipped_steps else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            why = f"{self._skipped_in_a_row} iterations in a row had gradients that are not finite; lower the learning rate"
+            why = (
+                f"{self._skipped_in_a_row} iterations in a row had gradients that are not finite; "
+                "lower train.learning_rate"
+            )
         elif not stats.skipped_steps and stats.ratio_deviation > MAX_RATIO_DEVIATION:
             why = (
                 f"ratio_deviation is {stats.ratio_deviation:.2g} before the first optimizer step, where the ratio must "

@@ -51,7 +51,7 @@ class Update:
         if self.optimizer_steps < 1:
             raise ValueError(f"train.optimizer_steps must be at least 1, got {self.optimizer_steps}")
         if self.max_grad_norm <= 0:
-            raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use a large one for none")
+            raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
 
     def __call__(
         self, trajectories: Trajectories, conditions_B: Conditions, advantages_B: Tensor, iteration: int
@@ -102,9 +102,7 @@ class Update:
         return grad_norm
 
 
-def _summarize(
-    seen: list[tuple[Tensor, Tensor, ObjectiveStats]], first_seen: int, grad_norms: Tensor
-) -> UpdateStats:
+def _summarize(seen: list[tuple[Tensor, Tensor, ObjectiveStats]], first_seen: int, grad_norms: Tensor) -> UpdateStats:
     losses, kls, stats = zip(*seen, strict=True)
     finite = grad_norms.isfinite()
     return UpdateStats(

@@ -27,6 +27,10 @@ class Algorithm:
         """The times t_0 = 1 ... t_N = 0 of a rollout."""
         return self.schedule()
 
-    def short_grid(self, num_steps: int) -> tuple[float, ...]:
-        """The same schedule in ``num_steps`` steps, for estimates and evaluation."""
+    def evaluation_grid(self, num_steps: int) -> tuple[float, ...]:
+        """The same schedule in another number of steps."""
         return replace(self.schedule, num_steps=num_steps)()
+
+    def estimate_grid(self, num_steps: int) -> tuple[float, ...]:
+        """As many real steps with the same shift: SD3's own grid in few steps would spend one of them on .009 -> 0."""
+        return LinearSchedule(num_steps, self.schedule.shift)()

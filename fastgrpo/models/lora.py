@@ -41,7 +41,9 @@ class LoRA:
         generator = torch.Generator().manual_seed(self.seed)
         layers = [(name, module) for name, module in transformer.named_modules() if self._is_target(name, module)]
         if not layers:
-            raise ValueError(f"LoRA found no linear layer named {', '.join(self.targets)}; check model.adaptation.targets")
+            raise ValueError(
+                f"LoRA found no linear layer named {', '.join(self.targets)}; check model.adaptation.targets"
+            )
         trainable: dict[str, nn.Parameter] = {}
         for name, base in layers:
             assert isinstance(base, nn.Linear)

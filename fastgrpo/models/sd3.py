@@ -130,7 +130,6 @@ class StableDiffusion3:
         images_BCHW = vae.decode(x_BCHW / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
         return (images_BCHW / 2 + 0.5).clamp(0, 1)
 
-
     def save_lora(self, directory: Path) -> None:
         """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""
         if not self.has_lora:
@@ -162,7 +161,9 @@ def _load_pipeline(weights: str, dtype: torch.dtype, use_t5: bool) -> StableDiff
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3):
         # transformers answers with an empty tokenizer, not an error, where its files are missing
         if tokenizer is not None and len(tokenizer) < _MIN_VOCABULARY:
-            raise ValueError(f"model.weights: a tokenizer of {weights!r} has {len(tokenizer)} words; its files are missing")
+            raise ValueError(
+                f"model.weights: a tokenizer of {weights!r} has {len(tokenizer)} words; its files are missing"
+            )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

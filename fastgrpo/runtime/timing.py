@@ -8,7 +8,7 @@ import torch
 
 
 class StageTimer:
-    """``with timer("rollout"):`` adds to that stage.  On CUDA events are recorded, and read when ``seconds`` is called."""
+    """``with timer("rollout"):`` adds to that stage.  On CUDA it records events, which ``seconds`` reads."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -42,5 +42,6 @@ class StageTimer:
     def _between(first: float | torch.cuda.Event, last: float | torch.cuda.Event) -> float:
         if isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event):
             return first.elapsed_time(last) / 1000
-        assert isinstance(first, float) and isinstance(last, float)
+        assert isinstance(first, float)
+        assert isinstance(last, float)
         return last - first

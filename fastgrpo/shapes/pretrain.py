@@ -9,14 +9,14 @@ Four stages, each a function of the seed alone, write a ``StableDiffusion3Pipeli
 
 The captions that the transformer learns from are wrong at a stated rate, as captions from the web are: the model can
 draw every scene, but does not always draw the one it was asked for.  That is the room that reinforcement has.
-Held-out captions (``held_out_captions``) appear in no stage.  Letters: B batch, C channels, H W latent height and width.
+Held-out captions (captions.py) appear in no stage.  Letters: B batch, C channels, H W latent height and width.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,8 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from fastgrpo.shapes.world import COLORS, COUNTS, IMAGE_SIZE, RELATIONS, SHAPES, Caption, all_captions, draw, sample_scene
+from fastgrpo.shapes.captions import misread, training_captions
+from fastgrpo.shapes.world import IMAGE_SIZE, Caption, Shape, all_captions, draw, sample_scene
 
 MAX_TOKENS = 12
 WIDTH = 128
@@ -50,43 +51,10 @@ class Recipe:
 
     seed: int = 0
     autoencoder_steps: int = 1500
-    transformer_steps: int = 7000
+    transformer_steps: int = 6000
     scorer_steps: int = 1500
     num_scenes: int = 20000
     wrong_captions: float = 0.3
-
-
-def held_out_captions() -> list[Caption]:
-    """64 captions that no training has seen: 8 of one kind, 56 of two."""
-    captions = all_captions()
-    shuffled = np.random.default_rng(2510).permutation
-    one = [c for c in captions if c.relation is None]
-    two = [c for c in captions if c.relation is not None]
-    return [one[i] for i in sorted(shuffled(len(one))[:8])] + [two[i] for i in sorted(shuffled(len(two))[:56])]
-
-
-def training_captions() -> list[Caption]:
-    """The other 236 captions, in the world's order."""
-    held_out = set(held_out_captions())
-    return [caption for caption in all_captions() if caption not in held_out]
-
-
-def misread(caption: Caption, generator: np.random.Generator) -> Caption:
-    """The caption with one thing wrong: a color, a shape, the count or the relation."""
-    kinds, relation = list(caption.kinds), caption.relation
-    fault = generator.choice(["color", "shape", "count" if relation is None else "relation"])
-    which = int(generator.integers(len(kinds)))
-    color, shape = kinds[which]
-    if fault == "color":
-        wrong = (str(generator.choice([c for c in COLORS if c != color])), shape)
-    elif fault == "shape":
-        wrong = (color, str(generator.choice([s for s in SHAPES if s != shape])))
-    elif fault == "count":
-        count = int(generator.choice([n for n in COUNTS.values() if n != len(kinds)]))
-        return Caption((kinds[0],) * count)
-    else:
-        return Caption((kinds[1], kinds[0]), relation)
-    return Caption(tuple(wrong if relation is None or i == which else kind for i, kind in enumerate(kinds)), relation)
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -170,10 +138,12 @@ def train_transformer(
     )
     captions = training_captions()
     drawn = [captions[i] for i in generator.integers(len(captions), size=recipe.num_scenes)]
-    latents_NCHW = torch.cat([
-        _encode(vae, draw([sample_scene(caption, generator) for caption in drawn[i : i + 250]]))
-        for i in range(0, len(drawn), 250)
-    ])
+    latents_NCHW = torch.cat(
+        [
+            _encode(vae, draw([sample_scene(caption, generator) for caption in drawn[i : i + 250]]))
+            for i in range(0, len(drawn), 250)
+        ]
+    )
     latents_NCHW = (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor
     # a wrong caption is wrong for good, as in a data set; 10% are dropped anew each time, for guidance
     known = {str(caption) for caption in captions}
@@ -218,17 +188,28 @@ def train_scorer(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
     """CLIP in miniature, contrastive over batches of distinct captions, all of them right."""
     torch.manual_seed(recipe.seed + 2)
     generator = np.random.default_rng(recipe.seed + 2)
-    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=IMAGE_SIZE, patch_size=8, projection_dim=_TEXT_WIDTH)
-    model = CLIPModel(CLIPConfig(text_config=_text_config(tokenizer).to_dict(), vision_config=vision.to_dict(),
-                                 projection_dim=_TEXT_WIDTH))
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        projection_dim=_TEXT_WIDTH,
+    )
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=_text_config(tokenizer).to_dict(), vision_config=vision.to_dict(), projection_dim=_TEXT_WIDTH
+        )
+    )
     captions = training_captions()
     mean, std = (torch.tensor(x)[:, None, None] for x in (_CLIP_MEAN, _CLIP_STD))
 
     def loss(_: int) -> Tensor:
         batch = [captions[i] for i in generator.permutation(len(captions))[:64]]
-        tokens_BL = tokenizer([str(c) for c in batch], padding="max_length", max_length=MAX_TOKENS,
-                              return_tensors="pt").input_ids
+        tokens_BL = tokenizer(
+            [str(c) for c in batch], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt"
+        ).input_ids
         images_BCHW = draw([sample_scene(caption, generator) for caption in batch])
         logits_BB = model(input_ids=tokens_BL, pixel_values=(images_BCHW - mean) / std).logits_per_image
         target_B = torch.arange(64)
@@ -257,7 +238,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def _scenes(captions: list[Caption], generator: np.random.Generator, count: int) -> list:
+def _scenes(captions: list[Caption], generator: np.random.Generator, count: int) -> list[list[Shape]]:
     return [sample_scene(captions[i], generator) for i in generator.integers(len(captions), size=count)]
 
 
@@ -268,7 +249,7 @@ def _encode(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
 
 def _train(
     name: str,
-    parameters: Iterator[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     loss: Callable[[int], Tensor],
     *,
     steps: int,

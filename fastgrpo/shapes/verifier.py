@@ -22,6 +22,8 @@ _MIN_BLEND = 0.5
 _MIN_COSINE = 0.93
 # smaller components are specks: the smallest drawn object covers 130 pixels
 _MIN_AREA = 30
+# and the largest covers 227: a frame full of red is not a red square
+_MAX_AREA = 400
 # overlap with the ideal shape; drawn and reconstructed objects lie above 0.9
 _MIN_OVERLAP = 0.78
 _RELATION_MARGIN = 6.0
@@ -38,6 +40,7 @@ class Found:
     color: str
     x: float
     y: float
+    area: int
     overlap: dict[str, float]
 
     @property
@@ -61,7 +64,7 @@ def find_objects(image_HWC: np.ndarray) -> list[Found]:
             if area >= _MIN_AREA:
                 rows, columns = np.nonzero(mask)
                 x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
-                found.append(Found(name, x, y, _overlap(mask, x, y, area)))
+                found.append(Found(name, x, y, area, _overlap(mask, x, y, area)))
     return found
 
 
@@ -99,7 +102,7 @@ def _match(item: Found | None, kind: tuple[str, str]) -> tuple[float, bool]:
     if item is None:
         return 0.0, False
     color, shape = kind
-    right_shape = item.shape == shape
+    right_shape = item.shape == shape and item.area <= _MAX_AREA
     form = np.clip((item.overlap[shape] - 0.5) / (_MIN_OVERLAP - 0.5), 0.0, 1.0) * (1.0 if right_shape else 0.3)
     score = (0.5 + 0.5 * form) if item.color == color else 0.3 * form
     return float(score), item.color == color and right_shape and item.overlap[shape] >= _MIN_OVERLAP

@@ -45,7 +45,7 @@ _TWO_KINDS = re.compile(rf"a {_KIND} ({'|'.join(RELATIONS)}) a {_KIND}")
 
 @dataclass(frozen=True)
 class Caption:
-    """What a scene must show: the (color, shape) of each object and, for two objects, how the first lies to the second."""
+    """What a scene must show: the (color, shape) of each object and, of two, how the first lies to the second."""
 
     kinds: tuple[tuple[str, str], ...]
     relation: str | None = None
@@ -103,9 +103,7 @@ def sample_scene(caption: Caption, generator: np.random.Generator) -> list[Shape
             xy[1] = xy[0] + (step if caption.relation == "left of" else step[::-1])
         inside = (xy >= low[:, None]).all() and (xy <= high[:, None]).all()
         apart = all(
-            np.hypot(*(xy[i] - xy[j])) >= 1.27 * (radii[i] + radii[j]) + _GAP
-            for i in range(len(xy))
-            for j in range(i)
+            np.hypot(*(xy[i] - xy[j])) >= 1.27 * (radii[i] + radii[j]) + _GAP for i in range(len(xy)) for j in range(i)
         )
         if inside and apart:
             return [

@@ -1,6 +1,5 @@
 """The weighted sum against hand-computed numbers, and what it does with answers that cannot be trained on."""
 
-
 import pytest
 import torch
 from torch import Tensor

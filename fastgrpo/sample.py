@@ -1,0 +1,122 @@
+"""Images of prompts: start noise, plain or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.dynamics import ODE
+from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
+from fastgrpo.config import build, resolve_path
+from fastgrpo.estimate import EstimatedReward
+from fastgrpo.grids import draw_grid, png, to_uint8
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.output_directory import new_directory
+from fastgrpo.prompts import load_prompts
+from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rollout import Rollout
+from fastgrpo.run_directory import write_whole
+from fastgrpo.trained import load_model
+from fastgrpo.types import Conditions, Prompts
+
+_MAX_NAME = 40
+
+
+def sample(config: DictConfig) -> None:
+    """Run a checked ``sample`` config and print where the images are."""
+    texts = _texts(config)
+    if config.images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
+    algorithm: Algorithm = build(config.algorithm)
+    grid = algorithm.evaluation_grid(config.num_steps)
+    rewards: Rewards | None = build(config.reward) if config.search else None
+    directory = new_directory(config.output)
+    model, origin = load_model(config)
+    rollout = Rollout(
+        model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed
+    )
+    sampler = Sampler(
+        model=model,
+        rollout=rollout,
+        algorithm=algorithm,
+        rewards=rewards,
+        images_per_prompt=config.images_per_prompt,
+        seed=config.seed,
+    )
+    pages, labels = [], []
+    for index, (text, images_BCHW) in enumerate(zip(texts, sampler(texts), strict=True)):
+        pixels_BHWC = to_uint8(images_BCHW)
+        for number, pixels_HWC in enumerate(pixels_BHWC):
+            write_whole(directory / _file_name(index, number, text), png(Image.fromarray(pixels_HWC)))
+        pages.append(torch.from_numpy(pixels_BHWC))
+        labels += [text] * len(pixels_BHWC)
+    write_whole(directory / "grid.png", png(draw_grid(torch.cat(pages).numpy(), labels)))
+    print(f"{len(labels)} images of {len(texts)} prompts from {origin}: {directory}, all of them in {directory / 'grid.png'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """``images_per_prompt`` images [B, 3, H, W] of each text; with ``rewards`` their noises come from the search."""
+
+    model: FlowModel
+    rollout: Rollout
+    algorithm: Algorithm
+    rewards: Rewards | None
+    images_per_prompt: int
+    seed: int
+
+    def __call__(self, texts: list[str]) -> Iterator[Tensor]:
+        """The images of one prompt after the other."""
+        prompts_at_once = max(1, self.rollout.micro_batch // self.images_per_prompt)
+        for first in range(0, len(texts), prompts_at_once):
+            part = texts[first : first + prompts_at_once]
+            prompts = Prompts(part, ids=list(range(first, first + len(part))))
+            conditions = self.model.encode(part)
+            images_BCHW = self.rollout(prompts, conditions, self._start(prompts, conditions), ()).images_BCHW
+            yield from images_BCHW.split(self.images_per_prompt)
+
+    @torch.no_grad()
+    def _start(self, prompts: Prompts, conditions: Conditions) -> Tensor:
+        draw = NoiseDraw(
+            seed=self.seed,
+            prompt_ids=prompts.ids,
+            group_size=self.images_per_prompt,
+            latent_shape=self.model.latent_shape,
+            iteration=0,
+            num_iterations=1,
+            device=self.model.device,
+        )
+        if self.rewards is None:
+            return GaussianNoise()(draw, _no_score).start_BCHW
+        score = EstimatedReward(
+            rollout=self.rollout,
+            algorithm=self.algorithm,
+            rewards=self.rewards,
+            prompts=prompts,
+            conditions=conditions,
+        )
+        noise = self.algorithm.noise(draw, score)
+        if noise.num_scored == 0:
+            raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
+        return noise.start_BCHW
+
+
+def _no_score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
+    raise AssertionError("plain noise scores nothing")
+
+
+def _texts(config: DictConfig) -> list[str]:
+    if bool(config.prompt.strip()) == bool(config.prompts.path):
+        raise ValueError("give either prompt='a red circle' or prompts.path=FILE")
+    return [config.prompt.strip()] if config.prompt else load_prompts(resolve_path(config.prompts.path))
+
+
+def _file_name(index: int, number: int, text: str) -> Path:
+    words = re.sub(r"[^a-z0-9]+", "_", text.lower())[:_MAX_NAME].strip("_")
+    return Path(f"{index:04d}_{number:02d}_{words}.png".replace("_.", "."))

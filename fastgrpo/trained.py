@@ -1,0 +1,80 @@
+"""The model of a finished run: its configuration, read as data, and the averaged weights of a checkpoint.
+
+``run`` is a run directory, whose newest complete checkpoint is taken, or one ``checkpoints/step_*`` of it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fastgrpo.checkpoint import Checkpoint, TrainState
+from fastgrpo.config import check, check_own
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.run_directory import RunDirectory
+from fastgrpo.train import build_model
+
+# what a run brings along; every other key is the command's
+_OF_RUN = ("model", "adaptation")
+
+
+def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config with the run's model in place of its own; ValueError if the user asked for another one as well."""
+    if not config.run:
+        return config
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0].split("@")[0].split(".")[0].split("/")[0]
+        if key in _OF_RUN:
+            raise ValueError(f"{override}: run={config.run} brings its own {key}; leave one of the two out")
+    run, _ = _find(config.run)
+    try:
+        saved: Any = OmegaConf.load(run.config)
+        sections = {key: OmegaConf.to_container(saved[key], resolve=False) for key in _OF_RUN}
+    except (OSError, OmegaConfBaseException, YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{run.config} is not the config of a run ({_one_line(error)})") from error
+    own = OmegaConf.create({**{key: config[key] for key in config}, **sections})
+    for key in _OF_RUN:
+        check_own(own[key], key, run.config)
+    check(own)
+    return own
+
+
+def load_model(config: DictConfig) -> tuple[FlowModel, str]:
+    """The model of a config that ``with_run`` returned, and in words where its weights are from."""
+    if not config.run:
+        return build_model(config), f"base model {config.model.weights}"
+    run, step = _find(config.run)
+    checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
+    path = step or checkpoint.latest()
+    if path is None:
+        raise ValueError(f"run {run.path} has no complete checkpoint; let it train to its first, see checkpoint.every")
+    model = build_model(config)
+    weights = {name: weight.detach() for name, weight in model.trainable.items()}
+    fresh = TrainState(
+        iteration=0, seconds=0.0, weights=weights, ema=weights, optimizer={}, model=model.fingerprint, extra={}
+    )
+    state = checkpoint.load_matching(path, fresh)
+    with torch.no_grad():
+        for name, weight in model.trainable.items():
+            weight.copy_(state.ema[name])
+    return model, f"averaged weights of {path}"
+
+
+def _find(run: str) -> tuple[RunDirectory, Path | None]:
+    """The run directory of ``run``, and the checkpoint if it names one."""
+    path = Path(run).expanduser()
+    if (path / "config.yaml").is_file():
+        return RunDirectory(path), None
+    if path.name.startswith("step_") and path.is_dir():
+        directory = RunDirectory(path.resolve().parents[1])
+        if directory.config.is_file():
+            return directory, path
+    raise ValueError(f"run={run} is neither a run directory, which has a config.yaml, nor a checkpoints/step_* of one")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

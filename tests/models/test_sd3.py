@@ -1,0 +1,151 @@
+"""Our rollout of Stable Diffusion 3 is diffusers' own pipeline, and what a wrong setting answers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from fastgrpo.algorithm.dynamics import ODE
+from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.models.lora import LoRA
+from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.rollout import Rollout
+from fastgrpo.types import Prompts
+
+# diffusers wants to be told of encoders that a directory lacks
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+TEXTS = ["a red circle", "two blue squares", "a red circle"]
+
+
+def make_model(weights: Path, **settings) -> StableDiffusion3:
+    defaults = {"weights": str(weights), "adaptation": LoRA(rank=4), "resolution": 64, "use_t5": False}
+    return StableDiffusion3(**defaults | settings)
+
+
+@pytest.fixture(scope="module")
+def scaled_weights(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a latent scale and shift that matter, as SD3's autoencoder has them."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_weights, **WITHOUT_T5)
+    pipeline.vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    directory = tmp_path_factory.mktemp("scaled")
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def t5_weights(scaled_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a T5 as third encoder, whose tokenizer knows the words of the texts."""
+    words = ["<pad>", "</s>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
+    words += [f"<extra_{i}>" for i in range(40)]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(scaled_weights, **WITHOUT_T5)
+    width = pipeline.transformer.config.joint_attention_dim
+    torch.manual_seed(5)
+    config = T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipeline.register_modules(
+        text_encoder_3=T5EncoderModel(config).eval(),
+        tokenizer_3=PreTrainedTokenizerFast(tokenizer_object=model, **special),
+    )
+    directory = tmp_path_factory.mktemp("t5")
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def images_of_diffusers(weights: Path, components: dict, start: torch.Tensor, **settings) -> torch.Tensor:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(weights, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(TEXTS, latents=start, num_inference_steps=10, output_type="pt", **settings).images
+
+
+def images_of_ours(model: StableDiffusion3, start: torch.Tensor) -> torch.Tensor:
+    rollout = Rollout(model=model, grid=SD3Schedule(10)(), dynamics=ODE(), micro_batch=2, seed=0)
+    return rollout(Prompts(TEXTS, ids=[0, 1, 2]), model.encode(TEXTS), start, ()).images_BCHW
+
+
+def make_start() -> torch.Tensor:
+    return torch.randn(len(TEXTS), 16, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("encoders", ["two encoders", "two encoders and zeros for T5", "three encoders"])
+def test_the_ode_gives_the_images_of_diffusers(
+    encoders: str, guidance_scale: float, scaled_weights: Path, t5_weights: Path
+) -> None:
+    use_t5 = encoders == "three encoders"
+    weights = t5_weights if use_t5 else scaled_weights
+    settings = {"guidance_scale": guidance_scale, "max_sequence_length": 0 if encoders == "two encoders" else 7}
+    start = make_start()
+    ours = images_of_ours(make_model(weights, use_t5=use_t5, **settings), start)
+    theirs = images_of_diffusers(weights, {} if use_t5 else WITHOUT_T5, start, **settings)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    # the images are no constant, so that equality means something
+    assert ours.std() > 0.01
+
+
+def test_the_third_encoder_and_guidance_change_the_image(t5_weights: Path) -> None:
+    start = make_start()
+    plain = images_of_ours(make_model(t5_weights, max_sequence_length=7, use_t5=True), start)
+    without_t5 = images_of_ours(make_model(t5_weights, max_sequence_length=7), start)
+    guided = images_of_ours(make_model(t5_weights, max_sequence_length=7, use_t5=True, guidance_scale=4.5), start)
+    assert (plain - without_t5).abs().max() > 1e-3
+    assert (plain - guided).abs().max() > 1e-3
+
+
+def test_guidance_sends_no_gradient_through_the_unconditional_branch(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, guidance_scale=4.5)
+    x, conditions = make_start(), model.encode(TEXTS)
+    cotangent = torch.randn_like(x)
+    (model.velocity(x, 0.6, conditions) * cotangent).sum().backward()
+    guided = {name: weight.grad for name, weight in model.trainable.items()}
+    for weight in model.trainable.values():
+        weight.grad = None
+    model.guidance_scale = 1.0
+    (model.velocity(x, 0.6, conditions) * 4.5 * cotangent).sum().backward()
+    for name, weight in model.trainable.items():
+        torch.testing.assert_close(guided[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tiny_weights)
+    encoded: list[str] = []
+    run = model._run_encoders
+    monkeypatch.setattr(model, "_run_encoders", lambda texts: encoded.extend(texts) or run(texts))
+    first = model.encode(TEXTS)
+    again = model.encode(["two blue squares", "a red circle", "a green circle"])
+    assert encoded == ["a red circle", "two blue squares", "a green circle"]
+    assert torch.equal(first.embeds_BLC[0], again.embeds_BLC[1])
+    assert torch.equal(first.pooled_BC[1], again.pooled_BC[0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dtype": "float8"}, r"model\.dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"guidance_scale": 0.5}, r"model\.guidance_scale must be at least 1, got 0\.5"),
+        ({"resolution": 40}, r"model\.resolution must be a positive multiple of 16, got 40"),
+        ({"weights": "/nowhere"}, r"model\.weights: cannot load a StableDiffusion3Pipeline from '/nowhere'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(setting: dict, message: str, tiny_weights: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(tiny_weights, **setting)
+
+
+def test_the_fingerprint_tells_weights_and_adapters_apart(tiny_weights: Path, scaled_weights: Path) -> None:
+    fingerprint = make_model(tiny_weights).fingerprint
+    assert make_model(scaled_weights).fingerprint == fingerprint
+    assert make_model(tiny_weights, adaptation=LoRA(rank=5)).fingerprint != fingerprint
+
+    def changed(transformer):
+        with torch.no_grad():
+            transformer.proj_out.weight.mul_(1.01)
+        return LoRA(rank=4)(transformer)
+
+    # taken before the adapters are installed, so a change of the base is seen in the file alone
+    assert make_model(tiny_weights, adaptation=changed).fingerprint == fingerprint
