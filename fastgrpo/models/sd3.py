@@ -155,7 +155,7 @@ def _load_pipeline(weights: str, dtype: torch.dtype, use_t5: bool) -> StableDiff
         path = str(files(package) / inside)
     without_t5 = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, **without_t5)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **without_t5)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.weights: cannot load a StableDiffusion3Pipeline from {weights!r}: {error}") from error
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3):

@@ -1,0 +1,173 @@
+"""Adapters change nothing when installed, train alone, leave the reference untouched, and load in diffusers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.types import Conditions
+
+TEXTS = ["a red circle", "two blue squares"]
+T = 0.7
+# Flow-GRPO's targets; the last block of SD3 has no text stream to write back to
+FLOW_GRPO_TARGETS = {
+    *(f"0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"0.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"1.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"1.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")),
+}
+
+
+def make_model(weights: Path, adaptation) -> StableDiffusion3:
+    return StableDiffusion3(
+        weights=str(weights), adaptation=adaptation, resolution=64, max_sequence_length=0, use_t5=False
+    )
+
+
+def load_pipeline(weights: Path) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline.from_pretrained(weights, text_encoder_3=None, tokenizer_3=None)
+
+
+@torch.no_grad()
+def velocity_of(transformer: SD3Transformer2DModel, x: Tensor, conditions: Conditions) -> Tensor:
+    """The velocity by diffusers' own interface."""
+    output = transformer(
+        hidden_states=x,
+        timestep=torch.full((len(x),), 1000 * T),
+        encoder_hidden_states=conditions.embeds_BLC,
+        pooled_projections=conditions.pooled_BC,
+    )
+    return output.sample
+
+
+def make_latents() -> Tensor:
+    return torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def train_a_little(model: StableDiffusion3, num_steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=2e-2)
+    x, conditions = make_latents(), model.encode(TEXTS)
+    for _ in range(num_steps):
+        (model.velocity(x, T, conditions) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_new_adapters_change_no_bit(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4))
+    x, conditions = make_latents(), model.encode(TEXTS)
+    base = velocity_of(load_pipeline(tiny_weights).transformer, x, conditions)
+    assert torch.equal(model.velocity(x, T, conditions), base)
+
+
+def test_the_targets_are_those_of_flow_grpo(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4))
+    names = {name.removeprefix("transformer_blocks.") for name in model.trainable}
+    adapters = {f"{target}.lora_{side}.weight" for target in FLOW_GRPO_TARGETS for side in "AB"}
+    assert names == adapters
+    assert {name for name, p in model.transformer.named_parameters() if p.requires_grad} == {
+        name.replace(".weight", "") for name in model.trainable
+    }
+
+
+def test_second_attention_and_feed_forward_are_left_alone_unless_named() -> None:
+    feed_forward = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(4, 8)}), nn.GELU(), nn.Linear(8, 4)])
+    block = nn.ModuleDict(
+        {
+            "attn": nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_k": nn.Linear(4, 4)}),
+            "attn2": nn.ModuleDict({"to_q": nn.Linear(4, 4)}),
+            "ff": nn.ModuleDict({"net": feed_forward}),
+        }
+    )
+    assert set(LoRA(rank=2)(block).lora_config["target_modules"]) == {"attn.to_q", "attn.to_k"}
+
+
+def test_named_feed_forwards_are_adapted(tiny_weights: Path) -> None:
+    targets = make_model(tiny_weights, LoRA(rank=4, targets=(*ATTENTION, *FEED_FORWARD))).adaptation.lora_config
+    names = {name.removeprefix("transformer_blocks.") for name in targets["target_modules"]}
+    both_streams = {"0.ff.net.0.proj", "0.ff.net.2", "0.ff_context.net.0.proj", "0.ff_context.net.2"}
+    assert names == FLOW_GRPO_TARGETS | both_streams | {"1.ff.net.0.proj", "1.ff.net.2"}
+
+
+def test_adapters_start_as_flow_grpo_starts_them() -> None:
+    layer = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(4000, 10)})})
+    trainable = LoRA(rank=8)(layer).trainable
+    assert trainable["attn.to_q.lora_A.weight"].std().item() == pytest.approx(1 / 8, rel=0.02)
+    assert not trainable["attn.to_q.lora_B.weight"].any()
+
+
+def test_the_reference_is_the_untouched_base_after_training(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4))
+    x, conditions = make_latents(), model.encode(TEXTS)
+    before = model.velocity(x, T, conditions).detach()
+    train_a_little(model)
+    assert torch.equal(model.reference_velocity(x, T, conditions), before)
+    assert (model.velocity(x, T, conditions) - before).abs().max() > 1e-2
+    own = {name.replace(".base.", "."): weight for name, weight in model.transformer.state_dict().items()}
+    base = load_pipeline(tiny_weights).transformer.state_dict()
+    assert [name for name, weight in base.items() if not torch.equal(own[name], weight)] == []
+
+
+def test_saved_adapters_give_the_same_velocity_in_diffusers(tiny_weights: Path, tmp_path: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4, alpha=6.0))
+    train_a_little(model)
+    model.save_lora(tmp_path)
+    pipeline = load_pipeline(tiny_weights)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    x, conditions = make_latents(), model.encode(TEXTS)
+    theirs = velocity_of(pipeline.transformer, x, conditions)
+    torch.testing.assert_close(model.velocity(x, T, conditions).detach(), theirs, atol=1e-5, rtol=0)
+
+
+def test_a_merged_pipeline_gives_the_same_velocity(tiny_weights: Path, tmp_path: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4, alpha=6.0))
+    train_a_little(model)
+    x, conditions = make_latents(), model.encode(TEXTS)
+    trained = model.velocity(x, T, conditions).detach()
+    model.save_merged(tmp_path)
+    pipeline = load_pipeline(tmp_path)
+    assert not any("lora" in name for name, _ in pipeline.transformer.named_parameters())
+    torch.testing.assert_close(velocity_of(pipeline.transformer, x, conditions), trained, atol=1e-5, rtol=0)
+
+
+def test_full_fine_tuning_trains_every_weight_and_its_reference_stays_the_start(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, FullFineTuning())
+    x, conditions = make_latents(), model.encode(TEXTS)
+    before = model.velocity(x, T, conditions).detach()
+    weights = {name: weight.detach().clone() for name, weight in model.transformer.named_parameters()}
+    assert model.trainable.keys() == weights.keys()
+    train_a_little(model)
+    assert [name for name, weight in model.trainable.items() if torch.equal(weight, weights[name])] == []
+    assert torch.equal(model.reference_velocity(x, T, conditions), before)
+    assert (model.velocity(x, T, conditions) - before).abs().max() > 1e-2
+
+
+def test_full_fine_tuning_has_no_adapters_to_write(tiny_weights: Path, tmp_path: Path) -> None:
+    model = make_model(tiny_weights, FullFineTuning())
+    assert not model.has_lora
+    with pytest.raises(ValueError, match="full fine-tuning has no LoRA to write; export the merged pipeline"):
+        model.save_lora(tmp_path)
+
+
+def test_without_a_kept_reference_there_is_none(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, FullFineTuning(keep_reference=False))
+    with pytest.raises(ValueError, match=r"kl_coef > 0 needs the reference policy; .*keep_reference=true"):
+        model.reference_velocity(make_latents(), T, model.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0; use adaptation=full"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ({"targets": ("to_qkv",)}, "LoRA found no linear layer named to_qkv"),
+    ],
+)
+def test_wrong_adapters_are_refused(settings: dict, message: str, tiny_weights: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(tiny_weights, LoRA(**settings))
