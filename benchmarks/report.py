@@ -1,0 +1,48 @@
+"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>.{json,md}``, with device, versions and commit."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.summary import commit, hardware, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> Path:
+    """Write both files; ``body`` is Markdown.  Returns the path of the Markdown file."""
+    revision = commit()
+    if revision is None:
+        raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout")
+    device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
+    dirty = "-dirty" if revision.endswith("-dirty") else ""
+    stem = f"{theme}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"
+    origin = {"commit": revision, "hardware": hardware(), "cpu": _cpu(), "versions": versions()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
+    used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    where = f"{os.cpu_count()} cores of {_cpu()}" if device == "cpu" else device
+    text = f"# {title}\n\n{body.strip()}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
+    path = RESULTS / f"{stem}.md"
+    path.write_text(text)
+    return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
