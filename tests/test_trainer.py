@@ -1,0 +1,237 @@
+"""The loop: what it logs, what evaluation sees, and how a broken run stops."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastgrpo.metrics import METRICS, explain
+from fastgrpo.rewards.reward import RewardError, Rewards
+from fastgrpo.train import build_trainer, train
+from fastgrpo.trainer import Trainer, TrainingError
+from tests.tiny_config import make_config
+
+SEARCH = (
+    "algorithm=smart_grpo",
+    "algorithm.noise.candidates=4",
+    "algorithm.noise.elites=3",
+    "algorithm.noise.estimate_steps=2",
+)
+
+
+def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
+    return build_trainer(make_config(weights, output, *overrides))
+
+
+def rows_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with a search, evaluations and checkpoints."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    settings = ("train.iterations=3", "evaluate.every=2", "checkpoint.every=1", "train.learning_rate=1e-2")
+    return train(make_config(tiny_weights, output, *SEARCH, *settings))
+
+
+def test_each_iteration_has_one_line(run: Path) -> None:
+    rows = rows_of(run)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert ["eval/jpeg" in row for row in rows] == [True, False, True, True]
+    assert [row["images"] for row in rows[1:]] == [6, 12, 18]
+    assert rows[3]["seconds"] == pytest.approx(sum(row["seconds/iteration"] for row in rows[1:]))
+
+
+def test_the_metrics_are_exactly_those_that_are_explained(run: Path) -> None:
+    logged = set().union(*(row.keys() for row in rows_of(run))) - {"nonfinite"}
+    assert {explain(key) for key in logged} == set(METRICS.values())
+    every_iteration = set(METRICS) - {"seconds/evaluate", "eval/<name>", "reward/<name>"}
+    for row in rows_of(run)[1:]:
+        assert every_iteration <= row.keys()
+
+
+def test_the_stages_add_up_to_the_iteration(run: Path) -> None:
+    for row in rows_of(run)[1:]:
+        stages = sum(row[f"seconds/{stage}"] for stage in ("encode", "search", "rollout", "reward", "update"))
+        assert stages == pytest.approx(row["seconds/iteration"], rel=0.05)
+        assert row["images_per_second"] == pytest.approx(6 / row["seconds/iteration"])
+
+
+def test_rollout_and_update_agree_in_each_iteration(run: Path) -> None:
+    assert [row["ratio_deviation"] for row in rows_of(run)[1:]] == [0.0, 0.0, 0.0]
+    assert rows_of(run)[3]["kl"] > 0
+
+
+def test_a_run_writes_what_its_directory_promises(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "config.yaml", "curves.png", "images", "lora", "metrics.jsonl", "summary.json", "tensorboard",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    ema = safetensors.torch.load_file(run / "checkpoints/step_000003/ema.safetensors")
+    lora = safetensors.torch.load_file(run / "lora/pytorch_lora_weights.safetensors")
+    assert all(torch.equal(lora[f"transformer.{name}"], average) for name, average in ema.items())
+
+
+@torch.no_grad()
+def test_evaluation_sees_neither_the_search_nor_the_seed(tiny_weights: Path, tmp_path: Path) -> None:
+    plain = make_trainer(tiny_weights, tmp_path / "plain").evaluation()
+    searched = make_trainer(tiny_weights, tmp_path / "searched", *SEARCH, "seed=7").evaluation()
+    assert torch.equal(plain.images_BCHW, searched.images_BCHW)
+    assert plain.means == searched.means
+
+
+def test_training_in_between_changes_evaluation_by_the_weights_alone(tiny_weights: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *SEARCH, "train.learning_rate=1e-2")
+    start = {name: weight.detach().clone() for name, weight in trainer.model.trainable.items()}
+    before = trainer.evaluation()
+    trainer.step()
+    trained = trainer.evaluation()
+    assert not torch.equal(trained.images_BCHW, before.images_BCHW)
+    with torch.no_grad():
+        for name, weight in trainer.model.trainable.items():
+            weight.copy_(start[name])
+    assert torch.equal(trainer.evaluation().images_BCHW, before.images_BCHW)
+
+
+def test_evaluation_is_of_the_averages_and_gives_the_weights_back(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run", "train.learning_rate=1e-2")
+    trainer.step()
+    own = {name: weight.detach().clone() for name, weight in trainer.model.trainable.items()}
+    seen: dict[str, Tensor] = {}
+    evaluation = trainer.evaluation
+
+    def spy():
+        seen.update({name: weight.detach().clone() for name, weight in trainer.model.trainable.items()})
+        return evaluation()
+
+    monkeypatch.setattr(trainer, "evaluation", spy)
+    trainer._evaluate()
+    assert all(torch.equal(seen[name], average) for name, average in trainer.ema.averages.items())
+    assert all(torch.equal(weight, own[name]) for name, weight in trainer.model.trainable.items())
+    assert any(not torch.equal(seen[name], weight) for name, weight in own.items())
+
+
+def test_three_iterations_of_broken_gradients_stop_the_run(tiny_weights: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run", "train.iterations=9")
+    start = {name: weight.detach().clone() for name, weight in trainer.model.trainable.items()}
+    broken = dataclasses.replace(trainer.algorithm, advantage=lambda rewards_PG: rewards_PG * float("nan"))  # type: ignore[arg-type]
+    trainer.algorithm = broken
+    with pytest.raises(
+        TrainingError, match=r"iteration 2: 3 iterations in a row .* not finite; lower"
+    ):
+        trainer.run()
+    rows = rows_of(tmp_path / "run")
+    assert [row.get("skipped_steps") for row in rows] == [None, 1, 1]
+    assert rows[1]["nonfinite"] == ["grad_norm", "loss"]
+    assert all(torch.equal(weight, start[name]) for name, weight in trainer.model.trainable.items())
+    batch = safetensors.torch.load_file(tmp_path / "run/failed_batch.safetensors")
+    assert batch["images_BCHW"].shape == (6, 3, 64, 64)
+    assert batch["x_TBCHW"].shape == (3, 6, 16, 8, 8)
+    assert batch["advantages_PG"].isnan().all()
+
+
+def test_a_good_iteration_in_between_starts_the_count_again(tiny_weights: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run")
+    good = trainer.algorithm
+    broken = dataclasses.replace(good, advantage=lambda rewards_PG: rewards_PG * float("nan"))  # type: ignore[arg-type]
+    for algorithm in (broken, broken, good, broken, broken):
+        trainer.algorithm = algorithm
+        trainer.step()
+    assert trainer.iteration == 5
+
+
+def test_a_ratio_far_from_one_stops_the_run_with_an_explanation(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run")
+    rollout = trainer.rollout
+
+    def disagreeing(*arguments):
+        trajectories = rollout(*arguments)
+        return dataclasses.replace(trajectories, log_prob_TB=trajectories.log_prob_TB + 0.5)
+
+    monkeypatch.setattr(trainer, "rollout", disagreeing)
+    why = r"iteration 0: ratio_deviation is 0\.39 before the first optimizer step.*rollout and update disagree"
+    with pytest.raises(TrainingError, match=why):
+        trainer.run()
+    assert (tmp_path / "run/failed_batch.safetensors").exists()
+
+
+def wrong_shape(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    return torch.zeros(len(prompts), 1)
+
+
+def not_a_number(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    return torch.tensor([float("nan")] * len(prompts))
+
+
+def raising(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    raise ConnectionError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (wrong_shape, r"reward 'mine' answered shape \[6, 1\] for 6 images"),
+        (not_a_number, r"reward 'mine' answered nan for image 0"),
+        (raising, r"reward 'mine' raised ConnectionError: no answer, 2 times on the same 6 images"),
+    ],
+)
+def test_a_broken_reward_stops_the_run_and_leaves_its_checkpoints(
+    reward, message: str, tiny_weights: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run", "train.iterations=5", "checkpoint.every=1")
+    working = trainer.rewards
+    saved: dict[int, Mapping[str, Tensor]] = {}
+    broken = Rewards(terms={"mine": reward}, weights={"mine": 1.0}, retries=1, retry_seconds=0.0)
+
+    class FailsAtTheThird:
+        def __call__(self, images_BCHW: Tensor, prompts: list[str]):
+            saved[trainer.iteration] = {n: w.detach().clone() for n, w in trainer.model.trainable.items()}
+            return (working if trainer.iteration < 2 else broken)(images_BCHW, prompts)
+
+    trainer.rewards = FailsAtTheThird()  # type: ignore[assignment]
+    with pytest.raises(RewardError, match=message):
+        trainer.run()
+    assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
+    path = trainer.checkpoint.latest()
+    assert path is not None
+    assert path.name == "step_000002"
+    assert all(torch.equal(weight, saved[2][name]) for name, weight in trainer.checkpoint.load(path).weights.items())
+
+
+def test_a_run_ends_after_its_time(tiny_weights: Path, tmp_path: Path) -> None:
+    output = train(make_config(tiny_weights, tmp_path / "run", "train.max_minutes=1e-9", "train.iterations=9"))
+    assert [row["iteration"] for row in rows_of(output)] == [0, 1]
+    assert "eval/jpeg" in rows_of(output)[1]
+    assert (output / "checkpoints/step_000001").is_dir()
+
+
+def test_a_taken_directory_is_refused_before_it_is_touched(run: Path, tiny_weights: Path) -> None:
+    lines = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; continue it with resume=true"):
+        make_trainer(tiny_weights, run)
+    assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_finished_run_resumed_stays_as_it_is(run: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    settings = ("train.iterations=2", "checkpoint.every=1")
+    output = train(make_config(tiny_weights, tmp_path / "run", *settings))
+    rows, lora = rows_of(output), (output / "lora/pytorch_lora_weights.safetensors").read_bytes()
+    train(make_config(tiny_weights, tmp_path / "run", *settings, "resume=true"))
+    assert rows_of(output) == rows
+    assert (output / "lora/pytorch_lora_weights.safetensors").read_bytes() == lora
+
+
+def test_another_model_does_not_resume(tiny_weights: Path, tmp_path: Path) -> None:
+    train(make_config(tiny_weights, tmp_path / "run"))
+    with pytest.raises(ValueError, match="is of model .*; use the model and LoRA settings it was saved with"):
+        train(make_config(tiny_weights, tmp_path / "run", "adaptation.rank=5", "resume=true"))
