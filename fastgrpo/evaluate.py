@@ -20,11 +20,12 @@ from fastgrpo_kernels import philox_normal
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Means of each named reward over all images, and one image of each of the first few prompts.
+    """Each named reward: of all images, [P, G] in ``scores``, and its mean; one image of each of the first few prompts.
 
     ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.
     """
 
+    scores: dict[str, Tensor]
     means: dict[str, float]
     num_images: int
     texts: list[str]
@@ -69,6 +70,7 @@ class Evaluation:
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
         images_BCHW = torch.cat(shown)
         return EvaluationResult(
+            scores=scores,
             means={name: scores_PG.mean().item() for name, scores_PG in scores.items()},
             num_images=len(self.texts) * self.images_per_prompt,
             texts=list(self.texts[: len(images_BCHW)]),

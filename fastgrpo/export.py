@@ -12,10 +12,14 @@ def export(config: DictConfig) -> None:
     model, origin = load_model(config)
     if not model.has_lora and not config.merged:
         raise ValueError(f"{config.run} trained all weights, so there is no LoRA to export; use merged=true")
-    print(f"{origin}:")
+    print(f"{origin[0].upper()}{origin[1:]}:")
     if model.has_lora:
         model.save_lora(directory / "lora")
         print(f'  {directory / "lora"}  pipeline.load_lora_weights("{directory / "lora"}")')
     if config.merged:
         model.save_merged(directory / "merged")
-        print(f'  {directory / "merged"}  StableDiffusion3Pipeline.from_pretrained("{directory / "merged"}")')
+        # diffusers wants to be told that a pipeline has no T5, which it cannot see
+        has_t5 = (directory / "merged" / "text_encoder_3").is_dir()
+        without_t5 = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
+        call = f'StableDiffusion3Pipeline.from_pretrained("{directory / "merged"}"{without_t5})'
+        print(f"  {directory / 'merged'}  {call}")

@@ -15,5 +15,5 @@ def new_directory(path: str) -> Path:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"x")
     except OSError as error:
-        raise ValueError(f"cannot write {directory} ({error.strerror}); give output= a directory you can write") from error
+        raise ValueError(f"cannot write {directory} ({error.strerror}); give output= another one") from error
     return directory

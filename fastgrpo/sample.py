@@ -38,9 +38,7 @@ def sample(config: DictConfig) -> None:
     rewards: Rewards | None = build(config.reward) if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    rollout = Rollout(
-        model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed
-    )
+    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)
     sampler = Sampler(
         model=model,
         rollout=rollout,
@@ -57,7 +55,7 @@ def sample(config: DictConfig) -> None:
         pages.append(torch.from_numpy(pixels_BHWC))
         labels += [text] * len(pixels_BHWC)
     write_whole(directory / "grid.png", png(draw_grid(torch.cat(pages).numpy(), labels)))
-    print(f"{len(labels)} images of {len(texts)} prompts from {origin}: {directory}, all of them in {directory / 'grid.png'}")
+    print(f"{len(labels)} images of {origin}: {directory}, all on one page in {directory / 'grid.png'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fastgrpo.checkpoint import Checkpoint, TrainState
 from fastgrpo.config import check, check_own
@@ -36,9 +36,10 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         sections = {key: OmegaConf.to_container(saved[key], resolve=False) for key in _OF_RUN}
     except (OSError, OmegaConfBaseException, YAMLError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{run.config} is not the config of a run ({_one_line(error)})") from error
-    own = OmegaConf.create({**{key: config[key] for key in config}, **sections})
-    for key in _OF_RUN:
-        check_own(own[key], key, run.config)
+    for key, section in sections.items():
+        check_own(section, key, run.config)
+    kept: dict[str, Any] = {str(key): config[key] for key in config}
+    own = OmegaConf.create(kept | sections)
     check(own)
     return own
 
@@ -46,7 +47,7 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     """The model of a config that ``with_run`` returned, and in words where its weights are from."""
     if not config.run:
-        return build_model(config), f"base model {config.model.weights}"
+        return build_model(config), f"the base model {config.model.weights}"
     run, step = _find(config.run)
     checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
     path = step or checkpoint.latest()
@@ -61,7 +62,7 @@ def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     with torch.no_grad():
         for name, weight in model.trainable.items():
             weight.copy_(state.ema[name])
-    return model, f"averaged weights of {path}"
+    return model, f"the averaged weights of {path}"
 
 
 def _find(run: str) -> tuple[RunDirectory, Path | None]:

@@ -6,7 +6,7 @@ Letters: P prompts, G samples of a prompt, B = P * G, K candidates of a noise se
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 
 import safetensors.torch
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import NoiseDraw, rank_correlation
 from fastgrpo.checkpoint import Checkpoint, TrainState
+from fastgrpo.estimate import EstimatedReward
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
@@ -137,14 +137,13 @@ class Trainer:
 
     def _propose(self, prompts: Prompts, conditions: Conditions) -> Noise:
         """Start noises of the algorithm's proposal, which may score candidates by the reward of a quick estimate."""
-
-        def score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
-            num_candidates = noise_PKCHW.shape[1]
-            sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
-            images_BCHW = sample(prompts, conditions, noise_PKCHW.flatten(0, 1), ()).images_BCHW
-            texts = [text for text in prompts.texts for _ in range(num_candidates)]
-            return self.rewards.score(images_BCHW, texts).view(len(prompts), num_candidates)
-
+        score = EstimatedReward(
+            rollout=self.rollout,
+            algorithm=self.algorithm,
+            rewards=self.rewards,
+            prompts=prompts,
+            conditions=conditions,
+        )
         draw = NoiseDraw(
             seed=self.seed,
             prompt_ids=prompts.ids,

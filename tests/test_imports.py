@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"prompts", "rollout", "update", "evaluate", "checkpoint", "metrics", "progress", "plots"}
-STAGES |= {"export", "doctor", "sample"}
+STAGES |= {"estimate"}
 # what stages write and read files with
-STAGES |= {"run_directory", "sealed", "tensor_tree", "grids", "summary"}
+STAGES |= {"run_directory", "sealed", "tensor_tree", "grids", "summary", "output_directory"}
+# what a command of the console script runs, above the trainer
+COMMANDS = {"train", "sample", "report", "export", "doctor", "trained"}
 PIECES = {"algorithm", "models", "rewards", "runtime"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -24,12 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
     "trainer": STAGES | BELOW_STAGES,
     "config": set(),
-    "train": STAGES | BELOW_STAGES | {"trainer", "config", "shapes"},
-    "cli": STAGES | BELOW_STAGES | {"trainer", "config", "shapes", "train"},
+    **dict.fromkeys(COMMANDS, COMMANDS | STAGES | BELOW_STAGES | {"trainer", "config", "shapes"}),
+    "cli": COMMANDS | STAGES | BELOW_STAGES | {"trainer", "config"},
 }
 CONFINED = {
-    "hydra": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py"),
-    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py"),
+    "hydra": ("fastgrpo/config.py",),
+    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/config.py", *(f"fastgrpo/{name}.py" for name in COMMANDS)),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain.py"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain.py"),
     "flash_attn": ("fastgrpo/runtime/attention.py",),

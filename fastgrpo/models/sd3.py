@@ -53,7 +53,6 @@ class StableDiffusion3:
         self.max_sequence_length = max_sequence_length
         self.device = torch.device(device)
         self.pipeline = _load_pipeline(weights, _DTYPES[dtype], use_t5).to(self.device)
-        self.pipeline.vae.to(torch.float32)
         for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.transformer):
             module.requires_grad_(False).eval()
         step = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
@@ -117,7 +116,7 @@ class StableDiffusion3:
 
     def _forward(self, transformer: nn.Module, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
         return transformer(
-            hidden_states=x_BCHW.to(self.pipeline.dtype),
+            hidden_states=x_BCHW.to(self.transformer.dtype),
             timestep=torch.full((len(x_BCHW),), 1000 * t, device=self.device),
             encoder_hidden_states=conditions.embeds_BLC,
             pooled_projections=conditions.pooled_BC,
@@ -155,7 +154,9 @@ def _load_pipeline(weights: str, dtype: torch.dtype, use_t5: bool) -> StableDiff
         path = str(files(package) / inside)
     without_t5 = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **without_t5)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            path, dtype={"default": dtype, "vae": torch.float32}, **without_t5
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.weights: cannot load a StableDiffusion3Pipeline from {weights!r}: {error}") from error
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3):

@@ -1,0 +1,226 @@
+"""``fastgrpo COMMAND [key=value ...]``: what each command is called, how it is explained, and how it fails.
+
+Exit codes: 0, 1 for a run that failed, 2 for bad input, 130 for an interruption.  An expected failure is one line on
+stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
+"""
+
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastgrpo.config import compose_config, config_groups, load_config
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """``run`` is the dotted path of a function of the config: importing it takes seconds that --help need not wait."""
+
+    run: str
+    summary: str
+    details: str
+    examples: tuple[str, ...]
+
+    def __call__(self, config: DictConfig) -> None:
+        module, _, name = self.run.rpartition(".")
+        run: Callable[[DictConfig], Path | None] = getattr(import_module(module), name)
+        if written := run(config):
+            print(f"written to {written}")
+
+
+COMMANDS = {
+    "train": Command(
+        run="fastgrpo.train.train",
+        summary="train a model on a reward",
+        details="Writes everything about the run into output, checkpoints and the trained LoRA included; with "
+        "resume=true it goes on from the newest complete checkpoint.",
+        examples=(
+            "fastgrpo train",
+            "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60",
+            "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
+            "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
+        ),
+    ),
+    "sample": Command(
+        run="fastgrpo.sample.sample",
+        summary="make images of prompts",
+        details="Writes one PNG an image, and grid.png with all of them. run= takes the model and the averaged weights "
+        "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward.",
+        examples=(
+            "fastgrpo sample prompt='a red circle left of a blue square'",
+            "fastgrpo sample prompt='three green triangles' run=outputs/smart_grpo output=triangles",
+            "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true output=searched",
+        ),
+    ),
+    "evaluate": Command(
+        run="fastgrpo.report.evaluate",
+        summary="measure rewards on held-out prompts",
+        details="Starts from plain noise, the same in every evaluation, never from a search. Prints a table and writes "
+        "evaluation.json and a grid of images. run= evaluates a finished run, else the base model.",
+        examples=(
+            "fastgrpo evaluate output=outputs/base_evaluation",
+            "fastgrpo evaluate run=outputs/smart_grpo output=outputs/smart_grpo_evaluation",
+            "fastgrpo evaluate run=outputs/smart_grpo/checkpoints/step_000100 evaluate.images_per_prompt=16",
+        ),
+    ),
+    "export": Command(
+        run="fastgrpo.export.export",
+        summary="write a run's weights for diffusers",
+        details="Writes lora/ for pipeline.load_lora_weights and, with merged=true, merged/ for "
+        "StableDiffusion3Pipeline.from_pretrained; both hold the averaged weights of the run's last checkpoint.",
+        examples=(
+            "fastgrpo export run=outputs/smart_grpo output=exported",
+            "fastgrpo export run=outputs/smart_grpo output=exported merged=true",
+        ),
+    ),
+    "doctor": Command(
+        run="fastgrpo.doctor.doctor",
+        summary="check that this machine computes right",
+        details="Prints versions and backends, then samples with the chosen model and algorithm and replays that "
+        "under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if it is not.",
+        examples=("fastgrpo doctor", "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast"),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        return _show(f"fastgrpo {version('fastgrpo')}")
+    if not words or words[0] in ("--help", "-h", "help"):
+        if words:
+            return _show(_overview())
+        print(_overview(), file=sys.stderr)
+        return BAD_INPUT
+    try:
+        command = _find_command(words[0])
+        if any(word in ("--help", "-h") for word in words[1:]):
+            return _show(_explanation(words[0], command))
+        _hide_known_warnings()
+        config = _load(words[0], words[1:])
+    except ValueError as error:
+        return _report(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return _run(command, config)
+
+
+def _run(command: Command, config: DictConfig) -> int:
+    # by now load_config has imported the pieces that the config names, so these cost nothing
+    from torch import OutOfMemoryError
+
+    from fastgrpo.checkpoint import CheckpointError
+    from fastgrpo.models.quiet import hide_loading_bars
+    from fastgrpo.rewards.reward import RewardError
+    from fastgrpo.trainer import TrainingError
+
+    hide_loading_bars()
+    try:
+        command(config)
+    except (TrainingError, RewardError, CheckpointError) as error:
+        return _report(error, FAILED)
+    except ValueError as error:
+        return _report(error, BAD_INPUT)
+    except OutOfMemoryError as error:
+        return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
+    except KeyboardInterrupt:
+        return _report(RuntimeError("interrupted"), INTERRUPTED)
+    return 0
+
+
+def _find_command(name: str) -> Command:
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {name!r}; {hint}")
+    return COMMANDS[name]
+
+
+def _load(name: str, overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
+            example = override.lstrip("-").split("=")[0] or "key"
+            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {name} --help")
+    config = load_config(name, overrides)
+    if "run" not in config:
+        return config
+    from fastgrpo.trained import with_run
+
+    return with_run(config, overrides)
+
+
+def _show(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # in "fastgrpo train --help | head" nobody reads the rest, which Python would try to write once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _report(error: Exception, code: int) -> int:
+    if os.environ.get("FASTGRPO_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"fastgrpo: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _hide_known_warnings() -> None:
+    """Two remarks that libraries make on every start and that mean nothing here; all their others still show."""
+    for logger, remark in (
+        ("transformers.utils.import_utils", "requires torchvision"),
+        # a pipeline without T5 has no third text encoder to save
+        ("diffusers.pipelines.pipeline_utils", "cannot be saved"),
+    ):
+        logging.getLogger(logger).addFilter(partial(_lacks, remark))
+
+
+def _lacks(remark: str, record: logging.LogRecord) -> bool:
+    return remark not in record.getMessage()
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastgrpo COMMAND [key=value ...]",
+            "",
+            "Online reinforcement learning of flow-matching image models.",
+            "",
+            *lines,
+            "",
+            "fastgrpo COMMAND --help lists every key of a command, fastgrpo --version says the version.",
+        ]
+    )
+
+
+def _explanation(name: str, command: Command) -> str:
+    config = compose_config(name)
+    groups = config_groups(name)
+    lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
+    lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
+    lines += [f"  {example}" for example in command.examples]
+    lines += ["", "groups, each chosen by group=option:"]
+    width = max(map(len, groups))
+    indent = " " * (width + 4)
+    for group, options in groups.items():
+        lines += textwrap.wrap(f"  {group:<{width}}  {', '.join(options)}", 110, subsequent_indent=indent)
+    return "\n".join([*lines, "", "default config, each key set by key=value:", "", OmegaConf.to_yaml(config)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Does this machine compute right?  Versions, backends, and the ratio check.
+
+The ratio check rolls out a few samples and replays them under gradient, by the rollout and the update that train: with
+unchanged weights the policy's probability of what it did is what it was, so |ratio - 1| must be 0 in float32.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
+from fastgrpo.config import build, resolve_path
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.rollout import Rollout
+from fastgrpo.summary import commit, hardware, versions
+from fastgrpo.train import build_model
+from fastgrpo.trainer import MAX_RATIO_DEVIATION, TrainingError
+from fastgrpo.update import Update
+
+# module, what it gives, the extra that brings it
+_BACKENDS = (
+    ("flash_attn", "FlashAttention's own kernels", "flash-attn"),
+    ("xformers", "xformers' attention", "xformers"),
+    ("torch_tensorrt", "rewards compiled with TensorRT", "tensorrt"),
+    ("ImageReward", "the ImageReward reward", "image-reward"),
+    ("wandb", "logging to Weights & Biases", "wandb"),
+)
+_NUDGE = 0.01
+
+
+def doctor(config: DictConfig) -> None:
+    """Run a checked ``doctor`` config and print the findings; TrainingError if the ratio check fails."""
+    console = Console()
+    console.print(_machine())
+    console.print(_backends())
+    deviation, num_steps = ratio_deviation(config)
+    limit = config.max_ratio_deviation
+    if limit < 0:
+        limit = 0.0 if config.model.dtype == "float32" else MAX_RATIO_DEVIATION
+    num_samples = config.num_prompts * config.group_size
+    found = f"max |ratio - 1| = {deviation:.3g} over {num_samples} samples, {num_steps} steps"
+    if not deviation <= limit:
+        raise TrainingError(
+            f"{found}: more than {limit:g}, so rollout and update disagree; "
+            "try model.dtype=float32, or another version of torch or of the attention kernels"
+        )
+    console.print(f"ratio check passed: {found} (limit {limit:g})", highlight=False)
+
+
+def ratio_deviation(config: DictConfig) -> tuple[float, int]:
+    """max |ratio - 1| of one small rollout that is replayed with unchanged weights, and the number of its steps."""
+    if config.num_prompts < 1 or config.group_size < 1:
+        raise ValueError(f"num_prompts and group_size must be at least 1: {config.num_prompts}, {config.group_size}")
+    texts = load_prompts(resolve_path(config.prompts.path))
+    algorithm: Algorithm = build(config.algorithm)
+    steps = algorithm.timesteps(len(algorithm.grid) - 1, 0, config.seed)
+    model = build_model(config)
+    _nudge(model, config.seed)
+    common = {
+        "model": model,
+        "grid": algorithm.grid,
+        "dynamics": algorithm.dynamics,
+        "micro_batch": config.runtime.micro_batch,
+        "seed": config.seed,
+    }
+    prompts = PromptSource(texts, config.num_prompts, config.seed).at(0)
+    conditions = model.encode(prompts.texts)
+    draw = NoiseDraw(
+        seed=config.seed,
+        prompt_ids=prompts.ids,
+        group_size=config.group_size,
+        latent_shape=model.latent_shape,
+        iteration=0,
+        num_iterations=1,
+        device=model.device,
+    )
+    start_BCHW = GaussianNoise()(draw, _no_score).start_BCHW
+    trajectories = Rollout(**common)(prompts, conditions, start_BCHW, steps)
+    update = Update(
+        **common,
+        objective=algorithm.objective,
+        optimizer=torch.optim.SGD(list(model.trainable.values()), lr=0.0),
+        optimizer_steps=1,
+        max_grad_norm=1.0,
+    )
+    advantages_B = torch.linspace(-1, 1, len(start_BCHW), device=model.device)
+    stats = update(trajectories, conditions.repeat(config.group_size), advantages_B, 0)
+    return stats.ratio_deviation, len(steps)
+
+
+@torch.no_grad()
+def _nudge(model: FlowModel, seed: int) -> None:
+    """Move the trained weights off their start: fresh adapters add nothing, and their errors would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.trainable.values():
+        weight.add_(_NUDGE * torch.randn(weight.shape, generator=generator).to(weight))
+
+
+def _machine() -> Table:
+    table = Table("", "", title="machine", show_header=False)
+    found = hardware()
+    table.add_row("system", f"{found['system']}, {found['cpu_cores']} CPU cores")
+    table.add_row("GPUs", ", ".join(found["gpus"]) or "none")
+    if torch.cuda.is_available():
+        table.add_row("CUDA", f"{torch.version.cuda}, bfloat16 {_yes(torch.cuda.is_bf16_supported())}")
+    for package, version in versions().items():
+        table.add_row(package, version or "not installed")
+    table.add_row("commit", commit() or "not a checkout")
+    return table
+
+
+def _backends() -> Table:
+    table = Table("backend", "available", "for", title="backends")
+    sdpa = torch.backends.cuda
+    on_gpu = torch.cuda.is_available()
+    for name, is_enabled in (
+        ("flash", sdpa.flash_sdp_enabled),
+        ("memory efficient", sdpa.mem_efficient_sdp_enabled),
+        ("cuDNN", sdpa.cudnn_sdp_enabled),
+        ("math", sdpa.math_sdp_enabled),
+    ):
+        table.add_row(f"sdpa: {name}", "on" if on_gpu and is_enabled() else "off" if on_gpu else "no GPU", "attention")
+    for module, purpose, extra in _BACKENDS:
+        # asked of the finder alone: importing some of these takes seconds or fails without a GPU
+        is_there = find_spec(module) is not None
+        table.add_row(module, "yes" if is_there else f"no: pip install 'fastgrpo\\[{extra}]'", purpose)
+    return table
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _no_score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
+    raise AssertionError("plain noise scores nothing")

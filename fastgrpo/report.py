@@ -1,0 +1,94 @@
+"""``fastgrpo evaluate``: an evaluation as a table, as JSON, and as a grid of images.
+
+The standard error of a mean is that over prompts, std of the prompts' means / sqrt(P): images of one prompt are not
+independent.  Letters: P prompts, G images of each.
+"""
+
+import json
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.config import build, resolve_path
+from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.grids import draw_grid, png, to_uint8
+from fastgrpo.output_directory import new_directory
+from fastgrpo.prompts import load_prompts
+from fastgrpo.rewards.reward import Rewards
+from fastgrpo.run_directory import write_whole
+from fastgrpo.shapes.world import parse_caption
+from fastgrpo.summary import commit, hardware, versions
+from fastgrpo.train import build_evaluation
+from fastgrpo.trained import load_model
+
+
+def evaluate(config: DictConfig) -> None:
+    """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
+    texts = load_prompts(resolve_path(config.prompts.held_out))
+    algorithm: Algorithm = build(config.algorithm)
+    rewards: Rewards = build(config.reward)
+    directory = new_directory(config.output)
+    model, origin = load_model(config)
+    result = build_evaluation(config, model, rewards, algorithm, texts)()
+    report = {
+        "model": origin,
+        "images": result.num_images,
+        "prompts": len(texts),
+        "num_steps": config.evaluate.num_steps,
+        "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
+        "kinds": _by_kind(texts, result),
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_whole(directory / "evaluation.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(directory / "grid.png", png(draw_grid(to_uint8(result.images_BCHW), result.texts, result.verified)))
+    _print(report)
+    print(f"written to {directory / 'evaluation.json'} and {directory / 'grid.png'}")
+
+
+def _statistics(scores_PG: Tensor) -> dict[str, float | None]:
+    means_P = scores_PG.double().mean(dim=1)
+    error = means_P.std().item() / len(means_P) ** 0.5 if len(means_P) > 1 else None
+    return {"mean": means_P.mean().item(), "standard_error": error}
+
+
+def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
+    """Means by what a caption of the shapes world asks for; empty for other prompts."""
+    try:
+        kinds = [_kind(text) for text in texts]
+    except ValueError:
+        return {}
+    by_kind = {}
+    for kind in dict.fromkeys(kinds):
+        rows_P = torch.tensor([other == kind for other in kinds])
+        scores = {name: _statistics(scores_PG[rows_P]) for name, scores_PG in result.scores.items()}
+        by_kind[kind] = {"prompts": int(rows_P.sum()), "rewards": scores}
+    return by_kind
+
+
+def _kind(text: str) -> str:
+    caption = parse_caption(text)
+    if caption.relation is not None:
+        return caption.relation
+    return "one object" if len(caption.kinds) == 1 else f"{len(caption.kinds)} equal objects"
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(f"{report['images']} images of {report['model']}")
+    table = Table("", "prompts", *report["rewards"])
+    for name, part in report["kinds"].items():
+        table.add_row(name, str(part["prompts"]), *[_cell(value) for value in part["rewards"].values()])
+    table.add_section()
+    table.add_row("all", str(report["prompts"]), *[_cell(value) for value in report["rewards"].values()])
+    Console().print(table)
+
+
+def _cell(value: dict[str, float | None]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -1,0 +1,434 @@
+"""Every command of the console script, from its words to what it writes; every mistake is one line on stderr."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from omegaconf import OmegaConf
+from PIL import Image
+
+from fastgrpo import cli
+from fastgrpo.checkpoint import Checkpoint
+from tests.tiny import PROMPTS, make_pipeline
+
+MODEL = ("model.resolution=32", "runtime.device=cpu", "runtime.micro_batch=4")
+LORA = ("adaptation.rank=4", "adaptation.alpha=8.0")
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+REWARD = "reward=jpeg_incompressibility"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_words(tiny_weights: Path, prompts: Path) -> list[str]:
+    """A training run of three iterations with a search, short of its output."""
+    return [
+        "train",
+        "algorithm.schedule.num_steps=3",
+        "algorithm.noise.candidates=4",
+        "algorithm.noise.elites=2",
+        "algorithm.noise.estimate_steps=1",
+        f"model.weights={tiny_weights}",
+        *MODEL,
+        *LORA,
+        REWARD,
+        f"prompts.path={prompts}",
+        f"prompts.held_out={prompts}",
+        "train.iterations=3",
+        "train.learning_rate=0.05",
+        "train.prompts_per_iteration=2",
+        "train.group_size=3",
+        "evaluate.images_per_prompt=2",
+        "evaluate.num_steps=2",
+        "checkpoint.every=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(train_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.main([*train_words, f"output={path}"]) == 0
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], words: list[str], code: int, *says: str) -> None:
+    """The command fails with the code and one line that says all of ``says``."""
+    capsys.readouterr()
+    assert cli.main(words) == code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("fastgrpo: ")
+    for text in says:
+        assert text in error[0]
+
+
+# help
+
+
+def test_help_names_every_command_and_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in ("train", "sample", "evaluate", "export", "doctor"))
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fastgrpo 0.")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"\n  fastgrpo {name}" in shown
+    assert "\n  adaptation" in shown
+    assert "full, lora" in shown
+    assert ("smart_grpo_paper" in shown) == (name != "export")
+    assert "\n  resolution: 64\n" in shown
+
+
+def test_help_and_a_mistyped_key_do_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from fastgrpo import cli; cli.main(['train', '--help']); cli.main(['train', 'sed=1']); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "fastgrpo: unknown key sed; did you mean seed?\n"
+
+
+def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: fastgrpo COMMAND" in capsys.readouterr().err
+
+
+# mistakes in the words
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean train?"]),
+        (["train", "--iterations", "3"], ["'--iterations' is not a setting", "iterations=VALUE"]),
+        (["train", "iterations=3"], ["unknown key iterations", "did you mean train.iterations"]),
+        (["train", "algorithm.noise.candidats=3"], ["algorithm.noise.candidats", "algorithm.noise.candidates"]),
+        (["train", "noise=gaussian"], ["unknown key noise", "algorithm/noise"]),
+        (["train", "+train.speed=3"], ["unknown key train.speed"]),
+        (["train", "+model.speed=3"], ["unknown key model.speed", "StableDiffusion3 takes weights"]),
+        (["train", "~seed"], ["seed must have a value"]),
+        (["train", "train=3"], ["train has keys of its own", "train.iterations"]),
+        (["train", "train.iterations=many"], ["train.iterations must be int, got 'many'"]),
+        (["train", "train.iterations=1.5"], ["train.iterations must be int, got 1.5"]),
+        (["train", "resume=3"], ["resume must be bool, got 3"]),
+        (["train", "adaptation.rank=high"], ["adaptation.rank must be int, got 'high'"]),
+        (["train", "algorithm=flow_gpro"], ["Could not find 'algorithm/flow_gpro'", "flow_grpo_fast"]),
+        (["train", "prompts.path=[a"], ["'[a'"]),
+        (["train", "reward=custom"], ["reward.path has no value"]),
+        (["export"], ["run has no value; give it as run=VALUE"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_in_the_words_is_one_line(
+    words: list[str], says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, words, 2, *says)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("train.iterations=0", "train.iterations must be a positive number, got 0"),
+        ("train.learning_rate=-1.0", "train.learning_rate must be a positive number"),
+        ("algorithm.noise.candidates=0", "candidates must be at least 1, got 0"),
+        ("algorithm.dynamics.noise_level=0.0", "noise_level must be positive, got 0.0"),
+        ("model.guidance_scale=0.5", "model.guidance_scale must be at least 1, got 0.5"),
+        ("model.resolution=33", "model.resolution must be a positive multiple of 16, got 33"),
+        ("adaptation.rank=0", "rank must be at least 1, got 0"),
+        ("model.weights=nowhere/at/all", "cannot load a StableDiffusion3Pipeline from 'nowhere/at/all'"),
+        ("prompts.path=nowhere.txt", "prompt file nowhere.txt does not exist"),
+        ("runtime.device=cuda:77", "runtime.device"),
+        ("output=/proc/nowhere", "cannot write the run directory /proc/nowhere"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line_before_training(
+    word: str, says: str, train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if word == "runtime.device=cuda:77" and torch.cuda.is_available():
+        pytest.skip("a CUDA device that does not exist is another error where others do")
+    fails(capsys, [*train_words, f"output={tmp_path / 'run'}", word], 2, says)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_traceback_shows_when_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTGRPO_TRACEBACK", "1")
+    assert cli.main(["train", "sed=1"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert error.endswith("fastgrpo: unknown key sed; did you mean seed?\n")
+
+
+def test_a_prompt_is_taken_as_it_stands(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = r"it's (one), [two]: {three} \ 'four' "
+    words = ["sample", f"model.weights={tiny_weights}", *MODEL, "num_steps=1", "images_per_prompt=1"]
+    assert cli.main([*words, f"prompt={text}", f"output={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out" / "0000_00_it_s_one_two_three_four.png").is_file()
+
+
+# train
+
+
+def test_training_writes_the_run_and_a_lora_quietly(
+    train_words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [sys.executable, "-m", "fastgrpo.cli", *train_words, "train.iterations=1", f"output={tmp_path / 'run'}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert f"written to {tmp_path / 'run'}" in done.stdout
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "lora"} <= written
+
+
+def test_a_taken_run_directory_is_refused(
+    run: Path, train_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, [*train_words, f"output={run}"], 2, f"{run} already holds a run", "resume=true")
+
+
+def test_a_reward_that_fails_is_a_failed_run(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards_that_fail.py").write_text("def broken(images, prompts):\n    return images.mean() / 0 * 0\n")
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in train_words if word != REWARD]
+    words += ["reward=custom", "reward.path=rewards_that_fail.broken", f"output={tmp_path / 'run'}"]
+    fails(capsys, words, 1, "reward 'custom' answered shape []")
+
+
+# sample
+
+
+def test_sampling_a_run_differs_from_the_base_and_is_reproducible(
+    run: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["sample", "prompt=a red circle", "num_steps=2", "images_per_prompt=2"]
+    assert cli.main([*common, f"run={run}", "runtime.micro_batch=4", f"output={tmp_path / 'a'}"]) == 0
+    assert f"averaged weights of {run}/checkpoints/step_000003" in capsys.readouterr().out
+    step = run / "checkpoints" / "step_000003"
+    assert cli.main([*common, f"run={step}", "runtime.micro_batch=4", f"output={tmp_path / 'b'}"]) == 0
+    assert cli.main([*common, f"model.weights={tiny_weights}", *MODEL, f"output={tmp_path / 'base'}"]) == 0
+    names = ["0000_00_a_red_circle.png", "0000_01_a_red_circle.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*names, "grid.png"]
+    for name in names:
+        a, b, base = (np.asarray(Image.open(tmp_path / where / name)) for where in ("a", "b", "base"))
+        assert a.shape == (32, 32, 3)
+        assert (a == b).all()
+        assert (a != base).any()
+
+
+def test_searched_samples_have_more_reward_than_plain_ones(tiny_weights: Path, prompts: Path, tmp_path: Path) -> None:
+    """File size is the reward; the estimate takes as many steps as the sample, so the search cannot be misled."""
+    words = ["sample", f"model.weights={tiny_weights}", *MODEL, REWARD, f"prompts.path={prompts}", "num_steps=2"]
+    words += ["algorithm/schedule=linear", "algorithm.schedule.shift=3.0", "algorithm.noise.estimate_steps=2"]
+    words += ["images_per_prompt=2", "algorithm.noise.elites=8", "reward.terms.jpeg.quality=95"]
+    for search in ("true", "false"):
+        assert cli.main([*words, f"search={search}", f"output={tmp_path / search}"]) == 0
+    kilobytes = {}
+    for search in ("true", "false"):
+        paths = sorted((tmp_path / search).glob("0*.png"))
+        assert len(paths) == 2 * len(PROMPTS)
+        kilobytes[search] = sum(path.stat().st_size for path in paths)
+        images = [Image.open(path).tobytes() for path in paths]
+        assert len(set(images)) == len(images)
+    assert kilobytes["true"] > kilobytes["false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give either prompt="),
+        (["prompt=a", "prompts.path=b"], "give either prompt="),
+        (["prompts.path=nowhere.txt"], "prompt file nowhere.txt does not exist"),
+        (["prompt=a", "num_steps=0"], "num_steps must be at least 1"),
+        (["prompt=a", "images_per_prompt=0"], "images_per_prompt must be at least 1"),
+        (["prompt=a", "output=/proc/nowhere"], "cannot write /proc/nowhere"),
+        (["prompt=a", "search=true", "algorithm=flow_grpo"], "use algorithm/noise=elite"),
+        (["prompt=a", "run=nowhere"], "run=nowhere is neither a run directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_sampling_refuses_bad_input(
+    words: list[str], says: str, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "run=nowhere" in words else [f"model.weights={tiny_weights}", *MODEL]
+    fails(capsys, ["sample", *model, REWARD, f"output={tmp_path / 'out'}", *words], 2, says)
+
+
+def test_an_output_with_something_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    fails(capsys, ["sample", "prompt=a", f"output={tmp_path}"], 2, f"{tmp_path} is not empty", "output=")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# the model of a run
+
+
+def test_a_run_brings_its_own_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("model.guidance_scale=2.0", "adaptation=full"):
+        fails(capsys, ["sample", "prompt=a", f"run={run}", word], 2, word, "brings its own")
+
+
+def test_a_run_of_other_weights_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run, tmp_path / "run")
+    config: Any = OmegaConf.load(other / "config.yaml")
+    config.model.weights = str(make_pipeline(tmp_path / "other", seed=1))
+    OmegaConf.save(config, other / "config.yaml")
+    fails(capsys, ["sample", "prompt=a", f"run={other}", f"output={tmp_path / 'out'}"], 1, "is of model")
+
+
+def test_a_run_without_a_complete_checkpoint_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    other.mkdir()
+    shutil.copy(run / "config.yaml", other)
+    words = ["sample", "prompt=a", f"run={other}", f"output={tmp_path / 'out'}"]
+    fails(capsys, words, 2, "has no complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "_target_", "os.system"),
+        ("model", "_target_", "fastgrpo.rewards.custom.from_path"),
+        ("model", "_target_", "fastgrpo.models.sd3.Path"),
+        ("adaptation", "_target_", "fastgrpo.config.find_target"),
+        ("adaptation", "targets", [{"_target_": "os.getcwd"}]),
+        ("model", "weights", "${oc.env:HOME}"),
+    ],
+)
+def test_the_config_of_a_run_is_data(
+    section: str, key: str, value: object, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(run, tmp_path / "run")
+    config: Any = OmegaConf.load(other / "config.yaml")
+    config[section][key] = value
+    OmegaConf.save(config, other / "config.yaml")
+    fails(capsys, ["sample", "prompt=a", f"run={other}"], 2, f"{other / 'config.yaml'}: {section}.{key}")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "model: 3", "{", "model: {}"], ids=repr)
+def test_a_config_that_is_not_one_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    fails(capsys, ["sample", "prompt=a", f"run={tmp_path}"], 2, "is not the config of a run")
+
+
+# evaluate
+
+
+def test_evaluation_of_a_run_is_the_one_that_training_logged(
+    run: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", REWARD, f"prompts.held_out={prompts}", "evaluate.images_per_prompt=2", "evaluate.num_steps=2"]
+    assert cli.main([*words, "runtime.micro_batch=4", f"run={run}", f"output={tmp_path / 'out'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "jpeg" in shown
+    assert "one object" in shown
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert report["rewards"]["jpeg"]["mean"] == pytest.approx(logged["eval/jpeg"], rel=1e-6)
+    assert report["images"] == 2 * len(PROMPTS)
+    assert sum(kind["prompts"] for kind in report["kinds"].values()) == len(PROMPTS)
+    weighted = sum(kind["prompts"] * kind["rewards"]["jpeg"]["mean"] for kind in report["kinds"].values())
+    assert weighted / len(PROMPTS) == pytest.approx(report["rewards"]["jpeg"]["mean"])
+    assert report["rewards"]["jpeg"]["standard_error"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"hardware", "commit"} <= report.keys()
+    assert (tmp_path / "out" / "grid.png").is_file()
+
+
+# export
+
+
+def test_exported_weights_are_the_averages_in_diffusers(
+    run: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["export", f"run={run}", f"output={out}", "merged=true"]) == 0
+    assert f'load_lora_weights("{out / "lora"}")' in capsys.readouterr().out
+    with_lora = StableDiffusion3Pipeline.from_pretrained(tiny_weights, **WITHOUT_T5)
+    with_lora.load_lora_weights(out / "lora")
+    merged = StableDiffusion3Pipeline.from_pretrained(out / "merged", **WITHOUT_T5)
+    base = StableDiffusion3Pipeline.from_pretrained(tiny_weights, **WITHOUT_T5)
+    v_lora, v_merged, v_base = (_velocity(pipeline) for pipeline in (with_lora, merged, base))
+    torch.testing.assert_close(v_lora, v_merged, rtol=1e-4, atol=1e-5)
+    assert (v_lora - v_base).abs().max() > 100 * (v_lora - v_merged).abs().max()
+    state = Checkpoint(run / "checkpoints", every=1, keep=1).load(run / "checkpoints" / "step_000003")
+    name, ema = next((n, w) for n, w in state.ema.items() if n.endswith("lora_B.weight"))
+    assert (ema != state.weights[name]).any()
+    layer = name.removesuffix(".lora_B.weight")
+    delta = merged.transformer.get_submodule(layer).weight - base.transformer.get_submodule(layer).weight
+    scale = 8.0 / 4
+    torch.testing.assert_close(delta, scale * ema @ state.ema[f"{layer}.lora_A.weight"], rtol=1e-3, atol=1e-5)
+
+
+def _velocity(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt("a red circle", None, None, do_classifier_free_guidance=False)
+        x = torch.randn(1, 16, 4, 4, generator=generator)
+        return pipeline.transformer(x, embeds, pooled, torch.tensor([500.0]), return_dict=False)[0]
+
+
+def test_a_fully_trained_run_exports_merged_only(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = tmp_path / "run", [word for word in train_words if word not in LORA]
+    assert cli.main([*words, "adaptation=full", "train.iterations=1", f"output={run}"]) == 0
+    export = ["export", f"run={run}", f"output={tmp_path / 'out'}"]
+    fails(capsys, export, 2, "no LoRA to export; use merged=true")
+    assert cli.main([*export, "merged=true"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+    merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out" / "merged", **WITHOUT_T5)
+    ema = Checkpoint(run / "checkpoints", every=1, keep=1).load(run / "checkpoints" / "step_000001").ema
+    for name, weight in merged.transformer.named_parameters():
+        assert torch.equal(weight, ema[name])
+
+
+# doctor
+
+
+def test_doctor_finds_a_ratio_of_one(tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
+    assert cli.main([*words, "algorithm.schedule.num_steps=4"]) == 0
+    shown = capsys.readouterr().out
+    assert "max |ratio - 1| = 0 over 8 samples, 3 steps" in shown
+    assert "fastgrpo[flash-attn]" in shown.replace("\n", "")
+    assert torch.__version__ in shown
+
+
+def test_doctor_fails_where_a_replay_is_not_the_rollout(
+    tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgrpo.models.sd3 import StableDiffusion3
+
+    velocity = StableDiffusion3.velocity
+
+    def other_under_gradient(self, x, t, conditions):  # type: ignore[no-untyped-def]
+        v = velocity(self, x, t, conditions)
+        return v * 1.001 if torch.is_grad_enabled() else v
+
+    monkeypatch.setattr(StableDiffusion3, "velocity", other_under_gradient)
+    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
+    fails(capsys, [*words, "algorithm.schedule.num_steps=4"], 1, "max |ratio - 1| = ", "rollout and update disagree")
