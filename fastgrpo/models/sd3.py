@@ -79,17 +79,17 @@ class StableDiffusion3:
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once in the life of the model."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._encoded]
-        if new:
-            rows = self._run_encoders(new)
-            self._encoded.update((text, rows[i : i + 1]) for i, text in enumerate(new))
+        for text in texts:
+            if text not in self._encoded:
+                self._encoded[text] = self._run_encoders(text)
         picked = [self._encoded[text] for text in texts]
         return Conditions(torch.cat([c.embeds_BLC for c in picked]), torch.cat([c.pooled_BC for c in picked]))
 
     @torch.no_grad()
-    def _run_encoders(self, texts: list[str]) -> Conditions:
+    def _run_encoders(self, text: str) -> Conditions:
+        """One text alone: a row is rounded as its batch wills, and a resumed run meets texts in other batches."""
         embeds_BLC, _, pooled_BC, _ = self.pipeline.encode_prompt(
-            prompt=texts,
+            prompt=[text],
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,

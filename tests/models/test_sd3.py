@@ -116,12 +116,20 @@ def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPa
     model = make_model(tiny_weights)
     encoded: list[str] = []
     run = model._run_encoders
-    monkeypatch.setattr(model, "_run_encoders", lambda texts: encoded.extend(texts) or run(texts))
+    monkeypatch.setattr(model, "_run_encoders", lambda text: encoded.append(text) or run(text))
     first = model.encode(TEXTS)
     again = model.encode(["two blue squares", "a red circle", "a green circle"])
     assert encoded == ["a red circle", "two blue squares", "a green circle"]
     assert torch.equal(first.embeds_BLC[0], again.embeds_BLC[1])
     assert torch.equal(first.pooled_BC[1], again.pooled_BC[0])
+
+
+def test_an_encoding_does_not_depend_on_its_company(tiny_weights: Path) -> None:
+    alone, together = make_model(tiny_weights), make_model(tiny_weights)
+    rows = together.encode(["two red squares", "a green triangle", "a red circle", "two blue squares"])
+    for row, text in ((2, "a red circle"), (3, "two blue squares")):
+        assert torch.equal(alone.encode([text]).embeds_BLC[0], rows.embeds_BLC[row])
+        assert torch.equal(alone.encode([text]).pooled_BC[0], rows.pooled_BC[row])
 
 
 @pytest.mark.parametrize(
