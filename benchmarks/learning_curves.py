@@ -1,4 +1,4 @@
-"""Which recipe learns the embedded model fastest: same budget of training seconds, several seeds, plain-noise evaluation.
+"""Which recipe learns the embedded model fastest: equal training seconds, several seeds, plain-noise evaluation.
 
     python -m benchmarks.learning_curves --minutes 10
 

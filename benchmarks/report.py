@@ -1,4 +1,4 @@
-"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>.{json,md}``, with device, versions and commit."""
+"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>``, .json and .md, with its origin.
 
 import datetime
 import json

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,19 @@ class Iteration:
     conditions_B: Conditions
     trajectories: Trajectories
 
-    def update(self, optimizer: torch.optim.Optimizer, **settings) -> Update:
-        defaults = {"objective": ClippedSurrogate(1e-4, 0.04), "optimizer_steps": 1, "max_grad_norm": 1e9, "seed": 0}
-        fixed = {"model": self.model, "grid": GRID, "dynamics": self.dynamics, "optimizer": optimizer}
-        return Update(**fixed | {"micro_batch": 2} | defaults | settings)
+    def update(self, optimizer: torch.optim.Optimizer, **settings: Any) -> Update:
+        update = Update(
+            model=self.model,
+            grid=GRID,
+            dynamics=self.dynamics,
+            objective=ClippedSurrogate(1e-4, 0.04),
+            optimizer=optimizer,
+            optimizer_steps=1,
+            max_grad_norm=1e9,
+            micro_batch=2,
+            seed=0,
+        )
+        return replace(update, **settings)
 
 
 def roll(model: StableDiffusion3, dynamics: Dynamics) -> Iteration:
@@ -61,9 +71,7 @@ def roll(model: StableDiffusion3, dynamics: Dynamics) -> Iteration:
     return Iteration(model, dynamics, conditions.repeat(GROUP_SIZE), rollout(PROMPTS, conditions, start, STEPS))
 
 
-def make_iteration(
-    weights: Path, dynamics: Dynamics, guidance_scale: float = 1.0, adaptation=None
-) -> Iteration:  # fmt: skip
+def make_iteration(weights: Path, dynamics: Dynamics, guidance_scale: float = 1.0, adaptation=None) -> Iteration:
     """Two iterations of training, so that adapters and the distance to the reference are no longer zero."""
     model = StableDiffusion3(
         weights=str(weights),

@@ -1,6 +1,7 @@
 """Our rollout of Stable Diffusion 3 is diffusers' own pipeline, and what a wrong setting answers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts
+from fastgrpo.types import Conditions, Prompts
 from tests.tiny import make_pipeline
 
 # diffusers wants to be told of encoders that a directory lacks
@@ -21,8 +22,8 @@ WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 TEXTS = ["a red circle", "two blue squares", "a red circle"]
 
 
-def make_model(weights: Path, **settings) -> StableDiffusion3:
-    defaults = {"weights": str(weights), "adaptation": LoRA(rank=4), "resolution": 64, "use_t5": False}
+def make_model(weights: Path, **settings: Any) -> StableDiffusion3:
+    defaults: dict[str, Any] = {"weights": str(weights), "adaptation": LoRA(rank=4), "resolution": 64, "use_t5": False}
     return StableDiffusion3(**defaults | settings)
 
 
@@ -116,7 +117,12 @@ def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPa
     model = make_model(tiny_weights)
     encoded: list[str] = []
     run = model._run_encoders
-    monkeypatch.setattr(model, "_run_encoders", lambda text: encoded.append(text) or run(text))
+
+    def counting(text: str) -> Conditions:
+        encoded.append(text)
+        return run(text)
+
+    monkeypatch.setattr(model, "_run_encoders", counting)
     first = model.encode(TEXTS)
     again = model.encode(["two blue squares", "a red circle", "a green circle"])
     assert encoded == ["a red circle", "two blue squares", "a green circle"]
