@@ -233,5 +233,5 @@ def test_a_finished_run_resumed_stays_as_it_is(run: Path, tiny_weights: Path, tm
 
 def test_another_model_does_not_resume(tiny_weights: Path, tmp_path: Path) -> None:
     train(make_config(tiny_weights, tmp_path / "run"))
-    with pytest.raises(ValueError, match="is of model .*; use the model and LoRA settings it was saved with"):
+    with pytest.raises(ValueError, match=r"is of model .*; use the model and LoRA settings it was saved with"):
         train(make_config(tiny_weights, tmp_path / "run", "adaptation.rank=5", "resume=true"))

@@ -53,7 +53,8 @@ def test_weights_are_restored_after_an_error() -> None:
         with ema.applied():
             raise KeyError("inside")
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(weights["a"], torch.full((2,), 5.0))
 
 

@@ -26,7 +26,8 @@ def test_an_error_inside_a_stage_comes_through() -> None:
         with timer("reward"):
             raise KeyError("inside")
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
 
 
 @pytest.mark.gpu
