@@ -1,4 +1,4 @@
-"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>``, .json and .md, with its origin.
+"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>``, .json and .md, with its origin."""
 
 import datetime
 import json
