@@ -6,7 +6,7 @@ Every mistake becomes one ``ValueError`` that names the key, before anything is 
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
@@ -36,7 +36,8 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
-    default = compose_config(name, [override for override in overrides if _key(override) in config_groups(name)])
+    groups = config_groups(name)
+    default = compose_config(name, [override for override in overrides if _key(override) in groups])
     OmegaConf.resolve(default)
     _check_plain(OmegaConf.to_container(config), OmegaConf.to_container(default), "", name)
     check(config)
@@ -170,6 +171,7 @@ def find_target(path: str, key: str) -> Any:
 
 def build(config: DictConfig, **extra: Any) -> Any:
     """The object of a checked config.  A piece's own ValueError comes through as it was raised."""
+    _check_complete(config, extra)
     try:
         # objects given to instantiate itself would come out as configs: Hydra takes dataclasses for schemas
         return instantiate(config, _partial_=True)(**extra) if extra else instantiate(config)
@@ -177,9 +179,24 @@ def build(config: DictConfig, **extra: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        if isinstance(cause, TypeError):
-            raise ValueError(f"{config.get('_target_')}: {cause}") from error
         raise
+
+
+def _check_complete(node: Any, extra: Mapping[str, Any]) -> None:
+    """Refuse a piece that lacks a value without default; ``extra`` are those that do not come from the config."""
+    if not OmegaConf.is_dict(node):
+        return
+    for child in node.values():
+        _check_complete(child, {})
+    if "_target_" in node:
+        target = find_target(str(node["_target_"]), "")
+        for name, parameter in inspect.signature(target).parameters.items():
+            if (
+                parameter.default is parameter.empty
+                and not {name} & {*node, *extra}
+                and "VAR" not in parameter.kind.name
+            ):
+                raise ValueError(f"{node['_target_']} needs {name}; leave it in the config")
 
 
 def check_own(node: Any, key: str, source: Path) -> None:

@@ -151,6 +151,7 @@ def test_a_mistake_in_the_words_is_one_line(
         ("algorithm.noise.candidates=0", "candidates must be at least 1, got 0"),
         ("algorithm.dynamics.noise_level=0.0", "noise_level must be positive, got 0.0"),
         ("model.guidance_scale=0.5", "model.guidance_scale must be at least 1, got 0.5"),
+        ("~model.resolution", "StableDiffusion3 needs resolution"),
         ("model.resolution=33", "model.resolution must be a positive multiple of 16, got 33"),
         ("adaptation.rank=0", "rank must be at least 1, got 0"),
         ("model.weights=nowhere/at/all", "cannot load a StableDiffusion3Pipeline from 'nowhere/at/all'"),
@@ -409,13 +410,30 @@ def test_a_fully_trained_run_exports_merged_only(
 # doctor
 
 
-def test_doctor_finds_a_ratio_of_one(tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
-    assert cli.main([*words, "algorithm.schedule.num_steps=4"]) == 0
+@pytest.mark.parametrize(
+    ("word", "num_steps"),
+    [
+        ("algorithm=flow_grpo_fast", 3),
+        ("model.guidance_scale=2.0", 9),
+        ("adaptation=full", 9),
+    ],
+)
+def test_doctor_finds_a_ratio_of_one(
+    word: str, num_steps: int, tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, f"prompts.path={prompts}"]
+    assert cli.main([*words, *(LORA if word != "adaptation=full" else ()), word]) == 0
     shown = capsys.readouterr().out
-    assert "max |ratio - 1| = 0 over 8 samples, 3 steps" in shown
+    assert f"max |ratio - 1| = 0 over 8 samples, {num_steps} steps" in shown
     assert "fastgrpo[flash-attn]" in shown.replace("\n", "")
     assert torch.__version__ in shown
+
+
+def test_doctor_refuses_a_deterministic_policy(
+    tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
+    fails(capsys, [*words, "algorithm/dynamics=ode"], 2, "use algorithm/dynamics=flow_sde")
 
 
 def test_doctor_fails_where_a_replay_is_not_the_rollout(

@@ -36,6 +36,8 @@ class StepCoefficients:
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x_next and its log_prob [B]; ValueError for a deterministic step, which has none."""
+        if self.std == 0.0:
+            raise ValueError("a deterministic step has no likelihood to train; use algorithm/dynamics=flow_sde")
         c_x_B, c_v_B, std_B, weight_B, constant_B = self._per_sample(
             x, self.c_x, self.c_v, self.std, self.log_prob_weight, self.log_prob_constant
         )
@@ -46,7 +48,8 @@ class StepCoefficients:
         c_x_B, c_v_B, weight_B, constant_B, kl_weight_B = self._per_sample(
             x, self.c_x, self.c_v, self.log_prob_weight, self.log_prob_constant, self.kl_weight
         )
-        return sde_log_prob(x, v, x_next, c_x_B, c_v_B, weight_B, constant_B, v_reference, kl_weight_B)
+        kl_weight_or_none_B = kl_weight_B if v_reference is not None else None
+        return sde_log_prob(x, v, x_next, c_x_B, c_v_B, weight_B, constant_B, v_reference, kl_weight_or_none_B)
 
     @staticmethod
     def _per_sample(x: Tensor, *values: float) -> tuple[Tensor, ...]:
