@@ -298,3 +298,17 @@ def test_wrong_settings_are_refused(settings: dict, message: str, tiny_weights: 
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     with pytest.raises(ValueError, match=message):
         it.update(make_recorder(it.model), **settings)(it.trajectories, it.conditions_B, ADVANTAGES, 0)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS, ids=lambda d: type(d).__name__)
+def test_without_a_divergence_weight_the_reference_is_never_run(
+    dynamics: Dynamics, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = make_iteration(tiny_weights, dynamics)
+    objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.0)
+    expected = expected_gradients(it, objective, range(6))
+    monkeypatch.setattr(it.model, "reference_velocity", None)
+    recorder = make_recorder(it.model)
+    stats = it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    assert stats.kl == 0.0
+    assert_same_gradients(recorder.gradients[0], expected)
