@@ -102,8 +102,8 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            remedy = "pip install 'fastgrpo[wandb]', or leave wandb_project out"
-            raise ValueError(f"wandb_project={project} asks for wandb, which is not installed; {remedy}") from error
+            remedy = "pip install 'fastgrpo[wandb]', or set wandb=false"
+            raise ValueError(f"wandb=true asks for a package that is not installed; {remedy}") from error
         self._wandb = wandb
         identity = str(directory.resolve()).strip("/").replace("/", "-")[-64:]
         self._run = wandb.init(project=project, name=directory.name, id=identity, dir=str(directory), resume="allow")

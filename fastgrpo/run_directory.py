@@ -29,7 +29,7 @@ class RunDirectory:
             with tempfile.TemporaryFile(dir=run.path) as file:
                 file.write(b"x")
         except OSError as error:
-            remedy = "set output_dir to a directory you can write"
+            remedy = "set output to a directory you can write"
             raise ValueError(f"cannot write the run directory {path} ({error.strerror}); {remedy}") from error
         return run
 

@@ -267,7 +267,7 @@ def test_a_taken_directory_is_refused_unless_resuming(run: RunDirectory, metrics
 @pytest.mark.parametrize("path", ["file", "file/run", "/proc/no/run"])
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot write the run directory .*; set output_dir"):
+    with pytest.raises(ValueError, match=r"cannot write the run directory .*; set output"):
         RunDirectory.create(tmp_path / path, resume=False)
 
 
