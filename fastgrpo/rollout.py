@@ -36,7 +36,7 @@ class Rollout:
     def __call__(
         self, prompts: Prompts, conditions: Conditions, start_BCHW: Tensor, steps: tuple[int, ...]
     ) -> Trajectories:
-        """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  ``conditions`` has P rows."""
+        """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions."""
         group_size = len(start_BCHW) // len(prompts)
         samples = conditions.repeat(group_size)
         parts = [
@@ -75,7 +75,7 @@ class Rollout:
         )
 
     def _step_noise(self, prompts: Prompts, group_size: int, rows: slice) -> Callable[[int], Tensor]:
-        """Noise [B, C, H, W] of a step for some rows: a function of the global prompt index and the place in the group."""
+        """Noise [B, C, H, W] of a step for some rows: a function of the global prompt index and place in the group."""
         first, last = rows.start // group_size, (rows.stop - 1) // group_size + 1
         inside = slice(rows.start - first * group_size, rows.stop - first * group_size)
         shape = self.model.latent_shape

@@ -308,3 +308,8 @@ def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
     assert "iteration 1/2  reward 0.250  0:04 left" in screen.getvalue()
     assert "iteration 2/2  reward 0.750  0:00 left" in screen.getvalue()
     assert screen.getvalue().count("\n") == 1
+
+
+def test_the_readme_explains_every_metric_in_the_same_words() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{key}` | {meaning} |" in readme for key, meaning in METRICS.items())
