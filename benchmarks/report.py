@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgrpo.summary import commit, hardware, versions
+from fastgrpo.records.summary import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

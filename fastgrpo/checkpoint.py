@@ -23,8 +23,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from fastgrpo.sealed import REPLACED, TEMPORARY, read_sealed, write_sealed
-from fastgrpo.tensor_tree import flatten, unflatten
+from fastgrpo.runtime.sealed import REPLACED, TEMPORARY, read_sealed, write_sealed
+from fastgrpo.runtime.tensor_tree import flatten, unflatten
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 _NAME = re.compile(rf"({re.escape(REPLACED)})?step_(\d+)")

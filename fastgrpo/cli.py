@@ -54,7 +54,7 @@ COMMANDS = {
         ),
     ),
     "sample": Command(
-        run="fastgrpo.sample.sample",
+        run="fastgrpo.commands.sample.sample",
         summary="make images of prompts",
         details="Writes one PNG an image, and grid.png with all of them. run= takes the model and the averaged weights "
         "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward.",
@@ -65,7 +65,7 @@ COMMANDS = {
         ),
     ),
     "evaluate": Command(
-        run="fastgrpo.report.evaluate",
+        run="fastgrpo.commands.evaluate.evaluate",
         summary="measure rewards on held-out prompts",
         details="Starts from plain noise, the same in every evaluation, never from a search. Prints a table and writes "
         "evaluation.json and a grid of images. run= evaluates a finished run, else the base model.",
@@ -76,7 +76,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        run="fastgrpo.export.export",
+        run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
         details="Writes lora/ for pipeline.load_lora_weights and, with merged=true, merged/ for "
         "StableDiffusion3Pipeline.from_pretrained; both hold the averaged weights of the run's last checkpoint.",
@@ -86,7 +86,7 @@ COMMANDS = {
         ),
     ),
     "doctor": Command(
-        run="fastgrpo.doctor.doctor",
+        run="fastgrpo.commands.doctor.doctor",
         summary="check that this machine computes right",
         details="Prints versions and backends, then samples with the chosen model and algorithm and replays that "
         "under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if it is not.",
@@ -157,7 +157,7 @@ def _load(name: str, overrides: Sequence[str]) -> DictConfig:
     config = load_config(name, overrides)
     if "run" not in config:
         return config
-    from fastgrpo.trained import with_run
+    from fastgrpo.commands.trained import with_run
 
     return with_run(config, overrides)
 

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.grids import draw_before_after, draw_grid, png, to_uint8
-from fastgrpo.plots import draw_curves
-from fastgrpo.run_directory import RunDirectory, write_whole
-from fastgrpo.summary import summarize
+from fastgrpo.records.grids import draw_before_after, draw_grid, png, to_uint8
+from fastgrpo.records.plots import draw_curves
+from fastgrpo.records.run_directory import RunDirectory, write_whole
+from fastgrpo.records.summary import summarize
 
 METRICS = {
     "iteration": "iterations done, from 1; 0 is the state before training",

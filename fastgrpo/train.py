@@ -14,9 +14,9 @@ from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.run_directory import RunDirectory
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update

@@ -20,11 +20,11 @@ from fastgrpo.estimate import EstimatedReward
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.progress import Progress
 from fastgrpo.prompts import PromptSource
+from fastgrpo.records.progress import Progress
+from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.run_directory import RunDirectory
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
 from fastgrpo.runtime.timing import StageTimer

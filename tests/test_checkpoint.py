@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.checkpoint import FILES, Checkpoint, CheckpointError, TrainState
-from fastgrpo.sealed import MANIFEST, REPLACED
+from fastgrpo.runtime.sealed import MANIFEST, REPLACED
 
 
 def make_model(seed: int = 0) -> nn.Module:

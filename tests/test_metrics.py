@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastgrpo.grids import cell_origin, enlargement
 from fastgrpo.metrics import METRICS, Metrics, explain, read_metrics
-from fastgrpo.plots import draw_curves
-from fastgrpo.progress import Progress
-from fastgrpo.run_directory import RunDirectory
+from fastgrpo.records.grids import cell_origin, enlargement
+from fastgrpo.records.plots import draw_curves
+from fastgrpo.records.progress import Progress
+from fastgrpo.records.run_directory import RunDirectory
 
 PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle and many more words", "ü"]
 

@@ -20,7 +20,7 @@ FEED_FORWARD = ("net.0.proj", "net.2")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Freeze a transformer and train adapters on ``targets``: ends of module names in ``attn``, ``ff``, ``ff_context``."""
+    """Freeze a transformer and train adapters on ``targets``, ends of names of linear layers in its blocks."""
 
     rank: int = 32
     alpha: float = 64.0

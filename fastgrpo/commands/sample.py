@@ -13,16 +13,16 @@ from torch import Tensor
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
+from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.trained import load_model
 from fastgrpo.config import build, resolve_path
 from fastgrpo.estimate import EstimatedReward
-from fastgrpo.grids import draw_grid, png, to_uint8
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.output_directory import new_directory
 from fastgrpo.prompts import load_prompts
+from fastgrpo.records.grids import draw_grid, png, to_uint8
+from fastgrpo.records.run_directory import write_whole
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.run_directory import write_whole
-from fastgrpo.trained import load_model
 from fastgrpo.types import Conditions, Prompts
 
 _MAX_NAME = 40

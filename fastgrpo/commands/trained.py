@@ -15,7 +15,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from fastgrpo.checkpoint import Checkpoint, TrainState
 from fastgrpo.config import check, check_own
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.run_directory import RunDirectory
+from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.train import build_model
 
 # what a run brings along; every other key is the command's

@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig
 
-from fastgrpo.output_directory import new_directory
-from fastgrpo.trained import load_model
+from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.trained import load_model
 
 
 def export(config: DictConfig) -> None:

@@ -17,8 +17,8 @@ from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
 from fastgrpo.config import build, resolve_path
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rollout import Rollout
-from fastgrpo.summary import commit, hardware, versions
 from fastgrpo.train import build_model
 from fastgrpo.trainer import MAX_RATIO_DEVIATION, TrainingError
 from fastgrpo.update import Update

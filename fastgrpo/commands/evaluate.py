@@ -14,17 +14,17 @@ from rich.table import Table
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.trained import load_model
 from fastgrpo.config import build, resolve_path
 from fastgrpo.evaluate import EvaluationResult
-from fastgrpo.grids import draw_grid, png, to_uint8
-from fastgrpo.output_directory import new_directory
 from fastgrpo.prompts import load_prompts
+from fastgrpo.records.grids import draw_grid, png, to_uint8
+from fastgrpo.records.run_directory import write_whole
+from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.reward import Rewards
-from fastgrpo.run_directory import write_whole
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.summary import commit, hardware, versions
 from fastgrpo.train import build_evaluation
-from fastgrpo.trained import load_model
 
 
 def evaluate(config: DictConfig) -> None:
