@@ -43,7 +43,7 @@ METRICS = {
     "seconds/reward": "rewards of the iteration's images, as far as nothing else hid it",
     "seconds/update": "forward and backward passes and optimizer steps",
     "seconds/evaluate": "evaluation, in the iterations that have one",
-    "seconds/checkpoint": "writing a checkpoint, in the iterations that have one",
+    "seconds/checkpoint": "writing the checkpoint of the iteration before, 0 where there was none",
     "peak_bytes": "peak memory allocated on the first GPU (on a CPU: of the process)",
     "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
