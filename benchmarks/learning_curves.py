@@ -62,7 +62,7 @@ def _curve(output: Path) -> dict[str, Any]:
     rows = read_metrics(output / "metrics.jsonl")
     evaluations = [row for row in rows if row.get(METRIC) is not None]
     trained = [row for row in rows if "reward/total" in row]
-    stages = ("search", "rollout", "reward", "update")
+    stages = ("encode", "search", "rollout", "reward", "update")
     return {
         "seconds": [row["seconds"] for row in evaluations],
         "accuracy": [row[METRIC] for row in evaluations],
