@@ -54,7 +54,7 @@ class Recipe:
     seed: int = 0
     autoencoder_steps: int = 1300
     transformer_steps: int = 3200
-    scorer_steps: int = 1500
+    scorer_steps: int = 800
     num_scenes: int = 20000
     wrong_captions: float = 0.15
 
@@ -121,7 +121,7 @@ def train_autoencoder(recipe: Recipe) -> AutoencoderKL:
 def train_transformer(
     recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer
 ) -> tuple[SD3Transformer2DModel, list[CLIPTextModelWithProjection]]:
-    """Flow matching on normalized latents, x_t = (1 - t) x_0 + t noise, t logit-normal; the EMA weights come back."""
+    """Flow matching on normalized latents, x_t = (1 - t) x_0 + t noise; the EMA weights come back."""
     torch.manual_seed(recipe.seed + 1)
     generator = np.random.default_rng(recipe.seed + 1)
     encoders = [CLIPTextModelWithProjection(_text_config(tokenizer)) for _ in range(2)]
@@ -141,6 +141,17 @@ def train_transformer(
         dual_attention_layers=(),
         qk_norm="rms_norm",
     )
+    modules = nn.ModuleList([transformer, *encoders])
+    captioned = _captioned_latents(recipe, vae, tokenizer, generator)
+    _train_flow(modules, captioned, tokenizer, generator, recipe.transformer_steps)
+    modules.eval()
+    return transformer, encoders
+
+
+def _captioned_latents(
+    recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Normalized latents [N, C, H, W] of random scenes and their captions' tokens [N, L], some of them wrong."""
     captions = training_captions()
     drawn = [captions[i] for i in generator.integers(len(captions), size=recipe.num_scenes)]
     latents_NCHW = torch.cat(
@@ -150,18 +161,31 @@ def train_transformer(
         ]
     )
     latents_NCHW = (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor
-    # a wrong caption is wrong for good, as in a data set; 10% are dropped anew each time, for guidance
     known = {str(caption) for caption in captions}
     texts = [str(caption) for caption in drawn]
+    # a wrong caption is wrong for good, as in a data set
     for i in np.flatnonzero(generator.random(len(drawn)) < recipe.wrong_captions):
         while (wrong := str(misread(drawn[i], generator))) not in known:
             pass
         texts[i] = wrong
-    tokens_NL = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    empty_L = tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
+    return latents_NCHW, _tokens(tokenizer, texts)
+
+
+def _train_flow(
+    modules: nn.ModuleList,
+    captioned: tuple[Tensor, Tensor],
+    tokenizer: CLIPTokenizer,
+    generator: np.random.Generator,
+    steps: int,
+) -> None:
+    """Flow matching; leaves the moving average in ``modules``."""
+    transformer, *encoders = modules
+    latents_NCHW, tokens_NL = captioned
+    empty_L = _tokens(tokenizer, [""])[0]
 
     def loss(_: int) -> Tensor:
-        index_B = torch.from_numpy(generator.integers(len(drawn), size=128))
+        index_B = torch.from_numpy(generator.integers(len(tokens_NL), size=128))
+        # 10% are dropped anew each time, for guidance
         tokens_BL = torch.where(torch.rand(128, 1) < 0.1, empty_L, tokens_NL[index_B])
         image_BCHW = latents_NCHW[index_B]
         noise_BCHW = torch.randn_like(image_BCHW)
@@ -177,17 +201,19 @@ def train_transformer(
         ).sample
         return (velocity_BCHW - (noise_BCHW - image_BCHW)).square().mean()
 
-    modules = nn.ModuleList([transformer, *encoders])
-    averaged = deepcopy(modules)
+    averaged = deepcopy(modules).requires_grad_(False)
 
     def average(step: int) -> None:
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in modules.parameters()], 1 - decay)
 
-    averaged.requires_grad_(False)
-    _train("transformer", modules.parameters(), loss, steps=recipe.transformer_steps, lr=1e-3, after=average)
-    trained, *trained_encoders = averaged.eval()
-    return trained, trained_encoders
+    _train("transformer", modules.parameters(), loss, steps=steps, lr=1e-3, after=average)
+    modules.load_state_dict(averaged.state_dict())
+
+
+def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids [B, L], padded."""
+    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
 def train_scorer(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -213,9 +239,7 @@ def train_scorer(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
 
     def loss(_: int) -> Tensor:
         batch = [captions[i] for i in generator.permutation(len(captions))[:64]]
-        tokens_BL = tokenizer(
-            [str(c) for c in batch], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt"
-        ).input_ids
+        tokens_BL = _tokens(tokenizer, [str(caption) for caption in batch])
         images_BCHW = draw([sample_scene(caption, generator) for caption in batch])
         logits_BB = model(input_ids=tokens_BL, pixel_values=(images_BCHW - mean) / std).logits_per_image
         target_B = torch.arange(64)
