@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "train": STAGES | BELOW_STAGES | {"trainer", "config"},
     "commands": STAGES | BELOW_STAGES | {"trainer", "train", "config", "shapes"},
-    "cli": STAGES | BELOW_STAGES | {"trainer", "config"},
+    "cli": STAGES | BELOW_STAGES | {"trainer", "config", "train", "commands"},
 }
 CONFINED = {
     "hydra": ("fastgrpo/config.py",),

@@ -53,7 +53,7 @@ class Recipe:
 
     seed: int = 0
     autoencoder_steps: int = 1300
-    transformer_steps: int = 3200
+    transformer_cycles: tuple[int, ...] = (3200, 4200)
     scorer_steps: int = 800
     num_scenes: int = 20000
     wrong_captions: float = 0.15
@@ -142,8 +142,14 @@ def train_transformer(
         qk_norm="rms_norm",
     )
     modules = nn.ModuleList([transformer, *encoders])
-    captioned = _captioned_latents(recipe, vae, tokenizer, generator)
-    _train_flow(modules, captioned, tokenizer, generator, recipe.transformer_steps)
+    for cycle, steps in enumerate(recipe.transformer_cycles):
+        if cycle > 0:
+            # from what the cycle before would have shipped, with new scenes, a new optimizer and a new warm-up
+            modules.half().float()
+            torch.manual_seed(recipe.seed + 1 + 10 * cycle)
+            generator = np.random.default_rng(recipe.seed + 1 + 10 * cycle)
+        captioned = _captioned_latents(recipe, vae, tokenizer, generator)
+        _train_flow(modules, captioned, tokenizer, generator, steps)
     modules.eval()
     return transformer, encoders
 
@@ -178,7 +184,7 @@ def _train_flow(
     generator: np.random.Generator,
     steps: int,
 ) -> None:
-    """Flow matching; leaves the moving average in ``modules``."""
+    """One cosine cycle of flow matching; leaves the moving average in ``modules``."""
     transformer, *encoders = modules
     latents_NCHW, tokens_NL = captioned
     empty_L = _tokens(tokenizer, [""])[0]
@@ -308,7 +314,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory that receives pipeline/ and clip/")
     for field, default in Recipe().__dict__.items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
+        is_list = isinstance(default, tuple)
+        parser.add_argument(
+            f"--{field.replace('_', '-')}",
+            type=int if is_list else type(default),
+            nargs="+" if is_list else None,
+            default=default,
+        )
     arguments = vars(parser.parse_args())
     pretrain(arguments.pop("out"), Recipe(**arguments))
 
