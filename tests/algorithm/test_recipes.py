@@ -26,7 +26,10 @@ FLOW_GRPO = (
 PAPER = EliteSearch(rounds=3, candidates=8, elites=3, estimate_steps=1, start="mean", project="none", std_floor=0.0)
 PUBLISHED = {
     "flow_grpo": FLOW_GRPO,
-    "smart_grpo": (FLOW_GRPO[0], EliteSearch(), *FLOW_GRPO[2:]),
+    "smart_grpo": (
+        SD3Schedule(10), EliteSearch(), CPS(0.8), RandomWindow(3, 0, 5), GroupAdvantage("global"),
+        ClippedSurrogate(1e-5, 0.0),
+    ),
     "smart_grpo_paper": (FLOW_GRPO[0], PAPER, *FLOW_GRPO[2:]),
     "flow_grpo_fast": (
         SD3Schedule(10), GaussianNoise(), CPS(0.8), RandomWindow(3, 0, 5), GroupAdvantage("global"),
