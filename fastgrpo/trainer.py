@@ -174,7 +174,8 @@ class Trainer:
             "reward/total": rewards.total_PG.mean().item(),
             "reward/group_std": std_P.mean().item(),
             "zero_variance_groups": (std_P == 0).float().mean().item(),
-            **vars(stats),
+            # without a penalty the reference is not run, so there is no KL to log
+            **{name: value for name, value in vars(stats).items() if name != "kl" or self.algorithm.objective.kl_coef},
             **noise.metrics,
             "images_per_second": num_images / seconds["iteration"],
             **{f"seconds/{stage}": value for stage, value in seconds.items()},
