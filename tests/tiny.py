@@ -1,4 +1,4 @@
-"""A StableDiffusion3Pipeline in miniature with random weights, and a run's config for it: what the tests train.
+"""A StableDiffusion3Pipeline in miniature with random weights: what the tests train (its config: tiny_config.py).
 
 32x32 images, latents [16, 4, 4], two blocks of width 32: a forward pass takes milliseconds.
 """
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from omegaconf import DictConfig
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastgrpo.config import load_config
 from fastgrpo.shapes.pretrain import train_tokenizer
 
 TEXT_WIDTH = 16
@@ -41,36 +39,6 @@ def make_pipeline(
     )
     pipeline.save_pretrained(directory)
     return Path(directory)
-
-
-def make_config(weights: Path, output: Path, *overrides: str) -> DictConfig:
-    """A ``train`` config of 2 prompts x 3 samples x 4 steps on the pipeline in ``weights``, trained on file size."""
-    prompts = output.parent / "prompts.txt"
-    prompts.parent.mkdir(parents=True, exist_ok=True)
-    prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    return load_config(
-        "train",
-        [
-            "algorithm=flow_grpo",
-            "algorithm.schedule.num_steps=4",
-            f"model.weights={weights}",
-            f"model.resolution={RESOLUTION}",
-            "adaptation.rank=4",
-            "adaptation.alpha=8.0",
-            "reward=jpeg_incompressibility",
-            f"prompts.path={prompts}",
-            f"prompts.held_out={prompts}",
-            "runtime.device=cpu",
-            "runtime.micro_batch=4",
-            f"output={output}",
-            "train.iterations=2",
-            "train.prompts_per_iteration=2",
-            "train.group_size=3",
-            "evaluate.images_per_prompt=1",
-            "evaluate.num_steps=2",
-            *overrides,
-        ],
-    )
 
 
 def _make_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModelWithProjection:
