@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import EVALUATION_STREAM
+from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Prompts
-from fastgrpo_kernels import philox_normal
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ class Evaluation:
         for first in range(0, len(self.texts), prompts_at_once):
             texts = list(self.texts[first : first + prompts_at_once])
             prompts = Prompts(texts, ids=list(range(first, first + len(texts))))
-            images_BCHW = rollout(prompts, self.model.encode(texts), self._noise(prompts), ()).images_BCHW
+            draw = NoiseDraw(self.seed, prompts.ids, self.images_per_prompt, self.model.latent_shape, self.model.device)
+            start_BCHW = draw(EVALUATION_STREAM, self.images_per_prompt).flatten(0, 1)
+            images_BCHW = rollout(prompts, self.model.encode(texts), start_BCHW, ()).images_BCHW
             for name, scores_PG in self.rewards(images_BCHW, prompts.texts).named.items():
                 named.setdefault(name, []).append(scores_PG.cpu())
             shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
@@ -77,10 +78,3 @@ class Evaluation:
             images_BCHW=images_BCHW,
             verified=verdict[: len(images_BCHW), 0].tolist() if verdict is not None else None,
         )
-
-    def _noise(self, prompts: Prompts) -> Tensor:
-        shape, device = self.model.latent_shape, self.model.device
-        ids_P = torch.tensor(prompts.ids, device=device)
-        ids_G = torch.arange(self.images_per_prompt, device=device)
-        numel = shape[0] * shape[1] * shape[2]
-        return philox_normal(self.seed, EVALUATION_STREAM, ids_P, ids_G, numel).view(-1, *shape)

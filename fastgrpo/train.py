@@ -18,6 +18,7 @@ from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
+from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
 
@@ -51,6 +52,14 @@ def build_trainer(config: DictConfig) -> Trainer:
         micro_batch=config.runtime.micro_batch,
         seed=config.seed,
     )
+    start_noise = StartNoise(
+        algorithm=algorithm,
+        rollout=rollout,
+        rewards=rewards,
+        group_size=settings.group_size,
+        num_iterations=settings.iterations,
+        seed=config.seed,
+    )
     optimizer = torch.optim.AdamW(
         list(model.trainable.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -70,6 +79,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         group_size=settings.group_size,
         model=model,
         algorithm=algorithm,
+        start_noise=start_noise,
         rollout=rollout,
         rewards=rewards,
         update=update,

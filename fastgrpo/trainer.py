@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.noise import NoiseDraw, rank_correlation
+from fastgrpo.algorithm.noise import rank_correlation
 from fastgrpo.checkpoint import Checkpoint, TrainState
-from fastgrpo.estimate import EstimatedReward
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
@@ -28,7 +27,8 @@ from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
 from fastgrpo.runtime.timing import StageTimer
-from fastgrpo.types import Conditions, Noise, Prompts, Trajectories
+from fastgrpo.start_noise import StartNoise
+from fastgrpo.types import Noise, Trajectories
 from fastgrpo.types import Rewards as NamedRewards
 from fastgrpo.update import Update, UpdateStats
 
@@ -49,6 +49,7 @@ class Trainer:
     group_size: int
     model: FlowModel
     algorithm: Algorithm
+    start_noise: StartNoise
     rollout: Rollout
     rewards: Rewards
     update: Update
@@ -74,7 +75,7 @@ class Trainer:
             prompts = self.prompts.at(self.iteration)
             conditions = self.model.encode(prompts.texts)
         with timer("search"):
-            noise = self._propose(prompts, conditions)
+            noise = self.start_noise(prompts, conditions, self.iteration)
         with timer("rollout"):
             trajectories = self.rollout(prompts, conditions, noise.start_BCHW, self._trained_steps())
         with timer("reward"):
@@ -134,26 +135,6 @@ class Trainer:
         self.update.optimizer.load_state_dict(state.optimizer)
         self._skipped_in_a_row = state.extra["skipped_in_a_row"]
         self.metrics.truncate_to(self.iteration)
-
-    def _propose(self, prompts: Prompts, conditions: Conditions) -> Noise:
-        """Start noises of the algorithm's proposal, which may score candidates by the reward of a quick estimate."""
-        score = EstimatedReward(
-            rollout=self.rollout,
-            algorithm=self.algorithm,
-            rewards=self.rewards,
-            prompts=prompts,
-            conditions=conditions,
-        )
-        draw = NoiseDraw(
-            seed=self.seed,
-            prompt_ids=prompts.ids,
-            group_size=self.group_size,
-            latent_shape=self.model.latent_shape,
-            iteration=self.iteration,
-            num_iterations=self.num_iterations,
-            device=self.model.device,
-        )
-        return self.algorithm.noise(draw, score)
 
     def _trained_steps(self) -> tuple[int, ...]:
         return self.algorithm.timesteps(len(self.algorithm.grid) - 1, self.iteration, self.seed)

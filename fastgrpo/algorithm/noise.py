@@ -22,8 +22,8 @@ STEP_STREAM = 1000
 DECISION_STREAM = 2000
 EVALUATION_STREAM = 3000
 
-# (noise_PKCHW, estimate_steps) -> rewards_PK
-Score = Callable[[Tensor, int], Tensor]
+# (noise_PKCHW, estimate_steps, prompt_ids) -> rewards_PK; the P prompts may be some of the iteration's
+Score = Callable[[Tensor, int, list[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class NoiseDraw:
     prompt_ids: list[int]
     group_size: int
     latent_shape: tuple[int, int, int]
-    iteration: int
-    num_iterations: int
     device: torch.device | str = "cpu"
+    iteration: int = 0
+    num_iterations: int = 1
 
     def __call__(self, stream: int, num: int, first: int = 0) -> Tensor:
         """Noises ``first`` ... ``first + num - 1`` of a stream, float32 [P, num, C, H, W]."""
@@ -57,6 +57,11 @@ class NoiseDraw:
         return torch.special.ndtr(philox_normal(self.seed, stream, ids, iteration, 1)[:, 0, 0].double()).tolist()
 
 
+def plain_noise(draw: NoiseDraw) -> Tensor:
+    """N(0, I) for every sample: float32 [B, C, H, W]."""
+    return draw(START_STREAM, draw.group_size).flatten(0, 1)
+
+
 NoiseProposal = Callable[[NoiseDraw, Score], Noise]
 
 
@@ -65,7 +70,7 @@ class GaussianNoise:
     """Every sample starts from its own N(0, I): Flow-GRPO, arXiv:2505.05470."""
 
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
-        return Noise(draw(START_STREAM, draw.group_size).flatten(0, 1), metrics={}, num_scored=0)
+        return Noise(plain_noise(draw), metrics={}, num_scored=0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ the cross-entropy method.  Letters: P prompts, G samples of a prompt, K candidat
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -68,18 +68,20 @@ class EliteSearch:
                 f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
             )
         share = self.searched_share(draw.iteration, draw.num_iterations)
-        searched = [u < share for u in draw.uniform(DECISION_STREAM)]
-        plain_PGCHW = draw(START_STREAM, draw.group_size)
-        metrics = {"search/share": sum(searched) / len(searched)}
-        if not any(searched):
-            return Noise(plain_PGCHW.flatten(0, 1), metrics, num_scored=0)
-        found_PGCHW, estimates_PG, gain_P = self._search(draw, score)
-        searched_P = torch.tensor(searched, device=found_PGCHW.device)
-        start_PGCHW = torch.where(searched_P[:, None, None, None, None], found_PGCHW, plain_PGCHW)
-        if estimates_PG is not None:
-            estimates_PG = torch.where(searched_P[:, None], estimates_PG, math.nan)
-        metrics["search/gain"] = gain_P[searched_P].mean().item()
-        num_scored = len(searched) * self.rounds * self.candidates
+        rows = [row for row, u in enumerate(draw.uniform(DECISION_STREAM)) if u < share]
+        start_PGCHW = draw(START_STREAM, draw.group_size)
+        metrics = {"search/share": len(rows) / len(start_PGCHW)}
+        if not rows:
+            return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored=0)
+        # plain prompts are not even scored
+        searched = replace(draw, prompt_ids=[draw.prompt_ids[row] for row in rows])
+        start_PGCHW[rows], found_PG, gain_P = self._search(searched, score)
+        estimates_PG = None
+        if found_PG is not None:
+            estimates_PG = found_PG.new_full(start_PGCHW.shape[:2], math.nan)
+            estimates_PG[rows] = found_PG
+        metrics["search/gain"] = gain_P.mean().item()
+        num_scored = len(rows) * self.rounds * self.candidates
         return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored, estimates_PG)
 
     def searched_share(self, iteration: int, num_iterations: int) -> float:
@@ -93,7 +95,7 @@ class EliteSearch:
         rounds_PKCHW, rounds_PK = [], []
         for r in range(self.rounds):
             candidates_PKCHW = self._candidates(mean_PCHW, std_PCHW, draw(SEARCH_STREAM + r, self.candidates))
-            rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps)
+            rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
             elites_PTCHW = _take(candidates_PKCHW, _best_first(rewards_PK)[:, : self.elites])
             mean_PCHW = torch.lerp(elites_PTCHW.mean(dim=1), mean_PCHW, self.momentum)
             std_PCHW = torch.lerp(elites_PTCHW.std(dim=1, correction=0), std_PCHW, self.momentum)
@@ -143,7 +145,7 @@ class BestOfK:
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
         num_searches = draw.group_size if self.start == "distinct" else 1
         candidates_PKCHW = draw(SEARCH_STREAM, num_searches * self.candidates)
-        rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps)
+        rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
         best_PS = rewards_PK.unflatten(1, (num_searches, self.candidates)).argmax(dim=2)
         best_PS = best_PS + self.candidates * torch.arange(num_searches, device=best_PS.device)
         return _hand_out(candidates_PKCHW, rewards_PK, best_PS.expand(-1, draw.group_size))
@@ -169,7 +171,8 @@ class RandomSearch:
                 f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
             )
         rounds_PKCHW = [draw(SEARCH_STREAM + r, self.candidates) for r in range(self.rounds)]
-        rewards_PK = torch.cat([_estimate(score, z_PKCHW, self.estimate_steps) for z_PKCHW in rounds_PKCHW], dim=1)
+        rounds_PK = [_estimate(score, z_PKCHW, self.estimate_steps, draw.prompt_ids) for z_PKCHW in rounds_PKCHW]
+        rewards_PK = torch.cat(rounds_PK, dim=1)
         # candidates are exchangeable, so the first ones are random ones
         num_taken = draw.group_size if self.start == "distinct" else 1
         taken_PG = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), draw.group_size)
@@ -182,8 +185,8 @@ def _hand_out(candidates_PKCHW: Tensor, rewards_PK: Tensor, picked_PG: Tensor) -
     return Noise(_take(candidates_PKCHW, picked_PG).flatten(0, 1), metrics, rewards_PK.numel(), estimates_PG)
 
 
-def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int) -> Tensor:
-    rewards_PK = score(candidates_PKCHW, estimate_steps).float()
+def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int, prompt_ids: list[int]) -> Tensor:
+    rewards_PK = score(candidates_PKCHW, estimate_steps, prompt_ids).float()
     if rewards_PK.shape != candidates_PKCHW.shape[:2]:
         raise ValueError(
             f"score must return {tuple(candidates_PKCHW.shape[:2])} rewards, got {tuple(rewards_PK.shape)}"

@@ -10,10 +10,9 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
+from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.config import build, resolve_path
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
@@ -76,11 +75,9 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
         prompt_ids=prompts.ids,
         group_size=config.group_size,
         latent_shape=model.latent_shape,
-        iteration=0,
-        num_iterations=1,
         device=model.device,
     )
-    start_BCHW = GaussianNoise()(draw, _no_score).start_BCHW
+    start_BCHW = plain_noise(draw)
     trajectories = Rollout(**common)(prompts, conditions, start_BCHW, steps)
     update = Update(
         **common,
@@ -135,7 +132,3 @@ def _backends() -> Table:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _no_score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
-    raise AssertionError("plain noise scores nothing")

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw
+from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
 from fastgrpo.config import build, resolve_path
-from fastgrpo.estimate import EstimatedReward
-from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.run_directory import write_whole
 from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
+from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Conditions, Prompts
 
 _MAX_NAME = 40
@@ -39,14 +38,14 @@ def sample(config: DictConfig) -> None:
     directory = new_directory(config.output)
     model, origin = load_model(config)
     rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)
-    sampler = Sampler(
-        model=model,
-        rollout=rollout,
-        algorithm=algorithm,
-        rewards=rewards,
-        images_per_prompt=config.images_per_prompt,
-        seed=config.seed,
+    search = (
+        StartNoise(
+            algorithm=algorithm, rollout=rollout, rewards=rewards, group_size=config.images_per_prompt, seed=config.seed
+        )
+        if rewards is not None
+        else None
     )
+    sampler = Sampler(rollout=rollout, search=search, images_per_prompt=config.images_per_prompt, seed=config.seed)
     pages, labels = [], []
     for index, (text, images_BCHW) in enumerate(zip(texts, sampler(texts), strict=True)):
         pixels_BHWC = to_uint8(images_BCHW)
@@ -60,12 +59,10 @@ def sample(config: DictConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """``images_per_prompt`` images [B, 3, H, W] of each text; with ``rewards`` their noises come from the search."""
+    """``images_per_prompt`` images [B, 3, H, W] of each text, from plain noise or from what ``search`` finds."""
 
-    model: FlowModel
     rollout: Rollout
-    algorithm: Algorithm
-    rewards: Rewards | None
+    search: StartNoise | None
     images_per_prompt: int
     seed: int
 
@@ -75,38 +72,26 @@ class Sampler:
         for first in range(0, len(texts), prompts_at_once):
             part = texts[first : first + prompts_at_once]
             prompts = Prompts(part, ids=list(range(first, first + len(part))))
-            conditions = self.model.encode(part)
+            conditions = self.rollout.model.encode(part)
             images_BCHW = self.rollout(prompts, conditions, self._start(prompts, conditions), ()).images_BCHW
             yield from images_BCHW.split(self.images_per_prompt)
 
-    @torch.no_grad()
     def _start(self, prompts: Prompts, conditions: Conditions) -> Tensor:
-        draw = NoiseDraw(
-            seed=self.seed,
-            prompt_ids=prompts.ids,
-            group_size=self.images_per_prompt,
-            latent_shape=self.model.latent_shape,
-            iteration=0,
-            num_iterations=1,
-            device=self.model.device,
+        if self.search is not None:
+            noise = self.search(prompts, conditions)
+            if noise.num_scored == 0:
+                raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
+            return noise.start_BCHW
+        model = self.rollout.model
+        return plain_noise(
+            NoiseDraw(
+                seed=self.seed,
+                prompt_ids=prompts.ids,
+                group_size=self.images_per_prompt,
+                latent_shape=model.latent_shape,
+                device=model.device,
+            )
         )
-        if self.rewards is None:
-            return GaussianNoise()(draw, _no_score).start_BCHW
-        score = EstimatedReward(
-            rollout=self.rollout,
-            algorithm=self.algorithm,
-            rewards=self.rewards,
-            prompts=prompts,
-            conditions=conditions,
-        )
-        noise = self.algorithm.noise(draw, score)
-        if noise.num_scored == 0:
-            raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
-        return noise.start_BCHW
-
-
-def _no_score(noise_PKCHW: Tensor, estimate_steps: int) -> Tensor:
-    raise AssertionError("plain noise scores nothing")
 
 
 def _texts(config: DictConfig) -> list[str]:

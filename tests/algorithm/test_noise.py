@@ -25,7 +25,7 @@ def make_draw(prompt_ids=(0, 1, 2), group_size=4, iteration=0):
     )  # fmt: skip
 
 
-def score(noise_PKCHW, estimate_steps):
+def score(noise_PKCHW, estimate_steps, prompt_ids):
     return -(noise_PKCHW - 1.0).square().mean(dim=(2, 3, 4))
 
 

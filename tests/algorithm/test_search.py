@@ -16,10 +16,12 @@ class QuadraticReward:
     """Remembers every candidate it scored."""
 
     def __init__(self):
-        self.seen, self.estimate_steps = [], set()
+        self.seen, self.estimate_steps, self.prompt_ids = [], set(), []
 
-    def __call__(self, noise_PKCHW, estimate_steps):
+    def __call__(self, noise_PKCHW, estimate_steps, prompt_ids):
+        assert len(noise_PKCHW) == len(prompt_ids)
         self.seen.append(noise_PKCHW)
+        self.prompt_ids += prompt_ids
         self.estimate_steps.add(estimate_steps)
         return self.exact(noise_PKCHW)
 
@@ -129,13 +131,16 @@ def test_gain_is_what_the_elites_have_over_the_first_candidates():
 
 def test_mix_leaves_a_share_of_the_prompts_with_plain_noise():
     search = EliteSearch(candidates=4, elites=2, mix=0.3)
-    noise, start_PGCHW, _, draw = run(search, num_prompts=400)
+    noise, start_PGCHW, reward, draw = run(search, num_prompts=400)
     plain = GaussianNoise()(draw, QuadraticReward()).start_BCHW.view_as(start_PGCHW)
     is_plain_P = (start_PGCHW == plain).flatten(1).all(dim=1)
     assert is_plain_P.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert noise.metrics["search/share"] == pytest.approx(1 - is_plain_P.float().mean().item())
     assert torch.equal(noise.estimates_PG.isnan().all(dim=1), is_plain_P)
-    assert noise.estimates_PG[~is_plain_P].isfinite().all()
+    torch.testing.assert_close(noise.estimates_PG[~is_plain_P], reward.exact(start_PGCHW[~is_plain_P]))
+    # a prompt that keeps plain noise costs no score
+    assert reward.prompt_ids == [p for p in range(400) if not is_plain_P[p]]
+    assert noise.num_scored == reward.num_scored == 4 * len(reward.prompt_ids)
 
 
 def test_anneal_lowers_the_searched_share_linearly():
@@ -173,11 +178,11 @@ def test_random_search_scores_as_many_candidates_and_gains_nothing(start):
 
 
 def test_a_failed_reward_is_never_taken_for_the_best():
-    draw = NoiseDraw(0, [0], group_size=1, latent_shape=(1, 4, 4), iteration=0, num_iterations=1)
+    draw = NoiseDraw(0, [0], group_size=1, latent_shape=(1, 4, 4))
     with pytest.raises(ValueError, match="rewards that are not finite"):
-        BestOfK()(draw, lambda z, _: torch.full(z.shape[:2], math.nan))
+        BestOfK()(draw, lambda z, _, __: torch.full(z.shape[:2], math.nan))
     with pytest.raises(ValueError, match=r"score must return \(1, 8\) rewards, got \(1,\)"):
-        BestOfK()(draw, lambda z, _: torch.zeros(1))
+        BestOfK()(draw, lambda z, _, __: torch.zeros(1))
 
 
 @pytest.mark.parametrize(
