@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"prompts", "estimate", "rollout", "update", "evaluate", "checkpoint", "metrics"}
+STAGES = {"prompts", "start_noise", "rollout", "update", "evaluate", "checkpoint", "metrics"}
 PIECES = {"algorithm", "models", "rewards", "runtime", "records"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,8 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 CONFINED = {
     "hydra": ("fastgrpo/config.py",),
     "omegaconf": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py", "fastgrpo/commands/"),
-    "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain.py"),
-    "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain.py"),
+    "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
+    "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
     "flash_attn": ("fastgrpo/runtime/attention.py",),
     "xformers": ("fastgrpo/runtime/attention.py",),
     "torch_tensorrt": ("fastgrpo/runtime/tensorrt.py",),
@@ -40,7 +40,6 @@ CONFINED = {
         "fastgrpo/algorithm/",
         "fastgrpo/rollout.py",
         "fastgrpo/update.py",
-        "fastgrpo/evaluate.py",
     ),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "fastgrpo_kernels", *sys.stdlib_module_names}

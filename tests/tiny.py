@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastgrpo.shapes.pretrain import train_tokenizer
+from fastgrpo.shapes.pretrain.tokenizer import train_tokenizer
 
 TEXT_WIDTH = 16
 RESOLUTION = 32

@@ -1,0 +1,1 @@
+"""How the embedded model was made; ``__main__.py`` is the recipe."""
