@@ -2,9 +2,9 @@
 
     python -m benchmarks.kill_resume --kills 10
 
-Every run is the command a user would type.  A run is killed and resumed until it is done; another is begun until there
-were enough kills.  Compared with the undisturbed run: metrics.jsonl but for time and memory, and the bytes of weights,
-averages and optimizer state.  Exits with 1 where one differs.
+Every run is the command a user would type.  A run is killed and resumed some times and then left to its end; another is
+begun until there were enough kills.  Compared with the undisturbed run: metrics.jsonl but for time and memory, and the
+bytes of weights, averages and optimizer state.  Exits with 1 where one differs.
 """
 
 import argparse
@@ -39,26 +39,34 @@ class Kills:
     differences: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Seconds to the first line of metrics, seconds from there to the end, and the iterations of an undisturbed run."""
+
+    startup: float
+    training: float
+    iterations: int
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="at least so many")
+    parser.add_argument("--kills-a-run", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, default=Path("outputs/kill_resume"), help="a new directory")
     parser.add_argument("overrides", nargs="*", help="further key=value for every run")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
     undisturbed = arguments.out / "undisturbed"
-    started = time.monotonic()
-    _wait(_start(undisturbed, arguments.overrides), undisturbed)
-    seconds = time.monotonic() - started
+    pace = _pace(undisturbed, arguments.overrides)
     generator, runs = random.Random(arguments.seed), []
     while sum(len(run.iterations) for run in runs) < arguments.kills:
         output = arguments.out / f"killed_{len(runs)}"
-        run = Kills(_kill_until_done(output, arguments.overrides, seconds, generator))
+        run = Kills(_kill(output, arguments, pace, generator))
         run.differences = _differences(output, undisturbed)
         runs.append(run)
         print(f"{output.name}: killed after iterations {run.iterations}, differences: {run.differences or 'none'}")
-    _report(runs, seconds, arguments)
+    _report(runs, pace, arguments)
     if any(run.differences for run in runs):
         sys.exit(1)
 
@@ -75,21 +83,41 @@ def _wait(process: subprocess.Popen[bytes], output: Path) -> None:
         raise RuntimeError(f"a run ended with {process.returncode}; its words are in {output / 'log.txt'}")
 
 
-def _kill_until_done(output: Path, overrides: list[str], seconds: float, generator: random.Random) -> list[int]:
-    """The last iteration written at each kill; the moments are uniform over the time of an undisturbed run."""
-    iterations: list[int] = []
-    while True:
-        process = _start(output, overrides)
+def _pace(output: Path, overrides: list[str]) -> Pace:
+    """Of the undisturbed run."""
+    started = time.monotonic()
+    process = _start(output, overrides)
+    while process.poll() is None and not _lines(output):
+        time.sleep(0.05)
+    startup = time.monotonic() - started
+    _wait(process, output)
+    return Pace(startup=startup, training=time.monotonic() - started - startup, iterations=_lines(output)[-1])
+
+
+def _kill(output: Path, arguments: argparse.Namespace, pace: Pace, generator: random.Random) -> list[int]:
+    """The last iteration written at each kill; the moments are uniform over what is left of the run."""
+    killed: list[int] = []
+    while len(killed) < arguments.kills_a_run:
+        done = max([0, *_lines(output)])
+        left = pace.startup + pace.training * (1 - done / pace.iterations)
+        process = _start(output, arguments.overrides)
         try:
-            process.wait(timeout=generator.uniform(0.0, seconds))
+            process.wait(timeout=generator.uniform(0.5 * pace.startup, left))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            rows = read_metrics(output / "metrics.jsonl")
-            iterations.append(rows[-1]["iteration"] if rows else -1)
+            killed.append(max([-1, *_lines(output)]))
         else:
-            _wait(process, output)
-            return iterations
+            # it was done before its moment came
+            break
+    _wait(_start(output, arguments.overrides), output)
+    return killed
+
+
+def _lines(output: Path) -> list[int]:
+    """The iterations that have been written."""
+    path = output / "metrics.jsonl"
+    return [row["iteration"] for row in read_metrics(path)] if path.exists() else []
 
 
 def _differences(output: Path, undisturbed: Path) -> list[str]:
@@ -113,7 +141,7 @@ def _lasting(output: Path) -> dict[tuple[int, str], Any]:
     return {(r["iteration"], key): value for r in rows for key, value in r.items() if not key.startswith(VARYING)}
 
 
-def _report(runs: list[Kills], seconds: float, arguments: argparse.Namespace) -> None:
+def _report(runs: list[Kills], pace: Pace, arguments: argparse.Namespace) -> None:
     num_kills = sum(len(run.iterations) for run in runs)
     num_equal = sum(not run.differences for run in runs)
     rows = [
@@ -121,9 +149,10 @@ def _report(runs: list[Kills], seconds: float, arguments: argparse.Namespace) ->
         for i, run in enumerate(runs)
     ]
     body = (
-        f"{num_kills} kills by SIGKILL at random moments of {len(runs)} runs (an undisturbed one takes {seconds:.0f} s "
-        f"from its start); {num_equal} of {len(runs)} ended with the metrics and, bit for bit, the weights, averages "
-        "and optimizer state of an undisturbed run.  -1: killed before the first line of metrics.\n\n"
+        f"{num_kills} kills by SIGKILL at random moments of {len(runs)} runs; an undisturbed one takes "
+        f"{pace.startup:.0f} s to its first evaluation and {pace.training:.0f} s from there.  {num_equal} of the "
+        f"{len(runs)} ended with the metrics and, bit for bit, the weights, averages and optimizer state of an "
+        "undisturbed run.  -1: killed before the first line of metrics.\n\n"
         + table(["run", "kills", "last iteration written at each kill", "differences"], rows)
     )
     data = {
@@ -131,7 +160,7 @@ def _report(runs: list[Kills], seconds: float, arguments: argparse.Namespace) ->
         "seed": arguments.seed,
         "kills": num_kills,
         "runs": [vars(run) for run in runs],
-        "undisturbed_seconds": seconds,
+        "undisturbed_seconds": [pace.startup, pace.training],
     }
     print(write_report("kill_resume", title="Killed and resumed", body=body, data=data))
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,21 @@ def test_a_taken_directory_is_refused_unless_resuming(run: RunDirectory, metrics
     with pytest.raises(ValueError, match=r"run already holds a run; continue it with resume=true or give a new name="):
         RunDirectory.create(run.path, resume=False)
     assert RunDirectory.create(str(run.path), resume=True) == run
+
+
+def test_a_directory_in_use_by_another_process_is_refused_until_that_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from fastgrpo.records.run_directory import RunDirectory;"
+        "run = RunDirectory.create(sys.argv[1], resume=True); print('holds it', flush=True); time.sleep(600)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holds it\n"
+        with pytest.raises(ValueError, match=r"another process is writing the run in .*; wait for it, stop it"):
+            RunDirectory.create(tmp_path, resume=True)
+        process.kill()
+    assert RunDirectory.create(tmp_path, resume=True).path == tmp_path
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "/proc/no/run"])

@@ -5,21 +5,25 @@
 Files that are written again and again are replaced whole (``write_whole``).
 """
 
+import fcntl
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run; ``RunDirectory.create`` makes the directory and refuses one that is taken."""
+    """Paths of a run; ``RunDirectory.create`` makes the directory and refuses one that is taken or in use."""
 
     path: Path
+    # held for the life of the process, and freed by the system if it is killed
+    _lock: IO[bytes] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool) -> "RunDirectory":
-        """ValueError if the directory holds another run and ``resume`` is off, or if it cannot be written."""
+        """ValueError if the directory holds a run and ``resume`` is off, if it is in use, or if it is read-only."""
         run = cls(Path(path))
         try:
             if not resume and run.is_taken:
@@ -28,10 +32,17 @@ class RunDirectory:
             # os.access says yes to root and to full or read-only network disks: only writing tells
             with tempfile.TemporaryFile(dir=run.path) as file:
                 file.write(b"x")
+            lock = open(run.path / ".lock", "wb")  # noqa: SIM115
         except OSError as error:
             remedy = "set output to a directory you can write"
             raise ValueError(f"cannot write the run directory {path} ({error.strerror}); {remedy}") from error
-        return run
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is writing the run in {path}; wait for it, stop it, or give a new name=..."
+            ) from error
+        return cls(run.path, lock)
 
     @property
     def is_taken(self) -> bool:
