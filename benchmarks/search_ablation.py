@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import GaussianNoise, NoiseDraw, NoiseProposal, rank_correlation
+from fastgrpo.algorithm.noise import NoiseDraw, NoiseProposal, plain_noise, rank_correlation
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.prompts import load_prompts
@@ -45,8 +45,6 @@ class Judge:
             prompt_ids=self.prompts.ids,
             group_size=group_size,
             latent_shape=self.model.latent_shape,
-            iteration=0,
-            num_iterations=1,
             device=self.model.device,
         )
 
@@ -54,11 +52,12 @@ class Judge:
         rollout = Rollout(model=self.model, grid=grid, dynamics=ODE(), micro_batch=self.micro_batch, seed=0)
         return rollout(self.prompts, self.conditions, noise_BCHW, ()).images_BCHW
 
-    def estimate(self, noise_PKCHW: Tensor, num_steps: int) -> Tensor:
-        num_candidates = noise_PKCHW.shape[1]
+    def estimate(self, noise_PKCHW: Tensor, num_steps: int, prompt_ids: list[int]) -> Tensor:
+        """The searches' ``score``; of all prompts at once, as the searches compared here ask."""
+        assert prompt_ids == self.prompts.ids
         images_BCHW = self.images(noise_PKCHW.flatten(0, 1), self.algorithm.estimate_grid(num_steps))
-        texts = [text for text in self.prompts.texts for _ in range(num_candidates)]
-        return self.rewards.score(images_BCHW, texts).view(-1, num_candidates)
+        texts = [text for text in self.prompts.texts for _ in range(noise_PKCHW.shape[1])]
+        return self.rewards.score(images_BCHW, texts).view(noise_PKCHW.shape[:2])
 
     def final(self, noise_BCHW: Tensor) -> dict[str, Tensor]:
         return self.rewards(self.images(noise_BCHW, self.algorithm.grid), self.prompts.texts).named
@@ -84,12 +83,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     judge = Judge(arguments.overrides)
-    plain = [judge.final(GaussianNoise()(judge.draw(seed, 16), judge.estimate).start_BCHW) for seed in arguments.seeds]
+    plain = [judge.final(plain_noise(judge.draw(seed, 16))) for seed in arguments.seeds]
     results: dict[str, Any] = {"plain noise": {"final": _summary(plain)}}
     for steps in ESTIMATE_STEPS:
-        noises = [GaussianNoise()(judge.draw(seed, 16), judge.estimate).start_BCHW for seed in arguments.seeds]
+        noises = [plain_noise(judge.draw(seed, 16)) for seed in arguments.seeds]
         correlations = [
-            rank_correlation(judge.estimate(noise.unflatten(0, (-1, 16)), steps), final["shapes"])
+            rank_correlation(judge.estimate(noise.unflatten(0, (-1, 16)), steps, judge.prompts.ids), final["shapes"])
             for noise, final in zip(noises, plain, strict=True)
         ]
         results[f"rank correlation, {steps} steps"] = statistics.fmean(correlations)
