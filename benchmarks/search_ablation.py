@@ -8,6 +8,7 @@ hands out one noise; its image is then made in full (10 ODE steps) and judged.  
 
 import argparse
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,13 +67,15 @@ class Judge:
 def methods(candidates: int, estimate_steps: int) -> dict[str, NoiseProposal]:
     """Each scores ``candidates`` noises a prompt and hands out one."""
     rounds = 4
-    elite = {"rounds": rounds, "candidates": candidates // rounds, "elites": 3, "estimate_steps": estimate_steps}
+    elite = EliteSearch(
+        rounds=rounds, candidates=candidates // rounds, elites=3, estimate_steps=estimate_steps, start="mean"
+    )
     return {
         "random search": RandomSearch(candidates=candidates, estimate_steps=estimate_steps, start="shared"),
         "best of K": BestOfK(candidates=candidates, estimate_steps=estimate_steps, start="shared"),
-        "elite search, mean (paper)": EliteSearch(**elite, start="mean", project="none", std_floor=0.0),
-        "elite search, mean on sphere": EliteSearch(**elite, start="mean", project="sphere"),
-        "elite search, best seen": EliteSearch(**elite, start="mean", project="best"),
+        "elite search, mean (paper)": replace(elite, project="none", std_floor=0.0),
+        "elite search, mean on sphere": elite,
+        "elite search, best seen": replace(elite, project="best"),
     }
 
 
