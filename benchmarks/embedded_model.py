@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.clip_score import ClipScore
 from fastgrpo.shapes.captions import held_out_captions
@@ -26,6 +27,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     config = load_config("train", ["evaluate.images_per_prompt=16"])
     model = build_model(config)
+    assert isinstance(model, StableDiffusion3)
     texts = load_prompts(resolve_path(config.prompts.held_out))
     results = {}
     for guidance in (1.0, 2.5):

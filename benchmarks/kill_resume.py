@@ -59,7 +59,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True)
     undisturbed = arguments.out / "undisturbed"
     pace = _pace(undisturbed, arguments.overrides)
-    generator, runs = random.Random(arguments.seed), []
+    generator = random.Random(arguments.seed)
+    runs: list[Kills] = []
     while sum(len(run.iterations) for run in runs) < arguments.kills:
         output = arguments.out / f"killed_{len(runs)}"
         run = Kills(_kill(output, arguments, pace, generator))

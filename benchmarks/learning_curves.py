@@ -37,7 +37,7 @@ def main() -> None:
     # seeds outside: a stop in the middle leaves whole comparisons
     runs = [(recipe, seed) for seed in arguments.seeds for recipe in arguments.recipes]
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        list(pool.map(lambda run: _train(*run, arguments), runs))
+        list(pool.map(lambda run: _train(run[0], run[1], arguments), runs))
     curves = {
         recipe: [_curve(arguments.out / f"{recipe}_{seed}") for seed in arguments.seeds] for recipe in arguments.recipes
     }
