@@ -8,10 +8,12 @@ strict accuracy on the held-out prompts (EMA weights, plain noise) over seconds 
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,14 @@ METRIC = "eval/shapes_strict"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="training time of each run")
-    parser.add_argument("--recipes", nargs="+", default=["smart_grpo", "flow_grpo", "flow_grpo_fast"])
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["smart_grpo", "smart_grpo:algorithm/noise=gaussian", "flow_grpo", "flow_grpo_fast"],
+        help="each a recipe, with overrides of its own after colons",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images-per-prompt", type=int, default=8, help="of an evaluation")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("outputs/learning_curves"))
@@ -39,23 +47,32 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.parallel) as pool:
         list(pool.map(lambda run: _train(run[0], run[1], arguments), runs))
     curves = {
-        recipe: [_curve(arguments.out / f"{recipe}_{seed}") for seed in arguments.seeds] for recipe in arguments.recipes
+        recipe: [_curve(_directory(recipe, seed, arguments)) for seed in arguments.seeds]
+        for recipe in arguments.recipes
     }
     _report(curves, arguments)
 
 
 def _train(recipe: str, seed: int, arguments: argparse.Namespace) -> None:
-    output = arguments.out / f"{recipe}_{seed}"
+    output = _directory(recipe, seed, arguments)
+    algorithm, *overrides = recipe.split(":")
     if (output / "summary.json").exists():
         return
     command = [
-        *(sys.executable, "-m", "fastgrpo.train", f"algorithm={recipe}", f"seed={seed}", f"name={recipe}_{seed}"),
+        *(sys.executable, "-m", "fastgrpo.train", f"algorithm={algorithm}", f"seed={seed}", f"name={output.name}"),
         *(f"output={output}", "resume=true", f"train.max_minutes={arguments.minutes}", "train.iterations=100000"),
-        *(f"runtime.threads={arguments.threads}", "checkpoint.keep=1", *arguments.overrides),
+        *(f"runtime.threads={arguments.threads}", "checkpoint.keep=1"),
+        f"evaluate.images_per_prompt={arguments.images_per_prompt}",
+        *arguments.overrides,
+        *overrides,
     ]
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "log.txt", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _directory(recipe: str, seed: int, arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out / f"{re.sub('[^a-z0-9_.]+', '-', recipe)}_{seed}")
 
 
 def _curve(output: Path) -> dict[str, Any]:
@@ -82,6 +99,16 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _time_to_half(run: dict[str, Any]) -> str:
+    """When the error was first half of what it was, on a line between two evaluations."""
+    goal = (1 + run["accuracy"][0]) / 2
+    points = list(zip(run["seconds"], run["accuracy"], strict=True))
+    for (second, accuracy), (next_second, next_accuracy) in pairwise(points):
+        if next_accuracy >= goal:
+            return f"{second + (next_second - second) * (goal - accuracy) / (next_accuracy - accuracy):.0f}"
+    return "-"
+
+
 def _report(curves: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     rows = []
     for recipe, runs in curves.items():
@@ -94,6 +121,7 @@ def _report(curves: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
                 f"{statistics.fmean(last):.3f}",
                 f"{min(last):.3f} to {max(last):.3f}",
                 f"{(1 - statistics.fmean(last)) / (1 - statistics.fmean(first)):.2f}",
+                ", ".join(_time_to_half(run) for run in runs),
                 f"{statistics.fmean(run['iterations'] for run in runs):.0f}",
                 f"{statistics.fmean(run['images'] for run in runs):.0f}",
                 f"{statistics.fmean(run['group_std'] for run in runs):.3f}",
@@ -106,6 +134,7 @@ def _report(curves: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
         "after, mean",
         "range",
         "error left",
+        "seconds to half the error, each seed",
         "iterations",
         "images",
         "group reward std",
@@ -113,8 +142,8 @@ def _report(curves: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
     ]
     body = (
         f"{arguments.minutes:g} minutes of training time a run on {arguments.threads} CPU thread(s), "
-        f"{arguments.parallel} runs side by side, seeds {arguments.seeds}.  Accuracy is strict, on 256 images of 64 "
-        "held-out prompts, plain noise, EMA weights, 10 steps.\n\n"
+        f"{arguments.parallel} runs side by side, seeds {arguments.seeds}.  Accuracy is strict, on "
+        f"{64 * arguments.images_per_prompt} images of 64 held-out prompts, plain noise, EMA weights, 10 steps.\n\n"
         + table(header, rows)
         + "\n\nCommand: `python -m benchmarks.learning_curves "
         + " ".join(sys.argv[1:])
