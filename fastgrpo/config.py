@@ -86,6 +86,10 @@ def _explain(error: Exception, name: str) -> str:
 def _unknown(key: str, name: str) -> str:
     """Says that a key is unknown, and which known ones are near in spelling or end alike."""
     known = [*_keys(compose_config(name)), *config_groups(name)]
+    if key in known:
+        return (
+            f"{key} is a key of the default choice of its group, not of the one you took; drop it or take the default"
+        )
     last = re.split(r"[./]", key)[-1]
     alike = [other for other in known if re.split(r"[./]", other)[-1] == last]
     near = list(dict.fromkeys(alike + get_close_matches(key, known, n=3, cutoff=0.6)))[:3]

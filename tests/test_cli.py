@@ -121,6 +121,10 @@ def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
         (["trian"], ["unknown command 'trian'", "did you mean train?"]),
         (["train", "--iterations", "3"], ["'--iterations' is not a setting", "iterations=VALUE"]),
         (["train", "iterations=3"], ["unknown key iterations", "did you mean train.iterations"]),
+        (
+            ["train", "algorithm/noise=gaussian", "algorithm.noise.candidates=4"],
+            ["algorithm.noise.candidates is a key of the default choice of its group", "drop it"],
+        ),
         (["train", "algorithm.noise.candidats=3"], ["algorithm.noise.candidats", "algorithm.noise.candidates"]),
         (["train", "noise=gaussian"], ["unknown key noise", "algorithm/noise"]),
         (["train", "+train.speed=3"], ["unknown key train.speed"]),
