@@ -36,6 +36,7 @@ def train_words(tiny_weights: Path, prompts: Path) -> list[str]:
     """A training run of three iterations with a search, short of its output."""
     return [
         "train",
+        "algorithm/noise=elite",
         "algorithm/timesteps=all_but_last",
         "algorithm.schedule.num_steps=3",
         "algorithm.noise.candidates=4",
@@ -269,7 +270,7 @@ def test_searched_samples_have_more_reward_than_plain_ones(tiny_weights: Path, p
         (["prompt=a", "num_steps=0"], "num_steps must be at least 1"),
         (["prompt=a", "images_per_prompt=0"], "images_per_prompt must be at least 1"),
         (["prompt=a", "output=/proc/nowhere"], "cannot write /proc/nowhere"),
-        (["prompt=a", "search=true", "algorithm=flow_grpo"], "use algorithm/noise=elite"),
+        (["prompt=a", "search=true", "algorithm/noise=gaussian"], "use algorithm/noise=elite"),
         (["prompt=a", "run=nowhere"], "run=nowhere is neither a run directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -29,6 +29,7 @@ SETTINGS = (
     "checkpoint.every=2",
     "evaluate.every=5",
     "algorithm=smart_grpo",
+    "algorithm/noise=elite",
     "algorithm/timesteps=all_but_last",
     "algorithm.schedule.num_steps=4",
     "algorithm.noise.candidates=4",

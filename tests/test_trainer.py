@@ -18,6 +18,7 @@ from tests.tiny_config import make_config
 
 SEARCH = (
     "algorithm=smart_grpo",
+    "algorithm/noise=elite",
     "algorithm/timesteps=all_but_last",
     "algorithm.objective.kl_coef=0.04",
     "algorithm.noise.candidates=4",

@@ -43,7 +43,9 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Python's and of each package that decides on speed or results; null for one that is not installed."""
-    return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
+    installed = {package: _version(package) for package in _PACKAGES}
+    # torch itself also says for which CUDA it was built
+    return {"python": platform.python_version()} | installed | {"torch": torch.__version__}
 
 
 def commit() -> str | None:

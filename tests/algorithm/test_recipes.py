@@ -27,7 +27,7 @@ PAPER = EliteSearch(rounds=3, candidates=8, elites=3, estimate_steps=1, start="m
 PUBLISHED = {
     "flow_grpo": FLOW_GRPO,
     "smart_grpo": (
-        SD3Schedule(10), EliteSearch(), CPS(0.8), RandomWindow(3, 0, 5), GroupAdvantage("global"),
+        SD3Schedule(10), EliteSearch(mix=0.75), CPS(0.5), RandomWindow(3, 0, 5), GroupAdvantage("global"),
         ClippedSurrogate(1e-5, 0.0),
     ),
     "smart_grpo_paper": (FLOW_GRPO[0], PAPER, *FLOW_GRPO[2:]),
