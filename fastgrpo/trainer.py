@@ -91,7 +91,8 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; on SIGTERM save and stop."""
-        with self._stopped_by_sigterm(), self.metrics, Progress(self.num_iterations, first=self.iteration) as progress:
+        progress = Progress(self.num_iterations, first=self.iteration, max_seconds=self.max_seconds)
+        with self._stopped_by_sigterm(), self.metrics, progress:
             if self.iteration == 0:
                 self._record(self._evaluate(), progress)
             while not self._is_over():

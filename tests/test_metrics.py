@@ -315,6 +315,13 @@ def test_a_log_file_gets_the_first_line_every_nth_and_the_last(capsys: pytest.Ca
     ]
 
 
+def test_a_run_with_a_time_limit_counts_down_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1000, max_seconds=60.0, every=100, clock=clock_of([0.0, 10.0, 20.0, 70.0])) as progress:
+        for iteration, seconds in ((1, 8.0), (2, 16.0), (3, 61.0)):
+            progress.update(iteration, {"seconds": seconds})
+    assert capsys.readouterr().out.splitlines() == ["iteration 1/1000  0:52 left", "iteration 3/1000  0:00 left"]
+
+
 def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)

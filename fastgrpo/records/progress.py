@@ -1,5 +1,6 @@
 """How a run shows where it stands: one live line on a terminal, a plain line now and then in a log file."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,8 @@ from rich.text import Text
 class Progress:
     """Call ``update`` once an iteration; use it as a context manager.
 
-    ``first`` is the iteration that a resumed run starts after; without a terminal, each ``every``-th line is printed.
+    ``first`` is the iteration that a resumed run starts after; a run ends after ``total`` iterations or ``max_seconds``
+    of training.  Without a terminal, each ``every``-th line is printed.
     """
 
     def __init__(
@@ -21,13 +23,14 @@ class Progress:
         total: int,
         *,
         first: int = 0,
+        max_seconds: float = math.inf,
         every: int = 10,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self._total, self._first, self._every = total, first, every
+        self._total, self._first, self._max_seconds, self._every = total, first, max_seconds, every
         self._console = console or Console()
         self._clock, self._start = clock, clock()
         # the last value of each, since evaluations are rare
@@ -51,7 +54,7 @@ class Progress:
             row = Table.grid(padding=(0, 1))
             row.add_row(Text(line, no_wrap=True), ProgressBar(self._total, iteration, width=20))
             self._live.update(row, refresh=True)
-        elif iteration % self._every == 0 or iteration in (self._first + 1, self._total):
+        elif iteration % self._every == 0 or iteration in (self._first + 1, self._total) or self._seconds_left == 0:
             self._console.out(line, highlight=False)
 
     def _line(self, iteration: int) -> str:
@@ -64,8 +67,12 @@ class Progress:
         done = iteration - self._first
         if done > 0:
             left = (self._clock() - self._start) / done * (self._total - iteration)
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{_duration(min(left, self._seconds_left))} left")
         return "  ".join(parts)
+
+    @property
+    def _seconds_left(self) -> float:
+        return max(0.0, self._max_seconds - self._values.get("seconds", 0.0))
 
 
 def _duration(seconds: float) -> str:
