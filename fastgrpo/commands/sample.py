@@ -1,8 +1,9 @@
 """Images of prompts: start noise, plain or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,14 +39,14 @@ def sample(config: DictConfig) -> None:
     directory = new_directory(config.output)
     model, origin = load_model(config)
     rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)
-    search = (
-        StartNoise(
-            algorithm=algorithm, rollout=rollout, rewards=rewards, group_size=config.images_per_prompt, seed=config.seed
-        )
-        if rewards is not None
-        else None
-    )
-    sampler = Sampler(rollout=rollout, search=search, images_per_prompt=config.images_per_prompt, seed=config.seed)
+    common = {"rollout": rollout, "seed": config.seed}
+    start_noise: Callable[[Prompts, Conditions], Tensor]
+    if rewards is not None:
+        found = StartNoise(algorithm=algorithm, rewards=rewards, group_size=config.images_per_prompt, **common)
+        start_noise = partial(_searched, found)
+    else:
+        start_noise = partial(_plain, num_images=config.images_per_prompt, **common)
+    sampler = Sampler(rollout=rollout, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
     pages, labels = [], []
     for index, (text, images_BCHW) in enumerate(zip(texts, sampler(texts), strict=True)):
         pixels_BHWC = to_uint8(images_BCHW)
@@ -59,12 +60,11 @@ def sample(config: DictConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """``images_per_prompt`` images [B, 3, H, W] of each text, from plain noise or from what ``search`` finds."""
+    """``images_per_prompt`` images [B, 3, H, W] of each text, each from its start noise."""
 
     rollout: Rollout
-    search: StartNoise | None
+    start_noise: Callable[[Prompts, Conditions], Tensor]
     images_per_prompt: int
-    seed: int
 
     def __call__(self, texts: list[str]) -> Iterator[Tensor]:
         """The images of one prompt after the other."""
@@ -73,25 +73,19 @@ class Sampler:
             part = texts[first : first + prompts_at_once]
             prompts = Prompts(part, ids=list(range(first, first + len(part))))
             conditions = self.rollout.model.encode(part)
-            images_BCHW = self.rollout(prompts, conditions, self._start(prompts, conditions), ()).images_BCHW
+            images_BCHW = self.rollout(prompts, conditions, self.start_noise(prompts, conditions), ()).images_BCHW
             yield from images_BCHW.split(self.images_per_prompt)
 
-    def _start(self, prompts: Prompts, conditions: Conditions) -> Tensor:
-        if self.search is not None:
-            noise = self.search(prompts, conditions)
-            if noise.num_scored == 0:
-                raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
-            return noise.start_BCHW
-        model = self.rollout.model
-        return plain_noise(
-            NoiseDraw(
-                seed=self.seed,
-                prompt_ids=prompts.ids,
-                group_size=self.images_per_prompt,
-                latent_shape=model.latent_shape,
-                device=model.device,
-            )
-        )
+
+def _searched(search: StartNoise, prompts: Prompts, conditions: Conditions) -> Tensor:
+    noise = search(prompts, conditions)
+    if noise.num_scored == 0:
+        raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
+    return noise.start_BCHW
+
+
+def _plain(prompts: Prompts, conditions: Conditions, *, rollout: Rollout, num_images: int, seed: int) -> Tensor:
+    return plain_noise(NoiseDraw(seed, prompts.ids, num_images, rollout.model.latent_shape, rollout.model.device))
 
 
 def _texts(config: DictConfig) -> list[str]:
