@@ -75,7 +75,8 @@ def test_rollout_and_update_agree_in_each_iteration(run: Path) -> None:
 
 def test_a_run_writes_what_its_directory_promises(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "curves.png", "images", "lora", "metrics.jsonl", "summary.json", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "curves.png", "images", "lora", "metrics.jsonl", "summary.json",
+        "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     ema = safetensors.torch.load_file(run / "checkpoints/step_000003/ema.safetensors")

@@ -2,8 +2,8 @@
 
     config.yaml  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
 
-Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: its lock is held by the
-process that writes the run.
+Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
+holds a lock on it.
 """
 
 import fcntl
