@@ -54,7 +54,7 @@ def main() -> None:
         ["start, end, logs and all else of the whole command", f"{data['outside_everything']:.1%}"],
         ["largest ratio_deviation", f"{data['max_ratio_deviation']:g}"],
     ]
-    body = table(["what", "measured"], facts) + "\n\nCommand: `python -m benchmarks.default_run`"
+    body = table(["what", "measured"], facts)
     path = write_report("default_run", title="fastgrpo train, as it is", body=body, data=data)
     for picture in (run.curves, run.images / "before_after.png"):
         shutil.copy(picture, RESULTS / f"{path.stem}_{picture.name}")

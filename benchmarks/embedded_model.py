@@ -46,7 +46,7 @@ def main() -> None:
         "64 held-out captions, plain noise, 10 ODE steps, 16 images each; scenes are "
         f"{NUM_IMAGES} random ones of the held-out captions.\n\n"
         + table(["what", "means"], rows)
-        + f"\n\nShipped files: {total / 1e6:.1f} MB.  Command: `python -m benchmarks.embedded_model`"
+        + f"\n\nShipped files: {total / 1e6:.1f} MB."
     )
     data = {"results": results, "bytes": total}
     print(write_report("embedded_model", title="The embedded model", body=body, data=data).read_text())

@@ -117,8 +117,7 @@ def _kill(output: Path, arguments: argparse.Namespace, pace: Pace, generator: ra
 
 def _lines(output: Path) -> list[int]:
     """The iterations that have been written."""
-    path = output / "metrics.jsonl"
-    return [row["iteration"] for row in read_metrics(path)] if path.exists() else []
+    return [row["iteration"] for row in read_metrics(output / "metrics.jsonl")]
 
 
 def _differences(output: Path, undisturbed: Path) -> list[str]:

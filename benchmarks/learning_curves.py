@@ -72,7 +72,8 @@ def _train(recipe: str, seed: int, arguments: argparse.Namespace) -> None:
 
 
 def _directory(recipe: str, seed: int, arguments: argparse.Namespace) -> Path:
-    return Path(arguments.out / f"{re.sub('[^a-z0-9_.]+', '-', recipe)}_{seed}")
+    directory: Path = arguments.out / f"{re.sub('[^a-z0-9_.]+', '-', recipe)}_{seed}"
+    return directory
 
 
 def _curve(output: Path) -> dict[str, Any]:
@@ -145,9 +146,6 @@ def _report(curves: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
         f"{arguments.parallel} runs side by side, seeds {arguments.seeds}.  Accuracy is strict, on "
         f"{64 * arguments.images_per_prompt} images of 64 held-out prompts, plain noise, EMA weights, 10 steps.\n\n"
         + table(header, rows)
-        + "\n\nCommand: `python -m benchmarks.learning_curves "
-        + " ".join(sys.argv[1:])
-        + "`"
     )
     data = {"arguments": json.loads(json.dumps(vars(arguments), default=str)), "curves": curves}
     path = write_report("learning_curves", title="Learning curves of the embedded model", body=body, data=data)

@@ -87,7 +87,6 @@ def _report(rows: list[list[str]], data: dict[str, Any], arguments: argparse.Nam
         f"noises.  Rank correlation: of a start noise's estimate in {arguments.estimate_steps} steps with the reward "
         "of one trajectory from it.\n\n"
         + table(["dynamics and stochastic steps", "mean reward", "start noise's share", "rank correlation"], rows)
-        + "\n\nCommand: `python -m benchmarks.noise_influence`"
     )
     settings = {key: value for key, value in vars(arguments).items() if key != "overrides"}
     path = write_report(

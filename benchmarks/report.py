@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> Path:
-    """Write both files; ``body`` is Markdown.  Returns the path of the Markdown file."""
+    """Write .md and .json; ``body`` is Markdown, ``theme`` the module that measured.  Returns the path of the .md."""
     revision = commit()
     if revision is None:
         raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout")
@@ -27,7 +28,9 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     where = f"{os.cpu_count()} cores of {_cpu()}" if device == "cpu" else device
-    text = f"# {title}\n\n{body.strip()}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
+    command = " ".join(["python -m", f"benchmarks.{theme}", *sys.argv[1:]])
+    body = f"{body.strip()}\n\nCommand: `{command}`"
+    text = f"# {title}\n\n{body}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"
     path.write_text(text)
     return path

@@ -121,7 +121,6 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         f"candidates scored a prompt, 64 held-out prompts, seeds {arguments.seeds}.  The last line is Spearman's "
         "correlation, within a prompt, of the estimate with the final graded reward over 16 plain noises.\n\n"
         + table(["method", *(f"{steps} estimate step(s)" for steps in ESTIMATE_STEPS)], rows)
-        + "\n\nCommand: `python -m benchmarks.search_ablation`"
     )
     data = {"candidates": arguments.candidates, "seeds": arguments.seeds, "results": results}
     print(write_report("search_ablation", title="Noise search on the base model", body=body, data=data).read_text())
