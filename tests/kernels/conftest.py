@@ -1,4 +1,7 @@
-"""Inputs that the kernel tests share.  Kernels run on the GPU where there is one, else in Triton's interpreter."""
+"""Inputs that the kernel tests share.  Kernels run on the GPU where there is one, else in Triton's interpreter.
+
+``pytest -m gpu`` is every test of a kernel on a GPU; on a CPU the same tests run in the interpreter.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-@pytest.fixture
-def kernel_device() -> str:
-    """Where a Triton launcher can be called."""
-    return KERNEL_DEVICE
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where a Triton launcher is called."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels are either compiled or interpreted in one process: here there is a GPU to compile for")
+    return request.param
 
 
 @pytest.fixture

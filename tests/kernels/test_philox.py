@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgrpo_kernels import philox_normal, philox_uint32
 from fastgrpo_kernels.philox import _philox_normal_triton, philox_normal_reference
+from tests.kernels.parameters import DEVICES
 
 # log, sin and cos of one library against another's, at up to 6.7 standard deviations
 TOLERANCES: dict[str, Any] = {"rtol": 0.0, "atol": 3e-6}
@@ -145,13 +146,13 @@ def test_gpu_draws_what_the_cpu_draws() -> None:
     torch.testing.assert_close(drawn.cpu(), philox_normal(5, 2, prompts, candidates, 16 * 64 * 64), **TOLERANCES)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_operator_is_well_formed(device: str) -> None:
     arguments = (3, 1, ids(0, 1).to(device), ids(4).to(device), 6)
     torch.library.opcheck(torch.ops.fastgrpo.philox_normal.default, arguments)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_into_one_graph_for_any_seed(device: str) -> None:
     prompts, candidates = ids(3, 1).to(device), ids(2, 9).to(device)
 

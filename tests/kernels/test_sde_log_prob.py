@@ -16,12 +16,10 @@ from fastgrpo_kernels.sde_log_prob import (
     sde_log_prob_backward_reference,
     sde_log_prob_reference,
 )
+from tests.kernels.parameters import DEVICES, DTYPES
 
 MakeStep = Callable[..., dict[str, Tensor]]
 Arguments = dict[str, Any]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# Triton's interpreter truncates float32 to bfloat16, a GPU rounds
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # of a gradient in this dtype; half-precision ones may differ by one rounding
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-7},

@@ -10,13 +10,11 @@ from torch import Tensor
 from fastgrpo_kernels import sde_step
 from fastgrpo_kernels.sde_log_prob import _sde_log_prob_triton, sde_log_prob_reference
 from fastgrpo_kernels.sde_step import _sde_step_triton, sde_step_reference
+from tests.kernels.parameters import DEVICES, DTYPES
 
 MakeStep = Callable[..., dict[str, Tensor]]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # x_next is exact: every product and sum is rounded alike; log_prob is a float64 sum, rounded once
 LOG_PROB_TOLERANCE: dict[str, Any] = {"rtol": 3e-7, "atol": 1e-7}
-# Triton's interpreter truncates float32 to bfloat16, a GPU rounds
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # one element, odd, exactly one block, one past it, a latent, tokens
 SHAPES = [(3, 1), (2, 7), (2, 1024), (3, 1025), (2, 16, 8, 8), (2, 65, 16)]
 
