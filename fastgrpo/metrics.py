@@ -31,6 +31,7 @@ METRICS = {
     "eval/<name>": "mean on the evaluation prompts, from plain N(0, I) noise, the same prompts and noise each time",
     "loss": "mean of the objective over the iteration's optimizer steps",
     "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; absent if that is 0",
+    "approx_kl": "KL(old policy, policy) estimated from the ratios; 0 when an iteration has one optimizer step",
     "ratio_deviation": "max |ratio - 1| before the first optimizer step: 0 when rollout and update agree",
     "clip_fraction": "share of trained steps whose ratio lies outside 1 ± clip_range",
     "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",

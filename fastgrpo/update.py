@@ -8,17 +8,18 @@ iteration the ratio is exactly 1 in float32.  Source: Flow-GRPO, arXiv:2505.0547
 Letters: B samples, T trained steps, C H W of a latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import Dynamics
-from fastgrpo.algorithm.objective import ClippedSurrogate, ObjectiveStats
+from fastgrpo.algorithm.objective import ClippedSurrogate
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rollout import micro_batches
 from fastgrpo.types import Conditions, Trajectories
+from fastgrpo_kernels import GRPOStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class UpdateStats:
 
     loss: float
     kl: float
+    approx_kl: float
     ratio_deviation: float
     clip_fraction: float
     grad_norm: float
@@ -57,7 +59,7 @@ class Update:
         self, trajectories: Trajectories, conditions_B: Conditions, advantages_B: Tensor, iteration: int
     ) -> UpdateStats:
         """``conditions_B`` and ``advantages_B`` have one row a sample."""
-        seen: list[tuple[Tensor, Tensor, ObjectiveStats]] = []
+        seen: list[tuple[int, Tensor, GRPOStats]] = []
         first_seen, grad_norms = 0, []
         for share in self._shares(len(advantages_B), iteration):
             count = sum(rows.stop - rows.start for rows in share) * len(trajectories.steps)
@@ -65,9 +67,9 @@ class Update:
                 batch, conditions = trajectories.rows(rows), conditions_B[rows]
                 for place in range(len(batch.steps)):
                     log_prob_B, kl_B = self._replay(batch, conditions, place)
-                    loss_B, stats = self.objective(log_prob_B, batch.log_prob_TB[place], advantages_B[rows], kl_B)
-                    (loss_B.sum() / count).backward()
-                    seen.append((loss_B.detach(), kl_B.detach(), stats))
+                    loss, stats = self.objective(log_prob_B, batch.log_prob_TB[place], advantages_B[rows], kl_B)
+                    (loss * (len(log_prob_B) / count)).backward()
+                    seen.append((len(log_prob_B), loss.detach(), stats))
             first_seen = first_seen or len(seen)
             grad_norms.append(self._optimizer_step())
         return _summarize(seen, first_seen, torch.stack(grad_norms))
@@ -102,14 +104,20 @@ class Update:
         return grad_norm
 
 
-def _summarize(seen: list[tuple[Tensor, Tensor, ObjectiveStats]], first_seen: int, grad_norms: Tensor) -> UpdateStats:
-    losses, kls, stats = zip(*seen, strict=True)
+def _summarize(seen: list[tuple[int, Tensor, GRPOStats]], first_seen: int, grad_norms: Tensor) -> UpdateStats:
+    sizes, losses, stats = zip(*seen, strict=True)
+    weights = torch.tensor(sizes, dtype=torch.float64, device=grad_norms.device) / sum(sizes)
+
+    def mean(values: Iterable[Tensor]) -> float:
+        return (weights * torch.stack(list(values))).sum().item()
+
     finite = grad_norms.isfinite()
     return UpdateStats(
-        loss=torch.cat(losses).mean().item(),
-        kl=torch.cat(kls).mean().item(),
+        loss=mean(losses),
+        kl=mean(s.kl for s in stats),
+        approx_kl=mean(s.approx_kl for s in stats),
         ratio_deviation=torch.stack([s.ratio_deviation for s in stats[:first_seen]]).max().item(),
-        clip_fraction=torch.stack([s.clip_fraction for s in stats]).mean().item(),
+        clip_fraction=mean(s.clip_fraction for s in stats),
         grad_norm=grad_norms[finite].mean().item() if finite.any() else float("nan"),
         skipped_steps=int((~finite).sum()),
     )

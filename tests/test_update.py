@@ -215,6 +215,22 @@ def test_full_fine_tuning_follows_the_same_gradient(tiny_weights: Path) -> None:
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
 
 
+def test_micro_batches_of_different_sizes_count_by_their_samples(tiny_weights: Path) -> None:
+    it = make_iteration(tiny_weights, FlowSDE(0.7))
+    objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
+    results = []
+    for micro_batch in (2, 4):
+        recorder = make_recorder(it.model)
+        stats = it.update(recorder, objective=objective, micro_batch=micro_batch)(
+            it.trajectories, it.conditions_B, ADVANTAGES, 2
+        )
+        results.append((recorder.gradients[0], stats))
+    (gradients, stats), (uneven_gradients, uneven_stats) = results
+    assert_same_gradients(uneven_gradients, gradients)
+    assert uneven_stats.loss == pytest.approx(stats.loss, abs=1e-5)
+    assert uneven_stats.kl == pytest.approx(stats.kl, rel=1e-3)
+
+
 def test_two_optimizer_steps_use_each_sample_once(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
@@ -241,6 +257,7 @@ def test_the_ratio_before_the_first_step_is_not_blurred_by_later_ones(tiny_weigh
     stats = it.update(optimizer, optimizer_steps=3)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
     assert stats.ratio_deviation == 0.0
     assert stats.clip_fraction > 0
+    assert stats.approx_kl > 0
 
 
 def test_shares_are_shuffled_anew_each_iteration_and_alike_in_each_run(tiny_weights: Path) -> None:

@@ -1,4 +1,4 @@
-"""Advantage: how much better a sample is than its group.  Letters: P prompts, G samples of a prompt.
+"""Advantage: how much better a sample is than its group.  Letters: P prompts, G samples of a prompt, B = P * G.
 
 advantage = clip((reward - mean of the group) / (std + eps), -clamp, clamp)
 """
@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fastgrpo_kernels import group_advantage
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,7 @@ class GroupAdvantage:
 
     def __call__(self, rewards_PG: Tensor) -> Tensor:
         """Advantages [P, G] in float32.  ``rewards_PG`` are those of the whole iteration, on all GPUs."""
-        rewards_PG = rewards_PG.float()
-        advantage_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-        if self.std == "group":
-            advantage_PG = advantage_PG / (rewards_PG.std(dim=1, keepdim=True, correction=0) + self.eps)
-        elif self.std == "global":
-            advantage_PG = advantage_PG / (rewards_PG.std(correction=0) + self.eps)
-        # the mean of equal rewards is rounded, and eps would make an advantage of the rounding error
-        is_flat_P1 = rewards_PG.amax(dim=1, keepdim=True) == rewards_PG.amin(dim=1, keepdim=True)
-        return torch.where(is_flat_P1, 0.0, advantage_PG).clamp(-self.clamp, self.clamp)
+        num_prompts, group_size = rewards_PG.shape
+        groups_B = torch.arange(num_prompts, device=rewards_PG.device).repeat_interleave(group_size)
+        advantage_B = group_advantage(rewards_PG.flatten(), groups_B, std=self.std, eps=self.eps, clamp=self.clamp)
+        return advantage_B.view(num_prompts, group_size)

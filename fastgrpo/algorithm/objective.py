@@ -1,22 +1,14 @@
 """Objective: PPO's clipped surrogate with a penalty for leaving the reference policy.  Letter: B samples of one step.
 
 ratio = exp(log_prob - old_log_prob)
-loss  = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) + kl_coef * kl
+loss  = mean over B of max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) + kl_coef * kl
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ObjectiveStats:
-    """Scalars over a batch, left on its device: reading one waits for the GPU."""
-
-    ratio_deviation: Tensor
-    clip_fraction: Tensor
-    kl: Tensor
+from fastgrpo_kernels import GRPOStats, grpo_loss
 
 
 @dataclass(frozen=True)
@@ -36,15 +28,8 @@ class ClippedSurrogate:
 
     def __call__(
         self, log_prob_B: Tensor, old_log_prob_B: Tensor, advantage_B: Tensor, kl_B: Tensor
-    ) -> tuple[Tensor, ObjectiveStats]:
-        """The loss of each sample, differentiable in ``log_prob_B`` and ``kl_B``; float32 in, float32 out."""
-        ratio_B = torch.exp(log_prob_B - old_log_prob_B)
-        clipped_B = ratio_B.clamp(1.0 - self.clip_range, 1.0 + self.clip_range)
-        loss_B = torch.maximum(-advantage_B * ratio_B, -advantage_B * clipped_B) + self.kl_coef * kl_B
-        deviation_B = (ratio_B.detach() - 1.0).abs()
-        stats = ObjectiveStats(
-            ratio_deviation=deviation_B.max(),
-            clip_fraction=(deviation_B > self.clip_range).float().mean(),
-            kl=kl_B.detach().mean(),
+    ) -> tuple[Tensor, GRPOStats]:
+        """The mean loss, differentiable in ``log_prob_B`` and ``kl_B``; the kernel's docstring tells the rest."""
+        return grpo_loss(
+            log_prob_B, old_log_prob_B, advantage_B, kl_B, clip_range=self.clip_range, kl_coef=self.kl_coef
         )
-        return loss_B, stats
