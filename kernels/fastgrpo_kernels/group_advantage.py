@@ -102,7 +102,7 @@ def _group_advantage_triton(rewards_B: Tensor, groups_B: Tensor, std: str, eps: 
     num_chunks = triton.next_power_of_2(max(triton.cdiv(B, CHUNK), 1))
     _group_advantage_kernel[(triton.cdiv(B, BLOCK),)](
         rewards_B, groups_B.contiguous(), advantage_B, eps, clamp, B,
-        STD=std, NUM_CHUNKS=num_chunks, BLOCK=BLOCK, CHUNK=CHUNK,
+        STD=std, NUM_CHUNKS=num_chunks, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8,
     )  # fmt: skip
     return advantage_B
 

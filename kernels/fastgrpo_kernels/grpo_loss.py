@@ -163,7 +163,7 @@ def _grpo_loss_triton(
     _grpo_loss_kernel[(1,)](
         log_prob_B, old_log_prob_B.contiguous(), advantage_B.contiguous(),
         log_prob_B if kl_B is None else kl_B.contiguous(), loss, stats, clip_range, kl_coef, B,
-        HAS_KL=kl_B is not None, NUM_CHUNKS=num_chunks, BLOCK=BLOCK, num_warps=16,
+        HAS_KL=kl_B is not None, NUM_CHUNKS=num_chunks, BLOCK=BLOCK, num_warps=32,
     )  # fmt: skip
     return loss, stats
 
