@@ -38,6 +38,8 @@ CONFINED = {
     "fastgrpo_kernels": (
         "kernels/",
         "fastgrpo/algorithm/",
+        "fastgrpo/models/",
+        "fastgrpo/rewards/",
         "fastgrpo/rollout.py",
         "fastgrpo/update.py",
     ),

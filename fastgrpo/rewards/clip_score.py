@@ -1,6 +1,6 @@
 """CLIP score: the cosine between an image's and its prompt's CLIP embeddings, in [-1, 1].  arXiv:2104.08718.
 
-Images are prepared on the device they are on, by the numbers in the model's own ``preprocessor_config.json``:
+Images are prepared on the device they are on, by the numbers in the model's own ``preprocessor_config.json``: bytes,
 antialiased bicubic resize of the short side, center crop, normalization.  Letters: B images, U different prompts.
 """
 
@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from fastgrpo import shapes
+from fastgrpo_kernels import preprocess_images
 
 _BICUBIC = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPreprocess:
-    """Images in [0, 1] to a CLIP vision tower's input: transformers' processor without its rounding to bytes."""
+    """Images in [0, 1] to a CLIP vision tower's input, as transformers' processor makes it from Pillow images."""
 
     short_side: int
     crop_height: int
@@ -56,19 +57,14 @@ class ClipPreprocess:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        height, width = images_BCHW.shape[-2:]
-        short, long = min(height, width), max(height, width)
-        if short != self.short_side:
-            long = int(self.short_side * long / short)
-            new_height, new_width = (self.short_side, long) if height <= width else (long, self.short_side)
-            # bicubic overshoots next to edges; pillow, whose bytes cannot, cuts that off after each of its two passes
-            for size in ((height, new_width), (new_height, new_width)):
-                images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
-        top = (images_BCHW.shape[-2] - self.crop_height) // 2
-        left = (images_BCHW.shape[-1] - self.crop_width) // 2
-        cropped_BCHW = images_BCHW[..., top : top + self.crop_height, left : left + self.crop_width]
-        mean_C11, std_C11 = (cropped_BCHW.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (cropped_BCHW - mean_C11) / std_C11
+        return preprocess_images(
+            images_BCHW,
+            resize=self.short_side,
+            crop=(self.crop_height, self.crop_width),
+            mean=self.mean,
+            std=self.std,
+            low=0.0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,7 @@ class ClipScore:
         answer = self._model.to(device)(
             input_ids=tokens.input_ids.to(device),
             attention_mask=tokens.attention_mask.to(device),
-            pixel_values=self._preprocess(images_BCHW.float()),
+            pixel_values=self._preprocess(images_BCHW),
         )
         images_BD, texts_UD = F.normalize(answer.image_embeds, dim=-1), F.normalize(answer.text_embeds, dim=-1)
         return (images_BD * texts_UD[rows_B]).sum(dim=-1)
