@@ -15,7 +15,7 @@ from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.types import Conditions, Prompts, Trajectories
-from fastgrpo_kernels import philox_normal
+from fastgrpo_kernels import PhiloxNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Rollout:
         )
 
     def _micro_batch(
-        self, x_BCHW: Tensor, conditions: Conditions, steps: tuple[int, ...], step_noise: Callable[[int], Tensor]
+        self, x_BCHW: Tensor, conditions: Conditions, steps: tuple[int, ...], step_noise: Callable[[int], PhiloxNoise]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, x_next, log_prob = [], [], []
         for step in range(len(self.grid) - 1):
@@ -74,16 +74,12 @@ class Rollout:
             torch.stack(log_prob) if log_prob else none_TBCHW.new_empty(0, len(x_BCHW)),
         )
 
-    def _step_noise(self, prompts: Prompts, group_size: int, rows: slice) -> Callable[[int], Tensor]:
-        """Noise [B, C, H, W] of a step for some rows: a function of the global prompt index and place in the group."""
-        first, last = rows.start // group_size, (rows.stop - 1) // group_size + 1
-        inside = slice(rows.start - first * group_size, rows.stop - first * group_size)
-        shape = self.model.latent_shape
+    def _step_noise(self, prompts: Prompts, group_size: int, rows: slice) -> Callable[[int], PhiloxNoise]:
+        """The noise of a step for some rows: a function of the global prompt index and the place in the group."""
         device = self.model.device
-        ids_P = torch.tensor(prompts.ids[first:last], device=device)
-        ids_G = torch.arange(group_size, device=device)
-        numel = shape[0] * shape[1] * shape[2]
-        return lambda step: philox_normal(self.seed, STEP_STREAM + step, ids_P, ids_G, numel).view(-1, *shape)[inside]
+        prompt_ids_B = torch.tensor(prompts.ids, device=device).repeat_interleave(group_size)[rows]
+        sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))[rows]
+        return lambda step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B)
 
 
 def micro_batches(count: int, size: int) -> list[slice]:

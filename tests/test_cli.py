@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastgrpo import cli
 from fastgrpo.checkpoint import Checkpoint
+from fastgrpo_kernels import combined
 from tests.tiny import PROMPTS, make_pipeline
 
 MODEL = ("model.resolution=32", "runtime.device=cpu", "runtime.micro_batch=4")
@@ -452,7 +453,7 @@ def test_doctor_fails_where_a_replay_is_not_the_rollout(
 
     def other_under_gradient(self, x, t, conditions):  # type: ignore[no-untyped-def]
         v = velocity(self, x, t, conditions)
-        return v * 1.001 if torch.is_grad_enabled() else v
+        return combined(v) * 1.001 if torch.is_grad_enabled() else v
 
     monkeypatch.setattr(StableDiffusion3, "velocity", other_under_gradient)
     words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]

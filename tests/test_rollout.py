@@ -14,7 +14,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout, micro_batches
 from fastgrpo.types import Prompts, Trajectories
-from fastgrpo_kernels import philox_normal
+from fastgrpo_kernels import combined, philox_normal
 
 SEED = 11
 GRID = SD3Schedule(5)()
@@ -69,7 +69,7 @@ def test_every_stored_value_follows_the_formulas(dynamics: Dynamics, model: Stab
     conditions = model.encode([PROMPTS.texts[0]] * 3 + [PROMPTS.texts[1]] * 3)
     x = make_start(6)
     for step in range(5):
-        v = model.velocity(x, GRID[step], conditions)
+        v = combined(model.velocity(x, GRID[step], conditions))
         if step not in STEPS:
             x = x + (GRID[step + 1] - GRID[step]) * v
             continue

@@ -2,7 +2,7 @@
 
     mean     = c_x * x + c_v * v
     x_next   = mean + std * noise
-    log_prob = log_prob_constant - log_prob_weight * mean over elements of (x_next - mean)^2
+    log_prob = that of x_next under N(mean, std^2), mean over elements; CPS drops the variance and the constants
     kl       = kl_weight * mean over elements of (mean - mean_reference)^2
 
 The latent is x_t = (1 - t) x_0 + t eps, the velocity v = eps - x_0, so x0hat = x - t v and epshat = x + (1 - t) v, and
@@ -12,48 +12,64 @@ dt = t_next - t is negative.  s is the noise scale of the SDE, dx = drift dt + s
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import sde_log_prob, sde_step
+from fastgrpo_kernels import GuidedVelocity, LogProb, PhiloxNoise, ode_step, sde_log_prob, sde_step
 
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """Host floats of one step; a deterministic step has std 0 and no log_prob: all its weights are 0."""
+    """Host floats of one step; a deterministic one has std 0 and no log_prob."""
 
     c_x: float
     c_v: float
     std: float
-    log_prob_weight: float
-    log_prob_constant: float
     kl_weight: float
+    log_prob_kind: LogProb = "gaussian"
 
-    def mean(self, x: Tensor, v: Tensor) -> Tensor:
+    def mean(self, x: Tensor, v: Tensor | GuidedVelocity) -> Tensor:
         """Where a deterministic step leads."""
-        return self.c_x * x + self.c_v * v
+        return ode_step(x, v, *_per_sample(x, self.c_x, self.c_v))
 
-    def step(self, x: Tensor, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, v: Tensor | GuidedVelocity, noise: Tensor | PhiloxNoise) -> tuple[Tensor, Tensor]:
         """x_next and its log_prob [B]; ValueError for a deterministic step, which has none."""
         if self.std == 0.0:
             raise ValueError("a deterministic step has no likelihood to train; use algorithm/dynamics=flow_sde")
-        c_x_B, c_v_B, std_B, weight_B, constant_B = self._per_sample(
-            x, self.c_x, self.c_v, self.std, self.log_prob_weight, self.log_prob_constant
-        )
-        return sde_step(x, v, noise, c_x_B, c_v_B, std_B, weight_B, constant_B)
+        coefficients_B = _per_sample(x, self.c_x, self.c_v, self.std)
+        x_next, log_prob_B, _ = sde_step(x, v, noise, *coefficients_B, log_prob=self.log_prob_kind)
+        return x_next, log_prob_B
 
-    def log_prob(self, x: Tensor, v: Tensor, x_next: Tensor, v_reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    def log_prob(
+        self,
+        x: Tensor,
+        v: Tensor | GuidedVelocity,
+        x_next: Tensor,
+        v_reference: Tensor | GuidedVelocity | None,
+    ) -> tuple[Tensor, Tensor]:
         """log_prob and KL [B] of a stored x_next, differentiable in v; bit for bit the log_prob that ``step`` gave."""
-        c_x_B, c_v_B, weight_B, constant_B, kl_weight_B = self._per_sample(
-            x, self.c_x, self.c_v, self.log_prob_weight, self.log_prob_constant, self.kl_weight
+        *coefficients_B, kl_weight_B = _per_sample(x, self.c_x, self.c_v, self.std, self.kl_weight)
+        return sde_log_prob(
+            x,
+            v,
+            x_next,
+            *coefficients_B,
+            log_prob=self.log_prob_kind,
+            v_reference=v_reference,
+            kl_weight=None if v_reference is None else kl_weight_B,
         )
-        kl_weight_or_none_B = kl_weight_B if v_reference is not None else None
-        return sde_log_prob(x, v, x_next, c_x_B, c_v_B, weight_B, constant_B, v_reference, kl_weight_or_none_B)
 
-    @staticmethod
-    def _per_sample(x: Tensor, *values: float) -> tuple[Tensor, ...]:
-        return tuple(torch.full((len(x),), value, device=x.device) for value in values)
+
+def _per_sample(x: Tensor, *values: float) -> tuple[Tensor, ...]:
+    return tuple(_constant(value, len(x), x.device) for value in values)
+
+
+# a step has the same few numbers in every iteration: filled once, not with a launch each
+@lru_cache(maxsize=4096)
+def _constant(value: float, num_samples: int, device: torch.device) -> Tensor:
+    return torch.full((num_samples,), value, device=device)
 
 
 Dynamics = Callable[[Sequence[float], int], StepCoefficients]
@@ -123,7 +139,7 @@ class CPS:
         c_v = kept * (1.0 - t) - (1.0 - t_next) * t
         if std == 0.0:
             return _deterministic(c_x, c_v)
-        return StepCoefficients(c_x, c_v, std, log_prob_weight=1.0, log_prob_constant=0.0, kl_weight=0.5 / std**2)
+        return StepCoefficients(c_x, c_v, std, kl_weight=0.5 / std**2, log_prob_kind="cps")
 
 
 def _sde(t: float, t_next: float, s: float) -> StepCoefficients:
@@ -134,15 +150,13 @@ def _sde(t: float, t_next: float, s: float) -> StepCoefficients:
         c_x=1.0 + s**2 * dt / (2.0 * t),
         c_v=(1.0 + s**2 * (1.0 - t) / (2.0 * t)) * dt,
         std=std,
-        log_prob_weight=0.5 / std**2,
-        log_prob_constant=-math.log(std) - 0.5 * math.log(2.0 * math.pi),
         # the published divergence divides by s^2 where a Gaussian's has std^2
         kl_weight=0.5 / s**2,
     )
 
 
 def _deterministic(c_x: float, c_v: float) -> StepCoefficients:
-    return StepCoefficients(c_x, c_v, std=0.0, log_prob_weight=0.0, log_prob_constant=0.0, kl_weight=0.0)
+    return StepCoefficients(c_x, c_v, std=0.0, kl_weight=0.0)
 
 
 def _check_positive(noise_level: float) -> None:

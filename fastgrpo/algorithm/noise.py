@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.types import Noise
-from fastgrpo_kernels import philox_normal
+from fastgrpo_kernels import philox_normal, refit_moments, sample_candidates
 
 # what the streams of the counter-based generator are for; a search round r draws from SEARCH_STREAM + r, the noise of
 # step j from STEP_STREAM + j
@@ -41,14 +41,43 @@ class NoiseDraw:
     def __call__(self, stream: int, num: int, first: int = 0) -> Tensor:
         """Noises ``first`` ... ``first + num - 1`` of a stream, float32 [P, num, C, H, W]."""
         channels, height, width = self.latent_shape
-        noise = philox_normal(
+        ids_K = torch.arange(first, first + num, dtype=torch.int64, device=self.device)
+        noise = philox_normal(self.seed, stream, self._ids_P, ids_K, channels * height * width)
+        return noise.view(len(self.prompt_ids), num, channels, height, width)
+
+    def candidates(self, mean_PCHW: Tensor, std_PCHW: Tensor, stream: int, ids: Tensor) -> Tensor:
+        """Draws from N(mean, std^2) by their ids, [K] for all prompts or [P, K]: float32 [P, K, C, H, W]."""
+        return sample_candidates(mean_PCHW, std_PCHW, self.seed, stream, self._ids_P, ids)
+
+    def refit(
+        self,
+        mean_PCHW: Tensor,
+        std_PCHW: Tensor,
+        stream: int,
+        elites_PT: Tensor,
+        weights_PT: Tensor,
+        *,
+        momentum: float,
+        std_floor: float,
+        project: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and std of the elites of a stream's candidates, which are drawn again for it."""
+        return refit_moments(
+            mean_PCHW,
+            std_PCHW,
             self.seed,
             stream,
-            torch.tensor(self.prompt_ids, dtype=torch.int64, device=self.device),
-            torch.arange(first, first + num, dtype=torch.int64, device=self.device),
-            channels * height * width,
+            self._ids_P,
+            elites_PT,
+            weights_PT,
+            momentum=momentum,
+            std_floor=std_floor,
+            project=project,
         )
-        return noise.view(len(self.prompt_ids), num, channels, height, width)
+
+    @property
+    def _ids_P(self) -> Tensor:
+        return torch.tensor(self.prompt_ids, dtype=torch.int64, device=self.device)
 
     def uniform(self, stream: int) -> list[float]:
         """One number in (0, 1) for each prompt, a function of (seed, stream, prompt id, iteration)."""

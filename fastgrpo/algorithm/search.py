@@ -1,7 +1,8 @@
 """Noise searches: candidates are scored by the reward of an estimate of their image, and the good ones are kept.
 
 Smart-GRPO (arXiv:2510.02654) fits N(mean, std^2), per prompt and latent element, to the best candidates of each round:
-the cross-entropy method.  Letters: P prompts, G samples of a prompt, K candidates, C, H, W a latent, d = C * H * W.
+the cross-entropy method.  Candidates are functions of their ids and are drawn again where they are needed again.
+Letters: P prompts, G samples of a prompt, K candidates, T elites, C, H, W a latent, d = C * H * W.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.noise import DECISION_STREAM, SEARCH_STREAM, START_STREAM, NoiseDraw, Score
 from fastgrpo.types import Noise
+from fastgrpo_kernels import elite_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,10 @@ class EliteSearch:
     start    ``mean``: the group shares the refitted mean (the paper); ``elites``: G distinct noises, the best seen;
              ``contrast``: the best and the worst seen, half each
     fresh    with ``elites``: G draws from the refitted distribution in place of the best seen
-    project  ``sphere``: noises are rescaled to norm sqrt(d), which a mean of elites lacks; ``none``: the paper;
-             ``best``: the single best candidate in place of the mean
+    project  of the shared mean.  ``sphere``: it is rescaled to norm sqrt(d), which candidates have and their mean
+             lacks; ``none``: the paper; ``best``: the single best candidate in its place
+    weights  of the elites in the refit.  ``uniform``: the paper; ``rank``: linear in the rank; ``softmax``: of rewards
+             over ``temperature`` standard deviations, which with elites = candidates is MPPI (arXiv:1707.02342)
     mix      share of the prompts that keep plain noise
     anneal   what remains of the searched share in the last iteration, linearly; 1 is no annealing
     momentum share of the old mean and std that a refit keeps
@@ -35,6 +39,8 @@ class EliteSearch:
     estimate_steps: int = 4
     start: Literal["mean", "elites", "contrast"] = "elites"
     project: Literal["sphere", "none", "best"] = "sphere"
+    weights: Literal["uniform", "rank", "softmax"] = "uniform"
+    temperature: float = 1.0
     fresh: bool = False
     mix: float = 0.0
     anneal: float = 1.0
@@ -47,6 +53,9 @@ class EliteSearch:
             raise ValueError(f"noise.elites must be at most candidates = {self.candidates}, got {self.elites}")
         _check_choice(self, "start", ("mean", "elites", "contrast"))
         _check_choice(self, "project", ("sphere", "none", "best"))
+        _check_choice(self, "weights", ("uniform", "rank", "softmax"))
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"noise.temperature must be positive and finite, got {self.temperature}")
         if self.project == "best" and self.start != "mean":
             raise ValueError(f"noise.project=best gives one noise a group, got start={self.start}; use start=mean")
         if self.fresh and self.start != "elites":
@@ -90,35 +99,47 @@ class EliteSearch:
         return (1.0 - self.mix) * (1.0 + (self.anneal - 1.0) * progress)
 
     def _search(self, draw: NoiseDraw, score: Score) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Noises to start from, their estimates where they were scored, and the gain of the elites."""
         mean_PCHW = torch.zeros(len(draw.prompt_ids), *draw.latent_shape, device=draw.device)
         std_PCHW = torch.ones_like(mean_PCHW)
-        rounds_PKCHW, rounds_PK = [], []
+        moments, rounds_PK = [], []
         for r in range(self.rounds):
-            candidates_PKCHW = self._candidates(mean_PCHW, std_PCHW, draw(SEARCH_STREAM + r, self.candidates))
+            moments.append((mean_PCHW, std_PCHW))
+            ids_K = torch.arange(self.candidates, device=draw.device)
+            candidates_PKCHW = draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + r, ids_K)
             rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
-            elites_PTCHW = _take(candidates_PKCHW, _best_first(rewards_PK)[:, : self.elites])
-            mean_PCHW = torch.lerp(elites_PTCHW.mean(dim=1), mean_PCHW, self.momentum)
-            std_PCHW = torch.lerp(elites_PTCHW.std(dim=1, correction=0), std_PCHW, self.momentum)
-            std_PCHW = std_PCHW.clamp_min(self.std_floor)
-            rounds_PKCHW.append(candidates_PKCHW)
             rounds_PK.append(rewards_PK)
+            elites_PT = _best_first(rewards_PK)[:, : self.elites]
+            mean_PCHW, std_PCHW = draw.refit(
+                mean_PCHW,
+                std_PCHW,
+                SEARCH_STREAM + r,
+                elites_PT,
+                elite_weights(rewards_PK.gather(1, elites_PT), self.weights, self.temperature),
+                momentum=self.momentum,
+                std_floor=self.std_floor,
+                # between rounds the mean stays where it is: with the std that was fitted beside it, candidates have the
+                # norm of the elites
+                project=self.project == "sphere" and self.start == "mean" and r == self.rounds - 1,
+            )
         gain_P = rounds_PK[-1].topk(self.elites, dim=1).values.mean(dim=1) - rounds_PK[0].mean(dim=1)
         if self.fresh:
-            noise_PGCHW = draw(SEARCH_STREAM + self.rounds, draw.group_size)
-            return self._candidates(mean_PCHW, std_PCHW, noise_PGCHW), None, gain_P
+            ids_G = torch.arange(draw.group_size, device=draw.device)
+            return draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + self.rounds, ids_G), None, gain_P
         if self.start == "mean" and self.project != "best":
-            start_P1CHW = self._candidates(mean_PCHW, std_PCHW, torch.zeros_like(mean_PCHW)[:, None])
-            return start_P1CHW.expand(-1, draw.group_size, -1, -1, -1), None, gain_P
-        seen_PKCHW, seen_PK = torch.cat(rounds_PKCHW, dim=1), torch.cat(rounds_PK, dim=1)
+            return mean_PCHW[:, None].expand(-1, draw.group_size, -1, -1, -1), None, gain_P
+        seen_PK = torch.cat(rounds_PK, dim=1)
         picked_PG = self._pick(_best_first(seen_PK), draw.group_size)
-        return _take(seen_PKCHW, picked_PG), seen_PK.gather(1, picked_PG), gain_P
+        return self._draw_again(draw, moments, picked_PG), seen_PK.gather(1, picked_PG), gain_P
 
-    def _candidates(self, mean_PCHW: Tensor, std_PCHW: Tensor, noise_PKCHW: Tensor) -> Tensor:
-        candidates_PKCHW = mean_PCHW[:, None] + std_PCHW[:, None] * noise_PKCHW
-        if self.project != "sphere":
-            return candidates_PKCHW
-        norm = torch.linalg.vector_norm(candidates_PKCHW, dim=(2, 3, 4), keepdim=True)
-        return candidates_PKCHW * (math.sqrt(mean_PCHW[0].numel()) / norm)
+    def _draw_again(self, draw: NoiseDraw, moments: list[tuple[Tensor, Tensor]], picked_PG: Tensor) -> Tensor:
+        """The picked of the candidates of all rounds, numbered through."""
+        round_PG, ids_PG = picked_PG // self.candidates, picked_PG % self.candidates
+        picked_PGCHW = draw.candidates(*moments[0], SEARCH_STREAM, ids_PG)
+        for r, (mean_PCHW, std_PCHW) in enumerate(moments[1:], start=1):
+            of_round_PGCHW = draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + r, ids_PG)
+            picked_PGCHW = torch.where((round_PG == r)[:, :, None, None, None], of_round_PGCHW, picked_PGCHW)
+        return picked_PGCHW
 
     def _pick(self, order_PK: Tensor, group_size: int) -> Tensor:
         """Which of the candidates seen, ordered best first, are handed out: indices [P, G]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.types import Conditions
+from fastgrpo_kernels import GuidedVelocity
 
 
 class FlowModel(Protocol):
@@ -35,10 +36,10 @@ class FlowModel(Protocol):
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Conditions of the texts, one row a text."""
 
-    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
-        """Guided velocity of the policy in float32; the gradient flows through the conditional branch only."""
+    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
+        """Velocity of the policy, with guidance both branches; only the conditional one has a gradient."""
 
-    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
         """The same of the frozen start, without gradient."""
 
     @property

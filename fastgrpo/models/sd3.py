@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgrpo.models.adaptation import Adaptation
 from fastgrpo.models.lora import merge
 from fastgrpo.types import Conditions
+from fastgrpo_kernels import GuidedVelocity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MIN_VOCABULARY = 32
@@ -97,22 +98,24 @@ class StableDiffusion3:
         )
         return Conditions(embeds_BLC, pooled_BC)
 
-    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
         return self._guided(self.transformer, x_BCHW, t, conditions)
 
     @torch.no_grad()
-    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
         with self.adaptation.reference() as transformer:
             return self._guided(transformer, x_BCHW, t, conditions)
 
-    def _guided(self, transformer: nn.Module, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def _guided(
+        self, transformer: nn.Module, x_BCHW: Tensor, t: float, conditions: Conditions
+    ) -> Tensor | GuidedVelocity:
         v_BCHW = self._forward(transformer, x_BCHW, t, conditions)
         if self.guidance_scale == 1:
             return v_BCHW
         # two passes of one geometry in rollout and update alike: a joint batch would round differently from replay
         with torch.no_grad():
             v_empty_BCHW = self._forward(transformer, x_BCHW, t, self.encode([""]).repeat(len(x_BCHW)))
-        return v_empty_BCHW + self.guidance_scale * (v_BCHW - v_empty_BCHW)
+        return GuidedVelocity(v_BCHW, v_empty_BCHW, self.guidance_scale)
 
     def _forward(self, transformer: nn.Module, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
         return transformer(
@@ -121,7 +124,7 @@ class StableDiffusion3:
             encoder_hidden_states=conditions.embeds_BLC,
             pooled_projections=conditions.pooled_BC,
             return_dict=False,
-        )[0].float()
+        )[0]
 
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:

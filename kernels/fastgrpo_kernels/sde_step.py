@@ -1,103 +1,149 @@
-"""One reverse step of a flow SDE, fused with the log-probability of its result.
+"""One reverse step of a flow SDE, fused with guidance, its noise, and the log-probability of its result.
 
     mean     = c_x * x + c_v * v
     x_next   = mean + std * noise, rounded to the dtype of x
-    log_prob = constant - weight * mean over D of (x_next - mean)^2
+    log_prob = of the stored x_next under N(mean, std^2), mean over D: see ``step_mean.py``
 
-Every dynamics of the field is a choice of (c_x, c_v, std).  Gaussian: weight = 1 / (2 std^2), constant = -log(std) -
-log(2 pi) / 2.  CPS as published (arXiv:2509.05952): weight 1, constant 0.  x_next is a sample: gradients flow from
-log_prob to v as if x_next were given.  Letters: B samples, D latent elements of one sample.
+Every dynamics of the field is a choice of (c_x, c_v, std).  x_next is a sample: gradients flow from log_prob to v as if
+x_next were given.  Letters: B samples, D latent elements of one sample.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgrpo_kernels.checks import check_no_gradient, check_positive, check_samples, per_sample
+from fastgrpo_kernels.guidance import GuidedVelocity, branches, load_row
 from fastgrpo_kernels.op import define_op
+from fastgrpo_kernels.philox import NO_FUSION, PhiloxNoise, normal_block, philox_normal_reference
 from fastgrpo_kernels.sde_log_prob import sde_log_prob_backward
 from fastgrpo_kernels.step_mean import (
     BLOCK,
-    check_coefficients,
-    check_no_gradient,
-    check_samples,
+    LogProb,
     empty_partial_sums,
-    load_row,
-    mean_square_of_partial_sums,
+    finish_triton,
+    is_gaussian,
+    log_prob_reference,
     mean_square_reference,
     rows,
+    rows_or,
     step_mean_kernel,
     step_mean_reference,
     store_square_sum,
 )
 
 
+class SdeStep(NamedTuple):
+    """x_next [B, ...] and log_prob [B]; ``mean`` [B, ...] in float32 where it was asked for."""
+
+    x_next: Tensor
+    log_prob_B: Tensor
+    mean: Tensor | None
+
+
 def sde_step_reference(
     x: Tensor,
     v: Tensor,
-    noise: Tensor,
+    v_uncond: Tensor | None,
+    scale: float,
+    noise: Tensor | None,
+    seed: int,
+    stream: int,
+    prompt_ids_B: Tensor | None,
+    sample_ids_B: Tensor | None,
     c_x_B: Tensor,
     c_v_B: Tensor,
     std_B: Tensor,
-    weight_B: Tensor,
-    constant_B: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The operator on the CPU and under tracing, and what the tests compare the kernel with."""
-    mean_BD = step_mean_reference(rows(x), rows(v), c_x_B, c_v_B)
+    gaussian: bool,
+    return_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator on the CPU and under tracing, and what the tests compare the kernel with; noise, or ids for it."""
+    mean_BD = step_mean_reference(x, v, v_uncond, scale, c_x_B, c_v_B)
+    if prompt_ids_B is not None and sample_ids_B is not None:
+        ids_B1, numel = sample_ids_B[:, None], mean_BD.shape[1]
+        noise_BD = philox_normal_reference(seed, stream, prompt_ids_B, ids_B1, numel, torch.float32).flatten(1)
+    else:
+        assert noise is not None
+        noise_BD = rows(noise).float()
     # log_prob must describe the stored value, so round to the storage type first
-    x_next_BD = (mean_BD + std_B[:, None] * rows(noise).float()).to(x.dtype)
-    log_prob_B = constant_B - weight_B * mean_square_reference(x_next_BD.float() - mean_BD)
-    return x_next_BD.view(x.shape), log_prob_B
+    x_next_BD = (mean_BD + std_B[:, None] * noise_BD).to(x.dtype)
+    log_prob_B = log_prob_reference(mean_square_reference(x_next_BD.float() - mean_BD), std_B, gaussian)
+    return x_next_BD.view(x.shape), log_prob_B, mean_BD.view(x.shape) if return_mean else mean_BD.new_empty(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "stream"])
 def _sde_step_kernel(
-    x_ptr, v_ptr, noise_ptr, c_x_ptr, c_v_ptr, std_ptr, x_next_ptr, partial_ptr, D, BLOCK: tl.constexpr
+    x_next_ptr, mean_ptr, partial_ptr, x_ptr, v_ptr, v_uncond_ptr, noise_ptr, prompt_ids_ptr, sample_ids_ptr,
+    c_x_ptr, c_v_ptr, std_ptr, scale, seed, stream, D,
+    GUIDED: tl.constexpr, DRAWN: tl.constexpr, RETURN_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(1)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
-    mean = step_mean_kernel(x_ptr, v_ptr, c_x_ptr, c_v_ptr, row, cols, mask, D)
-    noise = load_row(noise_ptr, row, cols, mask, D)
+    mean = step_mean_kernel(x_ptr, v_ptr, v_uncond_ptr, scale, c_x_ptr, c_v_ptr, row, cols, mask, D, GUIDED)
+    if DRAWN:
+        prompt_id, sample_id = tl.load(prompt_ids_ptr + row), tl.load(sample_ids_ptr + row)
+        noise = normal_block(seed, stream, prompt_id, sample_id, block, BLOCK // 4)
+    else:
+        noise = load_row(noise_ptr, row, cols, mask, D)
     x_next = (mean + tl.load(std_ptr + row) * noise).to(x_next_ptr.dtype.element_ty)
     tl.store(x_next_ptr + row * D + cols, x_next, mask=mask)
+    if RETURN_MEAN:
+        tl.store(mean_ptr + row * D + cols, mean, mask=mask)
     store_square_sum(partial_ptr, row, x_next.to(tl.float32) - mean, mask)
 
 
 def _sde_step_triton(
     x: Tensor,
     v: Tensor,
-    noise: Tensor,
+    v_uncond: Tensor | None,
+    scale: float,
+    noise: Tensor | None,
+    seed: int,
+    stream: int,
+    prompt_ids_B: Tensor | None,
+    sample_ids_B: Tensor | None,
     c_x_B: Tensor,
     c_v_B: Tensor,
     std_B: Tensor,
-    weight_B: Tensor,
-    constant_B: Tensor,
-) -> tuple[Tensor, Tensor]:
-    B, D = x.shape[0], x.numel() // x.shape[0]
-    x_rows, partial = rows(x), empty_partial_sums(x)
-    x_next_BD = torch.empty_like(x_rows)
+    gaussian: bool,
+    return_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_BD, v_BD = rows(x), rows(v)
+    B, D = x_BD.shape
+    x_next_BD, partial = torch.empty_like(x_BD), empty_partial_sums(x_BD)
+    mean = torch.empty(x.shape if return_mean else (0,), dtype=torch.float32, device=x.device)
+    if B == 0:
+        return x_next_BD.view(x.shape), torch.empty_like(c_x_B), mean
+    ids_or_x = [x_BD if ids is None else ids.contiguous() for ids in (prompt_ids_B, sample_ids_B)]
     _sde_step_kernel[(B, triton.cdiv(D, BLOCK))](
-        x_rows, rows(v), rows(noise), c_x_B.contiguous(), c_v_B.contiguous(), std_B.contiguous(),
-        x_next_BD, partial, D, BLOCK=BLOCK, enable_fp_fusion=False,
+        x_next_BD, mean if return_mean else partial, partial, x_BD, v_BD, rows_or(v_BD, v_uncond),
+        rows_or(x_BD, noise), *ids_or_x, c_x_B.contiguous(), c_v_B.contiguous(), std_B.contiguous(),
+        scale, seed, stream, D, GUIDED=v_uncond is not None, DRAWN=noise is None, RETURN_MEAN=return_mean,
+        BLOCK=BLOCK, **NO_FUSION,
     )  # fmt: skip
-    return x_next_BD.view(x.shape), constant_B - weight_B * mean_square_of_partial_sums(partial, D)
+    log_prob_B, _ = finish_triton(partial, None, std_B, None, D, gaussian)
+    return x_next_BD.view(x.shape), log_prob_B, mean
 
 
 _sde_step = define_op("sde_step", triton=_sde_step_triton, reference=sde_step_reference)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, v, _, c_x_B, c_v_B, _, weight_B, _ = inputs
-    ctx.save_for_backward(x, v, output[0], c_x_B, c_v_B, weight_B)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, v, v_uncond, ctx.scale, *_, c_x_B, c_v_B, std_B, ctx.gaussian, _ = inputs
+    ctx.save_for_backward(x, v, v_uncond, output[0], c_x_B, c_v_B, std_B)
 
 
-def _backward(ctx: Any, grad_x_next: Tensor, grad_log_prob_B: Tensor) -> tuple[Tensor | None, ...]:
-    no_grad_kl_B = torch.zeros_like(grad_log_prob_B)
-    grad_v = sde_log_prob_backward(grad_log_prob_B, no_grad_kl_B, *ctx.saved_tensors, None, None)
-    return None, grad_v, *[None] * 6
+def _backward(ctx: Any, grad_x_next: Tensor, grad_log_prob_B: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+    x, v, v_uncond, x_next, c_x_B, c_v_B, std_B = ctx.saved_tensors
+    grad_v = sde_log_prob_backward(
+        grad_log_prob_B, None, x, v, v_uncond, ctx.scale, x_next, c_x_B, c_v_B, std_B, ctx.gaussian, None, None, None
+    )
+    return None, grad_v, *[None] * 12
 
 
 _sde_step.register_autograd(_backward, setup_context=_setup_context)
@@ -105,25 +151,48 @@ _sde_step.register_autograd(_backward, setup_context=_setup_context)
 
 def sde_step(
     x: Tensor,
-    v: Tensor,
-    noise: Tensor,
-    c_x_B: Tensor,
-    c_v_B: Tensor,
-    std_B: Tensor,
-    weight_B: Tensor,
-    constant_B: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """x_next (shape and dtype of x, contiguous, no gradient) and log_prob_B (float32, differentiable in v).
+    v: Tensor | GuidedVelocity,
+    noise: Tensor | PhiloxNoise,
+    c_x: float | Tensor,
+    c_v: float | Tensor,
+    std: float | Tensor,
+    *,
+    log_prob: LogProb = "gaussian",
+    return_mean: bool = False,
+) -> SdeStep:
+    """x_next (shape and dtype of x, contiguous), its log_prob_B (float32, differentiable in v), and its mean if wanted.
 
-    x, v and noise are [B, ...] of any layout and floating dtype, the coefficients float32 [B] with std_B > 0.  Raises
-    ValueError for shapes, dtypes or devices that differ, for a gradient wanted elsewhere than in v, and on the CPU for
-    a std_B that is not positive (on a GPU the check would have to wait for it).
+    x, v and a given noise are [B, ...] of any layout and floating dtype; `PhiloxNoise` is drawn in registers and is
+    that of `philox_normal` bit for bit.  A coefficient is a number or float32 [B], std positive.  Raises ValueError for
+    shapes, dtypes or devices that differ, for a gradient wanted elsewhere than in v, and for a std that is not positive
+    (but for a tensor on a GPU, which would have to be waited for).
     """
-    check_samples(x=x, v=v, noise=noise)
-    check_coefficients(x, c_x_B=c_x_B, c_v_B=c_v_B, std_B=std_B, weight_B=weight_B, constant_B=constant_B)
-    check_no_gradient("sde_step", x=x, noise=noise, c_x_B=c_x_B, c_v_B=c_v_B)
-    check_no_gradient("sde_step", std_B=std_B, weight_B=weight_B, constant_B=constant_B)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((std_B > 0).all()):
-        raise ValueError(f"std_B must be positive, got {std_B.tolist()}; take a deterministic step as c_x x + c_v v")
-    x_next, log_prob_B = _sde_step(x, v, noise, c_x_B, c_v_B, std_B, weight_B, constant_B)
-    return x_next.detach(), log_prob_B
+    v_cond, v_uncond, scale = branches("v", v)
+    given, seed, stream, *ids = _noise_arguments(x, noise)
+    check_samples(
+        x=x,
+        v=v_cond,
+        **({} if v_uncond is None else {"v.unconditional": v_uncond}),
+        **({} if given is None else {"noise": given}),
+    )
+    check_no_gradient("sde_step", x=x, noise=given, c_x=c_x, c_v=c_v, std=std)
+    check_positive("std", std, "take a deterministic step with ode_step")
+    c_x_B, c_v_B, std_B = per_sample(x, c_x=c_x, c_v=c_v, std=std)
+    x_next, log_prob_B, mean = _sde_step(
+        x, v_cond, v_uncond, scale, given, seed, stream, *ids, c_x_B, c_v_B, std_B, is_gaussian(log_prob), return_mean
+    )
+    return SdeStep(x_next.detach(), log_prob_B, mean.detach() if return_mean else None)
+
+
+def _noise_arguments(
+    x: Tensor, noise: Tensor | PhiloxNoise
+) -> tuple[Tensor | None, int, int, Tensor | None, Tensor | None]:
+    if isinstance(noise, Tensor):
+        return noise, 0, 0, None, None
+    ids_B = noise.prompt_ids_B
+    if len(ids_B) != len(x) or ids_B.device != x.device:
+        raise ValueError(
+            f"noise has {len(ids_B)} ids on {ids_B.device} and x is {tuple(x.shape)} on {x.device}; give every sample "
+            "a prompt id and a sample id"
+        )
+    return None, noise.seed, noise.stream, ids_B, noise.sample_ids_B

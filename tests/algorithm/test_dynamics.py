@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
@@ -13,6 +14,11 @@ X, V = 0.3, -1.1
 
 def mean_of(step):
     return step.c_x * X + step.c_v * V
+
+
+def log_prob_of(step, x_next, v=V):
+    log_prob_B, _ = step.log_prob(torch.tensor([[X]]), torch.tensor([[v]]), torch.tensor([[x_next]]), None)
+    return log_prob_B.item()
 
 
 def final_marginal(dynamics, num_steps, center, spread):
@@ -41,9 +47,10 @@ def test_sdes_are_euler_maruyama_on_the_score(dynamics, scale, step):
     assert mean_of(c) == pytest.approx(X + (V - 0.5 * s**2 * score) * dt)
     assert c.std == pytest.approx(s * (-dt) ** 0.5)
     assert c.kl_weight == pytest.approx(1 / (2 * s**2))
+    assert c.log_prob_kind == "gaussian"
     z = 0.4
     log_density = math.log(math.exp(-0.5 * (z / c.std) ** 2) / (c.std * math.sqrt(2 * math.pi)))
-    assert c.log_prob_constant - c.log_prob_weight * z**2 == pytest.approx(log_density)
+    assert log_prob_of(c, mean_of(c) + z) == pytest.approx(log_density, rel=1e-5)
 
 
 def test_flow_sde_first_step_by_hand():
@@ -58,14 +65,14 @@ def test_cps_by_hand():
     x0, eps = X - 0.75 * V, X + 0.25 * V
     assert mean_of(c) == pytest.approx(0.5 * x0 + 0.5 * 0.8660254 * eps)
     assert c.std == pytest.approx(0.25)
-    assert (c.log_prob_weight, c.log_prob_constant, c.kl_weight) == pytest.approx((1.0, 0.0, 8.0))
+    assert (c.log_prob_kind, c.kl_weight) == ("cps", pytest.approx(8.0))
 
 
 def test_cps_ratio_is_the_difference_of_squared_distances():
     c = CPS(0.8)(LinearSchedule(4)(), 1)
-    x_next, old, new = 0.2, 0.15, 0.17
-    log_ratio = c.log_prob_weight * ((x_next - old) ** 2 - (x_next - new) ** 2)
-    assert math.exp(log_ratio) == pytest.approx(math.exp(0.0025 - 0.0009))
+    x_next = mean_of(c) + 0.05
+    moved = V + 0.02 / c.c_v
+    assert log_prob_of(c, x_next, moved) - log_prob_of(c, x_next) == pytest.approx(0.0025 - 0.0009, abs=1e-7)
 
 
 @pytest.mark.parametrize("sde", SDES)
@@ -103,7 +110,9 @@ def test_cps_keeps_the_coefficients_exactly(noise_level):
 def test_a_deterministic_step_has_no_log_prob(dynamics):
     c = dynamics((1.0, 0.5, 0.0), 1)
     assert (c.c_x, c.c_v) == pytest.approx((1.0, -0.5))
-    assert (c.std, c.log_prob_weight, c.log_prob_constant, c.kl_weight) == (0, 0, 0, 0)
+    assert (c.std, c.kl_weight) == (0, 0)
+    with pytest.raises(ValueError, match="no likelihood to train; use algorithm/dynamics=flow_sde"):
+        c.step(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("sde", SDES)

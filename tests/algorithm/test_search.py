@@ -1,6 +1,7 @@
 """The searches on a reward in closed form: minus the squared distance to a target."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,12 +79,49 @@ def test_the_second_round_draws_from_the_refit_with_momentum_and_floor():
     assert reward.estimate_steps == {3}
 
 
-@pytest.mark.parametrize("start", ["mean", "elites", "contrast"])
-def test_projected_noise_lies_on_the_sphere(start):
-    _, start_PGCHW, reward, _ = run(EliteSearch(rounds=2, candidates=8, elites=4, start=start, project="sphere"))
-    for noise in (start_PGCHW, *reward.seen):
-        norm = noise.flatten(2).norm(dim=2)
-        torch.testing.assert_close(norm, torch.full_like(norm, DIMENSION**0.5), rtol=1e-6, atol=0)
+def test_a_shared_mean_is_projected_to_the_sphere_at_the_end():
+    search = EliteSearch(rounds=2, candidates=8, elites=4, start="mean", project="sphere")
+    _, start_PGCHW, reward, _ = run(search)
+    _, unprojected_PGCHW, same_reward, _ = run(replace(search, project="none"))
+    norm = start_PGCHW.flatten(2).norm(dim=2)
+    torch.testing.assert_close(norm, torch.full_like(norm, DIMENSION**0.5), rtol=1e-6, atol=0)
+    cosine = torch.cosine_similarity(start_PGCHW.flatten(2), unprojected_PGCHW.flatten(2), dim=2)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    # the search itself is the same: candidates of later rounds are not drawn around a projected mean
+    assert torch.equal(reward.seen_PK, same_reward.seen_PK)
+
+
+def test_candidates_of_every_round_have_the_norm_of_plain_noise():
+    _, _, reward, _ = run(EliteSearch(rounds=3, candidates=64, elites=8), num_prompts=50)
+    # elites of this reward lie where the target does, so compare with the norm that the elites of the round before had
+    for before, after in zip(reward.seen, reward.seen[1:], strict=False):
+        best_PT = reward.exact(before).topk(8, dim=1).indices
+        elites = before[torch.arange(50)[:, None], best_PT]
+        # the floor of std adds at most .05^2 an element
+        square_before, square_after = (z.square().sum(dim=(2, 3, 4)).mean().item() for z in (elites, after))
+        assert square_after == pytest.approx(square_before, rel=0.03)
+
+
+@pytest.mark.parametrize("weights", ["rank", "softmax"])
+def test_weighted_refits_by_hand(weights):
+    search = EliteSearch(candidates=8, elites=3, start="mean", project="none", weights=weights, temperature=0.5)
+    _, start_PGCHW, reward, _ = run(search)
+    best = reward.seen_PK.topk(3, dim=1)
+    for p in range(5):
+        rewards = best.values[p].double()
+        if weights == "rank":
+            share = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+        else:
+            share = torch.exp((rewards - rewards.max()) / (0.5 * rewards.std(correction=0)))
+        expected = (share / share.sum()) @ reward.seen[0][p, best.indices[p]].double().flatten(1)
+        torch.testing.assert_close(start_PGCHW[p, 0].flatten(), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_mppi_beats_plain_noise_and_finds_the_optimum():
+    search = EliteSearch(rounds=15, candidates=128, elites=128, start="mean", project="none", weights="softmax",
+                         temperature=0.3)  # fmt: skip
+    _, start_PGCHW, _, _ = run(search)
+    assert (start_PGCHW - TARGET_CHW).abs().max() < 0.15
 
 
 def test_elites_are_the_best_seen_over_all_rounds():
@@ -94,6 +132,8 @@ def test_elites_are_the_best_seen_over_all_rounds():
     torch.testing.assert_close(noise.estimates_PG, best_first[:, :5])
     assert rank_correlation(noise.estimates_PG, reward.exact(start_PGCHW)) == pytest.approx(1.0)
     assert all(len(torch.unique(group, dim=0)) == 5 for group in start_PGCHW)
+    # drawn again by their ids, they are what was scored, bit for bit
+    assert torch.equal(reward.exact(start_PGCHW), noise.estimates_PG)
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 5])
@@ -192,6 +232,8 @@ def test_a_failed_reward_is_never_taken_for_the_best():
         ({"estimate_steps": 0}, "estimate_steps must be at least 1, got 0"),
         ({"candidates": 4, "elites": 5}, "elites must be at most candidates = 4, got 5"),
         ({"start": "median"}, "start must be one of mean, elites, contrast, got 'median'"),
+        ({"weights": "equal"}, "weights must be one of uniform, rank, softmax, got 'equal'"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"project": "ball"}, "project must be one of sphere, none, best, got 'ball'"),
         ({"project": "best"}, "project=best gives one noise a group, got start=elites; use start=mean"),
         ({"fresh": True, "start": "mean"}, "fresh draws distinct noises, got start=mean"),

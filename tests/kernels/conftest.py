@@ -5,10 +5,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+
+from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -20,17 +22,29 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_step() -> Callable[..., dict[str, Tensor]]:
-    """The arguments of `sde_step` by name, in its order: a Gaussian step whose coefficients differ by sample."""
+def make_step() -> Callable[..., dict[str, Any]]:
+    """The arguments of `sde_step` by name: coefficients that differ by sample, with guidance or noise to be drawn."""
 
-    def make(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Tensor]:
+    def make(
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        guided: bool = False,
+        drawn: bool = False,
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
-        x, v, noise = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-        c_x, c_v, std = (torch.rand(shape[0], generator=generator) + offset for offset in (0.8, -0.6, 0.1))
-        step = {"x": x, "v": v, "noise": noise, "c_x_B": c_x, "c_v_B": c_v, "std_B": std}
-        step["weight_B"] = 0.5 / std.square()
-        step["constant_B"] = -std.log() - 0.5 * math.log(2 * math.pi)
-        return {name: value.to(device) for name, value in step.items()}
+        x, v, noise, v_uncond = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+        offsets = {"c_x": 0.8, "c_v": -0.6, "std": 0.1}
+        coefficients = {
+            name: (torch.rand(shape[0], generator=generator) + offset).to(device) for name, offset in offsets.items()
+        }
+        ids_B = torch.arange(shape[0], device=device)
+        return {
+            "x": x,
+            "v": GuidedVelocity(v, v_uncond, 4.5) if guided else v,
+            "noise": PhiloxNoise(2**40 + 3, 1002, ids_B + 5, 2**32 - 1 - ids_B) if drawn else noise,
+            **coefficients,
+        }
 
     return make
 

@@ -1,4 +1,4 @@
-"""One reverse step: its values, its log-probability, its gradient, and the kernel."""
+"""One reverse step: its values, its noise, its log-probability, its gradient, and the kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,55 +7,108 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import sde_step
-from fastgrpo_kernels.sde_log_prob import _sde_log_prob_triton, sde_log_prob_reference
-from fastgrpo_kernels.sde_step import _sde_step_triton, sde_step_reference
+from fastgrpo_kernels import GuidedVelocity, PhiloxNoise, combined, ode_step, philox_normal, sde_log_prob, sde_step
+from fastgrpo_kernels.guidance import branches
+from fastgrpo_kernels.sde_step import _noise_arguments, _sde_step_kernel, _sde_step_triton, sde_step_reference
 from tests.kernels.parameters import DEVICES, DTYPES
 
-MakeStep = Callable[..., dict[str, Tensor]]
+MakeStep = Callable[..., dict[str, Any]]
 # x_next is exact: every product and sum is rounded alike; log_prob is a float64 sum, rounded once
 LOG_PROB_TOLERANCE: dict[str, Any] = {"rtol": 3e-7, "atol": 1e-7}
-# one element, odd, exactly one block, one past it, a latent, tokens
-SHAPES = [(3, 1), (2, 7), (2, 1024), (3, 1025), (2, 16, 8, 8), (2, 65, 16)]
+# one element, odd, exactly one block, one past it, a latent, tokens, no sample
+SHAPES = [(3, 1), (2, 7), (2, 1024), (3, 1025), (2, 16, 8, 8), (2, 65, 16), (0, 4, 2)]
+VARIANTS = [
+    {"guided": guided, "drawn": drawn, "log_prob": kind, "return_mean": return_mean}
+    for guided, drawn, kind, return_mean in (
+        (False, False, "gaussian", False),
+        (True, False, "cps", True),
+        (False, True, "cps", False),
+        (True, True, "gaussian", True),
+    )
+]
+
+
+def op_arguments(step: dict[str, Any], log_prob: str = "gaussian", return_mean: bool = False) -> tuple[Any, ...]:
+    """Those of the operator, from those of the public function."""
+    v, v_uncond, scale = branches("v", step["v"])
+    coefficients = [step[name] for name in ("c_x", "c_v", "std")]
+    noise = _noise_arguments(step["x"], step["noise"])
+    return (step["x"], v, v_uncond, scale, *noise, *coefficients, log_prob == "gaussian", return_mean)
+
+
+def normal(step: dict[str, Any]) -> torch.distributions.Normal:
+    """The step's distribution, by PyTorch's own formulas."""
+    column = (-1, *[1] * (step["x"].dim() - 1))
+    mean = step["c_x"].view(column) * step["x"].float() + step["c_v"].view(column) * combined(step["v"])
+    return torch.distributions.Normal(mean, step["std"].view(column))
 
 
 def test_step_by_hand() -> None:
-    one = torch.ones(1)
-    x_next, log_prob = sde_step(
-        torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, -2.0]]), torch.tensor([[3.0, -1.0]]),
-        one * 0.5, one * 0.25, one * 2, one * 0.125, one * 10,
-    )  # fmt: skip
+    x, v, noise = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, -2.0]]), torch.tensor([[3.0, -1.0]])
+    x_next, log_prob_B, mean = sde_step(x, v, noise, 0.5, 0.25, 2.0, log_prob="cps", return_mean=True)
     # mean = (1.5, 0.5), x_next - mean = (6, -2), mean square 20
     assert x_next.tolist() == [[7.5, -1.5]]
-    assert log_prob.tolist() == [10 - 0.125 * 20]
+    assert log_prob_B.tolist() == [-20]
+    assert mean is not None
+    assert mean.tolist() == [[1.5, 0.5]]
+    # -20 / (2 * 4) - log(2) - log(2 pi) / 2
+    assert sde_step(x, v, noise, 0.5, 0.25, 2.0).log_prob_B.tolist() == pytest.approx([-2.5 - 0.6931472 - 0.9189385])
+    # v_u + 3 (v_c - v_u) with v_u = 0 is 3 v: mean = (3.5, -0.5)
+    guided = sde_step(x, GuidedVelocity(v, torch.zeros_like(v), 3.0), noise, 0.5, 0.25, 2.0)
+    assert guided.x_next.tolist() == [[9.5, -2.5]]
+    assert guided.mean is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_log_prob_is_the_normal_density_of_the_stored_value(make_step: MakeStep, dtype: torch.dtype) -> None:
-    step = make_step(3, 4, 5, 5, dtype=dtype)
-    x_next, log_prob_B = sde_step(**step)
-    c_x, c_v, std = (step[name].view(3, 1, 1, 1) for name in ("c_x_B", "c_v_B", "std_B"))
-    density = torch.distributions.Normal(c_x * step["x"].float() + c_v * step["v"].float(), std)
+@pytest.mark.parametrize("guided", [False, True])
+def test_log_prob_is_the_normal_density_of_the_stored_value(
+    make_step: MakeStep, dtype: torch.dtype, guided: bool
+) -> None:
+    step = make_step(3, 4, 5, 5, dtype=dtype, guided=guided)
+    x_next, log_prob_B, _ = sde_step(**step)
     assert x_next.dtype == dtype
-    torch.testing.assert_close(log_prob_B, density.log_prob(x_next.float()).mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
+    density = normal(step).log_prob(x_next.float()).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(log_prob_B, density, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(6, 16, 8, 8), (6, 65, 16), (6, 7)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_drawn_noise_is_that_of_philox_normal_bit_for_bit(
+    make_step: MakeStep, shape: tuple[int, ...], device: str
+) -> None:
+    step = make_step(*shape, device=device)
+    prompt_ids, sample_ids = torch.tensor([4, 9], device=device), torch.arange(3, device=device)
+    given = philox_normal(7, 1003, prompt_ids, sample_ids, step["x"][0].numel()).view(shape)
+    drawn = PhiloxNoise(7, 1003, prompt_ids.repeat_interleave(3), sample_ids.repeat(2))
+    for result, expected in zip(
+        sde_step(**{**step, "noise": drawn})[:2], sde_step(**{**step, "noise": given})[:2], strict=True
+    ):
+        assert torch.equal(result, expected)
+    # rows of a noise are the noise of these rows, whatever the batch
+    rows = slice(2, 5)
+    part = {name: value[rows] for name, value in {**step, "noise": drawn}.items()}
+    assert torch.equal(sde_step(**part).x_next, sde_step(**{**step, "noise": given}).x_next[rows])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(name for name, on in v.items() if on))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_kernel_equals_reference(
-    make_step: MakeStep, shape: tuple[int, ...], dtype: torch.dtype, kernel_device: str
+    make_step: MakeStep, shape: tuple[int, ...], dtype: torch.dtype, variant: dict[str, Any], kernel_device: str
 ) -> None:
-    step = make_step(*shape, dtype=dtype, device=kernel_device)
-    x_next, log_prob_B = _sde_step_triton(*step.values())
-    x_next_expected, log_prob_B_expected = sde_step_reference(*step.values())
+    step = make_step(*shape, dtype=dtype, device=kernel_device, guided=variant["guided"], drawn=variant["drawn"])
+    arguments = op_arguments(step, variant["log_prob"], variant["return_mean"])
+    x_next, log_prob_B, mean = _sde_step_triton(*arguments)
+    x_next_expected, log_prob_B_expected, mean_expected = sde_step_reference(*arguments)
     assert torch.equal(x_next, x_next_expected)
+    assert torch.equal(mean, mean_expected)
     torch.testing.assert_close(log_prob_B, log_prob_B_expected, **LOG_PROB_TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
 def test_layout_of_the_inputs_does_not_matter(make_step: MakeStep, layout: str, kernel_device: str) -> None:
-    step = make_step(3, 4, 6, 5, device=kernel_device)
+    step = make_step(3, 4, 6, 5, device=kernel_device, guided=True)
 
     def lay_out(x: Tensor) -> Tensor:
         if layout == "channels_last":
@@ -64,63 +117,86 @@ def test_layout_of_the_inputs_does_not_matter(make_step: MakeStep, layout: str, 
             return x.transpose(1, 3).contiguous().transpose(1, 3)
         return torch.stack([x, -x], dim=-1)[..., 0]
 
-    other = {name: lay_out(value) if value.dim() == 4 else value for name, value in step.items()}
+    other: dict[str, Any] = {name: lay_out(step[name]) for name in ("x", "noise")}
+    other["v"] = GuidedVelocity(lay_out(step["v"].conditional), lay_out(step["v"].unconditional), step["v"].scale)
     # a coefficient may be one number expanded, or a column
-    other["c_x_B"] = torch.stack([step["c_x_B"], -step["c_x_B"]], dim=1)[:, 0]
+    other["c_x"] = torch.stack([step["c_x"], -step["c_x"]], dim=1)[:, 0]
     assert not other["x"].is_contiguous()
     for run in (sde_step_reference, _sde_step_triton):
-        for result, expected in zip(run(*other.values()), run(*step.values()), strict=True):
+        for result, expected in zip(run(*op_arguments({**step, **other})), run(*op_arguments(step)), strict=True):
             assert torch.equal(result, expected)
             assert result.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_beyond_two_to_the_31_elements_are_found(kernel_device: str) -> None:
+    # three rows of 2^30 elements, of which the kernel is told to touch a few; untouched memory costs nothing on a CPU
+    if kernel_device == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    D, block = 2**30, 16
+    x, v, x_next = (torch.empty(3, D, dtype=torch.float16, device=kernel_device) for _ in range(3))
+    x[:, :block], v[:, :block] = 2.0, torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float16, device=kernel_device)
+    one_B = torch.ones(3, device=kernel_device)
+    ids_B, partial = torch.arange(3, device=kernel_device), torch.empty(3, dtype=torch.float64, device=kernel_device)
+    _sde_step_kernel[(3, 1)](
+        x_next, partial, partial, x, v, v, x, ids_B, ids_B, one_B, one_B, one_B, 1.0, 0, 0, D,
+        GUIDED=False, DRAWN=False, RETURN_MEAN=False, BLOCK=block,
+    )  # fmt: skip
+    # 2 + v + 1 * noise, the noise being x
+    assert x_next[:, :block].tolist() == [[5.0] * block, [6.0] * block, [7.0] * block]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(name for name, on in v.items() if on))
+@pytest.mark.parametrize("device", DEVICES)
 def test_log_prob_is_that_of_sde_log_prob_bit_for_bit(
-    make_step: MakeStep, dtype: torch.dtype, kernel_device: str
+    make_step: MakeStep, device: str, variant: dict[str, Any]
 ) -> None:
-    step = make_step(6, 3, 700, dtype=dtype, device=kernel_device)
-    coefficients = [step[name] for name in ("c_x_B", "c_v_B", "weight_B", "constant_B")]
-    pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-        (sde_step_reference, sde_log_prob_reference),
-        (_sde_step_triton, _sde_log_prob_triton),
-    ]
-    for forward, again in pairs:
-        x_next, log_prob_B = forward(*step.values())
-        # one sample at a time: the batch of the update is not the batch of the rollout
-        for b in range(6):
-            one = slice(b, b + 1)
-            stored: list[Any] = [value[one] for value in (step["x"], step["v"], x_next, *coefficients)]
-            log_prob, _ = again(*stored, None, None)
-            assert torch.equal(log_prob, log_prob_B[one])
+    step = make_step(6, 3, 700, device=device, guided=variant["guided"], drawn=variant["drawn"])
+    x_next, log_prob_B, mean = sde_step(**step, log_prob=variant["log_prob"], return_mean=True)
+    assert mean is not None
+    assert torch.equal(mean, ode_step(step["x"], step["v"], step["c_x"], step["c_v"]))
+    # one sample at a time: the batch of the update is not the batch of the rollout
+    for b in range(6):
+        one = slice(b, b + 1)
+        v = step["v"]
+        v_one = GuidedVelocity(v.conditional[one], v.unconditional[one], v.scale) if variant["guided"] else v[one]
+        coefficients = [step[name][one] for name in ("c_x", "c_v", "std")]
+        again_B, _ = sde_log_prob(step["x"][one], v_one, x_next[one], *coefficients, log_prob=variant["log_prob"])
+        assert torch.equal(again_B, log_prob_B[one])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradient_flows_from_log_prob_to_v_and_x_next_is_a_sample(make_step: MakeStep, device: str) -> None:
-    step = make_step(3, 2, 9, device=device)
-    v = step["v"].requires_grad_()
-    x_next, log_prob_B = sde_step(**step)
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradient_flows_from_log_prob_to_v_and_x_next_is_a_sample(
+    make_step: MakeStep, guided: bool, device: str
+) -> None:
+    step = make_step(3, 2, 9, device=device, guided=guided)
+    v = (step["v"].conditional if guided else step["v"]).requires_grad_()
+    x_next, log_prob_B, mean = sde_step(**step, return_mean=True)
+    assert mean is not None
     assert not x_next.requires_grad
+    assert not mean.requires_grad
     (grad,) = torch.autograd.grad(log_prob_B.square().sum(), v)
-    mean = step["c_x_B"].view(3, 1, 1) * step["x"] + step["c_v_B"].view(3, 1, 1) * v
-    density = torch.distributions.Normal(mean, step["std_B"].view(3, 1, 1))
-    (expected,) = torch.autograd.grad(density.log_prob(x_next).mean(dim=(1, 2)).square().sum(), v)
+    (expected,) = torch.autograd.grad(normal(step).log_prob(x_next).mean(dim=(1, 2)).square().sum(), v)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(name for name, on in v.items() if on))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operator_is_well_formed(make_step: MakeStep, dtype: torch.dtype, device: str) -> None:
-    step = make_step(3, 2, 5, dtype=dtype, device=device)
-    step["v"] = step["v"].mT.contiguous().mT.requires_grad_()
-    torch.library.opcheck(torch.ops.fastgrpo.sde_step.default, tuple(step.values()))
+def test_operator_is_well_formed(make_step: MakeStep, dtype: torch.dtype, variant: dict[str, Any], device: str) -> None:
+    step = make_step(3, 2, 5, dtype=dtype, device=device, guided=variant["guided"], drawn=variant["drawn"])
+    x, v, *rest = op_arguments(step, variant["log_prob"], variant["return_mean"])
+    v = v.mT.contiguous().mT.requires_grad_()
+    torch.library.opcheck(torch.ops.fastgrpo.sde_step.default, (x, v, *rest))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiles_into_one_graph(make_step: MakeStep, device: str) -> None:
-    step = make_step(3, 2, 5, device=device)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(name for name, on in v.items() if on))
+def test_compiles_into_one_graph(make_step: MakeStep, variant: dict[str, Any], device: str) -> None:
+    step = make_step(3, 2, 5, device=device, guided=variant["guided"], drawn=variant["drawn"])
 
-    def doubled(**arguments: Tensor) -> tuple[Tensor, Tensor]:
-        x_next, log_prob_B = sde_step(**arguments)
+    def doubled(**arguments: Any) -> tuple[Tensor, Tensor]:
+        x_next, log_prob_B, _ = sde_step(**arguments, log_prob=variant["log_prob"])
         return 2 * x_next, 2 * log_prob_B
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
@@ -128,16 +204,39 @@ def test_compiles_into_one_graph(make_step: MakeStep, device: str) -> None:
         assert torch.equal(result, expected)
 
 
+def test_numbers_and_tensors_are_the_same_coefficients(make_step: MakeStep) -> None:
+    step = make_step(3, 2, 5)
+    numbers = sde_step(step["x"], step["v"], step["noise"], 0.9, -0.1, 0.25)
+    tensors = sde_step(step["x"], step["v"], step["noise"], *(torch.full((3,), c) for c in (0.9, -0.1, 0.25)))
+    assert torch.equal(numbers.x_next, tensors.x_next)
+    assert torch.equal(numbers.log_prob_B, tensors.log_prob_B)
+
+
 def test_wrong_input_is_refused_with_the_remedy(make_step: MakeStep) -> None:
     step = make_step(3, 2, 5)
+    zeros = torch.zeros(3, 2, 5)
+    ids = torch.arange(2)
     for change, message in (
-        ({"x": torch.zeros(3)}, r"x must be a non-empty \[B, ...\], got \(3,\); add a batch dimension"),
+        ({"x": torch.zeros(3)}, r"x must be \[B, ...\] with elements, got \(3,\); add a batch dimension"),
         ({"v": torch.zeros(3, 2, 4)}, r"v is \(3, 2, 4\) .* x \(3, 2, 5\) .*; pass the same shape"),
+        ({"v": GuidedVelocity(zeros, zeros[:2], 2.0)}, r"v.unconditional is \(2, 2, 5\) .*; pass the same shape"),
+        ({"v": GuidedVelocity(zeros, zeros.clone().requires_grad_(), 2.0)}, r"v.unconditional gets no gradient"),
         ({"noise": torch.zeros(3, 2, 5, dtype=torch.int64)}, "noise must be floating point, got torch.int64; cast it"),
-        ({"c_x_B": torch.zeros(3, 1)}, r"c_x_B must be float32 of shape \(3,\) .*; pass one number per sample"),
-        ({"weight_B": torch.zeros(3, dtype=torch.float64)}, "weight_B must be float32 .* got torch.float64"),
-        ({"std_B": torch.zeros(3)}, "std_B must be positive, got .*; take a deterministic step"),
+        ({"noise": PhiloxNoise(0, 0, ids, ids)}, r"noise has 2 ids on cpu and x is \(3, 2, 5\) on cpu; give every"),
+        ({"c_x": torch.zeros(3, 1)}, r"c_x must be float32 of shape \(3,\) .*; pass a number, or one number per"),
+        ({"c_v": torch.zeros(3, dtype=torch.float64)}, "c_v must be float32 .* got torch.float64"),
+        ({"std": torch.zeros(3)}, r"std must be positive, got \[0.0, 0.0, 0.0\]; take a deterministic step with ode"),
+        ({"std": -0.5}, "std must be positive, got -0.5; take a deterministic step with ode_step"),
+        ({"log_prob": "laplace"}, "log_prob must be 'gaussian' or 'cps', got 'laplace'"),
         ({"x": step["x"].clone().requires_grad_()}, r"x requires a gradient; pass x.detach\(\)"),
+        ({"x": step["x"].to("meta")}, "v is .* on cpu and x .* on meta; pass the same shape and device"),
     ):
         with pytest.raises(ValueError, match=message):
             sde_step(**{**step, **change})
+    for fields, message in (
+        ((-1, 0, ids, ids), r"seed must be in \[0, 2\^63\), got -1"),
+        ((0, 0, ids.int(), ids), "prompt_ids_B must be int64 .*; pass torch.tensor"),
+        ((0, 0, ids, ids[:1]), r"sample_ids_B must be int64 of shape \(2,\) .* got torch.int64 of shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PhiloxNoise(*fields)

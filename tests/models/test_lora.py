@@ -11,6 +11,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.types import Conditions
+from fastgrpo_kernels import combined
 
 TEXTS = ["a red circle", "two blue squares"]
 T = 0.7
@@ -53,7 +54,7 @@ def train_a_little(model: StableDiffusion3, num_steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=2e-2)
     x, conditions = make_latents(), model.encode(TEXTS)
     for _ in range(num_steps):
-        (model.velocity(x, T, conditions) - 1).square().mean().backward()
+        (combined(model.velocity(x, T, conditions)) - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -62,7 +63,7 @@ def test_new_adapters_change_no_bit(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, LoRA(rank=4))
     x, conditions = make_latents(), model.encode(TEXTS)
     base = velocity_of(load_pipeline(tiny_weights).transformer, x, conditions)
-    assert torch.equal(model.velocity(x, T, conditions), base)
+    assert torch.equal(combined(model.velocity(x, T, conditions)), base)
 
 
 def test_the_targets_are_those_of_flow_grpo(tiny_weights: Path) -> None:
@@ -104,10 +105,10 @@ def test_adapters_start_as_flow_grpo_starts_them() -> None:
 def test_the_reference_is_the_untouched_base_after_training(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, LoRA(rank=4))
     x, conditions = make_latents(), model.encode(TEXTS)
-    before = model.velocity(x, T, conditions).detach()
+    before = combined(model.velocity(x, T, conditions)).detach()
     train_a_little(model)
-    assert torch.equal(model.reference_velocity(x, T, conditions), before)
-    assert (model.velocity(x, T, conditions) - before).abs().max() > 1e-2
+    assert torch.equal(combined(model.reference_velocity(x, T, conditions)), before)
+    assert (combined(model.velocity(x, T, conditions)) - before).abs().max() > 1e-2
     own = {name.replace(".base.", "."): weight for name, weight in model.transformer.state_dict().items()}
     base = load_pipeline(tiny_weights).transformer.state_dict()
     assert [name for name, weight in base.items() if not torch.equal(own[name], weight)] == []
@@ -121,14 +122,14 @@ def test_saved_adapters_give_the_same_velocity_in_diffusers(tiny_weights: Path, 
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     x, conditions = make_latents(), model.encode(TEXTS)
     theirs = velocity_of(pipeline.transformer, x, conditions)
-    torch.testing.assert_close(model.velocity(x, T, conditions).detach(), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(combined(model.velocity(x, T, conditions)).detach(), theirs, atol=1e-5, rtol=0)
 
 
 def test_a_merged_pipeline_gives_the_same_velocity(tiny_weights: Path, tmp_path: Path) -> None:
     model = make_model(tiny_weights, LoRA(rank=4, alpha=6.0))
     train_a_little(model)
     x, conditions = make_latents(), model.encode(TEXTS)
-    trained = model.velocity(x, T, conditions).detach()
+    trained = combined(model.velocity(x, T, conditions)).detach()
     model.save_merged(tmp_path)
     pipeline = load_pipeline(tmp_path)
     assert not any("lora" in name for name, _ in pipeline.transformer.named_parameters())
@@ -138,13 +139,13 @@ def test_a_merged_pipeline_gives_the_same_velocity(tiny_weights: Path, tmp_path:
 def test_full_fine_tuning_trains_every_weight_and_its_reference_stays_the_start(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, FullFineTuning())
     x, conditions = make_latents(), model.encode(TEXTS)
-    before = model.velocity(x, T, conditions).detach()
+    before = combined(model.velocity(x, T, conditions)).detach()
     weights = {name: weight.detach().clone() for name, weight in model.transformer.named_parameters()}
     assert model.trainable.keys() == weights.keys()
     train_a_little(model)
     assert [name for name, weight in model.trainable.items() if torch.equal(weight, weights[name])] == []
-    assert torch.equal(model.reference_velocity(x, T, conditions), before)
-    assert (model.velocity(x, T, conditions) - before).abs().max() > 1e-2
+    assert torch.equal(combined(model.reference_velocity(x, T, conditions)), before)
+    assert (combined(model.velocity(x, T, conditions)) - before).abs().max() > 1e-2
 
 
 def test_full_fine_tuning_has_no_adapters_to_write(tiny_weights: Path, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_full_fine_tuning_has_no_adapters_to_write(tiny_weights: Path, tmp_path:
 def test_without_a_kept_reference_there_is_none(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, FullFineTuning(keep_reference=False))
     with pytest.raises(ValueError, match=r"kl_coef > 0 needs the reference policy; .*keep_reference=true"):
-        model.reference_velocity(make_latents(), T, model.encode(TEXTS))
+        combined(model.reference_velocity(make_latents(), T, model.encode(TEXTS)))
 
 
 @pytest.mark.parametrize(

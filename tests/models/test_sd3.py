@@ -15,6 +15,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Conditions, Prompts
+from fastgrpo_kernels import combined
 from tests.tiny import make_pipeline
 
 # diffusers wants to be told of encoders that a directory lacks
@@ -103,12 +104,12 @@ def test_guidance_sends_no_gradient_through_the_unconditional_branch(tiny_weight
     model = make_model(tiny_weights, guidance_scale=4.5)
     x, conditions = make_start(), model.encode(TEXTS)
     cotangent = torch.randn_like(x)
-    (model.velocity(x, 0.6, conditions) * cotangent).sum().backward()
+    (combined(model.velocity(x, 0.6, conditions)) * cotangent).sum().backward()
     guided = {name: weight.grad for name, weight in model.trainable.items()}
     for weight in model.trainable.values():
         weight.grad = None
     model.guidance_scale = 1.0
-    (model.velocity(x, 0.6, conditions) * 4.5 * cotangent).sum().backward()
+    (combined(model.velocity(x, 0.6, conditions)) * 4.5 * cotangent).sum().backward()
     for name, weight in model.trainable.items():
         torch.testing.assert_close(guided[name], weight.grad, rtol=1e-4, atol=1e-6)
 
