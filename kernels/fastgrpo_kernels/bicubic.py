@@ -100,7 +100,7 @@ def _round_to_byte(high, low):
 @triton.jit
 def _resample_kernel(
     x_ptr, out_ptr, row_starts_ptr, row_weights_ptr, column_starts_ptr, column_weights_ptr, scale_ptr, shift_ptr,
-    unit_scale, unit_shift, C, H, W, N, M,
+    byte_scale, byte_shift, C, H, W, N, M,
     x_stride_b, x_stride_c, x_stride_h, x_stride_w, out_stride_b, out_stride_c, out_stride_n, out_stride_m,
     TO_BYTES: tl.constexpr, ROWS: tl.constexpr, ROW_CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMN_CHUNK: tl.constexpr, TILE: tl.constexpr,
@@ -128,8 +128,8 @@ def _resample_kernel(
             x = tl.load(x_ptr + offsets, mask=(rows < H) & (columns < W), other=0.0).to(tl.float32)
             high = _load_weights(column_weights_ptr, column_tile, k, COLUMNS, COLUMN_CHUNK, TILE)
             if TO_BYTES:
-                unit = tl.clamp(x * unit_scale + unit_shift, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-                x = unit * 255.0 + _ROUNDER - _ROUNDER
+                x = tl.clamp(x * byte_scale + byte_shift, 0.0, 255.0, propagate_nan=tl.PropagateNan.ALL)
+                x = x + _ROUNDER - _ROUNDER
                 low = _load_weights(low_columns, column_tile, k, COLUMNS, COLUMN_CHUNK, TILE)
                 row_low = tl.dot(x.to(low.dtype), tl.trans(low), row_low)
             row_high = tl.dot(x.to(high.dtype), tl.trans(high), row_high, input_precision="tf32x3")
@@ -160,16 +160,22 @@ def resample(
     rows: Table,
     columns: Table,
     affine: list[list[float]],
-    unit: tuple[float, float] = (1.0, 0.0),
-    to_bytes: bool = False,
+    to_bytes: tuple[float, float] | None = None,
 ) -> Tensor:
+    """Write V x U^T into out, [B, C, N, M], times and plus the affine [scale, shift] of its channel.
+
+    to_bytes is (scale, shift) from x to bytes, for tables of "pil"; None for those of "torch".
+    """
     (B, C, N, M), (H, W) = out.shape, x.shape[-2:]
     if B == 0:
         return out
+    scale_C, shift_C = (_constants(tuple(values), x.device) for values in affine)
+    # four warps would multiply every product twice, and a third stage takes all 255 registers
     _resample_kernel[(B * C * triton.cdiv(N, TILE) * triton.cdiv(M, TILE),)](
-        x, out, rows.starts, rows.weights, columns.starts, columns.weights,
-        *(_constants(tuple(values), x.device) for values in affine), *unit, C, H, W, N, M, *x.stride(), *out.stride(),
-        TO_BYTES=to_bytes, ROWS=rows.window, ROW_CHUNK=rows.chunk,
-        COLUMNS=columns.window, COLUMN_CHUNK=columns.chunk, TILE=TILE, enable_fp_fusion=False,
+        x, out, rows.starts, rows.weights, columns.starts, columns.weights, scale_C, shift_C,
+        *(to_bytes or (1.0, 0.0)), C, H, W, N, M, *x.stride(), *out.stride(),
+        TO_BYTES=to_bytes is not None, ROWS=rows.window, ROW_CHUNK=rows.chunk,
+        COLUMNS=columns.window, COLUMN_CHUNK=columns.chunk, TILE=TILE,
+        enable_fp_fusion=False, num_warps=2, num_stages=2,
     )  # fmt: skip
     return out

@@ -27,6 +27,10 @@ def _affine(low: float, high: float, mean: Sequence[float], std: Sequence[float]
     return [scale, [-(low / (high - low) + m) / s for m, s in zip(mean, std, strict=True)]]
 
 
+def _to_bytes(low: float, high: float) -> tuple[float, float]:
+    return 255 / (high - low), -255 * low / (high - low)
+
+
 def preprocess_images_reference(
     images: Tensor,
     resized: list[int],
@@ -42,8 +46,8 @@ def preprocess_images_reference(
     """The operator on the CPU, and what the tests compare the kernel with."""
     x = images.float()
     if match == "pil":
-        unit = x * (1 / (high - low)) + -low / (high - low)
-        x = unit.clamp_(0, 1).mul_(255).round_()
+        scale, shift = _to_bytes(low, high)
+        x = (x * scale).add_(shift).clamp_(0, 255).round_()
     # along rows first
     for dim in (-1, -2):
         num_inputs, num_resized, num_outputs = x.shape[dim], resized[dim], crop[dim]
@@ -96,8 +100,8 @@ def _preprocess_images_triton(
         for sizes in zip(images.shape[-2:], resized, crop, strict=True)
     )
     out = _empty(images, crop, dtype, channels_last)
-    unit = (1 / (high - low), -low / (high - low))
-    return resample(images, out, rows, columns, _affine(low, high, mean, std, match), unit, match == "pil")
+    to_bytes = _to_bytes(low, high) if match == "pil" else None
+    return resample(images, out, rows, columns, _affine(low, high, mean, std, match), to_bytes)
 
 
 def _preprocess_images_fake(images: Tensor, resized: list[int], crop: list[int], *rest: Any) -> Tensor:
