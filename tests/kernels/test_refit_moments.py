@@ -150,9 +150,9 @@ def test_elites_without_weight_do_not_count() -> None:
     refit["weights_PT"] = torch.tensor([[0.0, 0.5, 0.0, 0.5]])
     alone = {**refit, "elite_ids_PT": refit["elite_ids_PT"][:, 1::2], "weights_PT": torch.tensor([[0.5, 0.5]])}
     torch.testing.assert_close(refit_moments(**refit), refit_moments(**alone))
-    arguments: list[Any] = [refit[name] for name in NAMES]
     if not torch.cuda.is_available():
-        torch.testing.assert_close(_refit_moments_triton(*arguments, 0.0, 0.0, False), refit_moments(**refit))
+        arguments: list[Any] = [*(refit[name] for name in NAMES), 0.0, 0.0, False]
+        torch.testing.assert_close(_refit_moments_triton(*arguments), refit_moments(**refit))
 
 
 def test_weights_by_hand() -> None:
