@@ -153,15 +153,27 @@ def _box_muller_kernel(radius_word, angle_word):
 
 
 @triton.jit
-def normal_block(seed, stream, prompt_id, candidate_id, block, QUADS: tl.constexpr):
-    """Elements [4 QUADS block, 4 QUADS (block + 1)) of one candidate's noise; compile with NO_FUSION."""
+def normal_quads(seed, stream, prompt_id, candidate_id, block, QUADS: tl.constexpr):
+    """Elements 4j, 4j + 1, 4j + 2 and 4j + 3 of one candidate's noise, QUADS blocks j of it; compile with NO_FUSION."""
     c0 = (block * QUADS + tl.arange(0, QUADS)).to(tl.uint32)
     zero = c0 * 0
     c1, c2, c3 = zero + candidate_id.to(tl.uint32), zero + prompt_id.to(tl.uint32), zero + stream.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     n0, n1 = _box_muller_kernel(w0, w1)
     n2, n3 = _box_muller_kernel(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def interleave_quads(n0, n1, n2, n3):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def normal_block(seed, stream, prompt_id, candidate_id, block, QUADS: tl.constexpr):
+    """Elements [4 QUADS block, 4 QUADS (block + 1)) of one candidate's noise; compile with NO_FUSION."""
+    n0, n1, n2, n3 = normal_quads(seed, stream, prompt_id, candidate_id, block, QUADS)
+    return interleave_quads(n0, n1, n2, n3)
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])

@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.op import define_op
-from fastgrpo_kernels.philox import NO_FUSION, check_candidate_ids, check_seed, normal_block, philox_normal_reference
+from fastgrpo_kernels.philox import (
+    NO_FUSION,
+    check_candidate_ids,
+    check_seed,
+    interleave_quads,
+    normal_quads,
+    philox_normal_reference,
+)
 from fastgrpo_kernels.sample_candidates import check_moments, load_moments
 
 QUADS = 256
@@ -55,6 +62,13 @@ def _on_sphere(mean_PD: Tensor, square_sum_P: Tensor) -> Tensor:
     return mean_PD * scale_P[:, None].float()
 
 
+@triton.jit
+def _add_elite(noise, weight, share, mean, var):
+    """West's update of a weighted mean and sum of squares by one elite that brings ``share`` of the weight so far."""
+    distance = noise - mean
+    return mean + share * distance, var + weight * (1.0 - share) * (distance * distance)
+
+
 @triton.jit(do_not_specialize=["seed", "stream"])
 def _refit_moments_kernel(
     refit_mean_ptr, refit_std_ptr, partial_ptr, mean_ptr, std_ptr, prompt_ids_ptr, elite_ids_ptr, weights_ptr,
@@ -65,18 +79,22 @@ def _refit_moments_kernel(
     cols = block * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     mask = cols < D
     prompt_id = tl.load(prompt_ids_ptr + p)
-    noise_mean = tl.zeros((4 * QUADS,), dtype=tl.float32)
-    noise_var = tl.zeros((4 * QUADS,), dtype=tl.float32)
+    # elements are put in order only at the end: between threads, that is an exchange an elite
+    mean0 = tl.zeros((QUADS,), dtype=tl.float32)
+    mean1, mean2, mean3, var0, var1, var2, var3 = mean0, mean0, mean0, mean0, mean0, mean0, mean0
     weight_sum = 0.0
     for t in range(T):
         weight = tl.load(weights_ptr + p * T + t)
         weight_sum += weight
         elite_id = tl.load(elite_ids_ptr + p * T + t)
-        distance = normal_block(seed, stream, prompt_id, elite_id, block, QUADS) - noise_mean
         # elites of no weight may come before any that has one
         share = weight / tl.where(weight_sum > 0.0, weight_sum, 1.0)
-        noise_mean += share * distance
-        noise_var += weight * (1.0 - share) * (distance * distance)
+        n0, n1, n2, n3 = normal_quads(seed, stream, prompt_id, elite_id, block, QUADS)
+        mean0, var0 = _add_elite(n0, weight, share, mean0, var0)
+        mean1, var1 = _add_elite(n1, weight, share, mean1, var1)
+        mean2, var2 = _add_elite(n2, weight, share, mean2, var2)
+        mean3, var3 = _add_elite(n3, weight, share, mean3, var3)
+    noise_mean, noise_var = interleave_quads(mean0, mean1, mean2, mean3), interleave_quads(var0, var1, var2, var3)
     mean, std = load_moments(mean_ptr, std_ptr, p, cols, mask, D, STD_PER_PROMPT)
     refit_mean = mean + (1.0 - momentum) * (std * noise_mean)
     spread = std * tl.sqrt_rn(noise_var)

@@ -23,7 +23,8 @@ from fastgrpo_kernels.philox import (
     rows_of_ids,
 )
 
-QUADS = 256
+# with four elements a thread, noise is stored where it was drawn: no exchange between threads
+QUADS = 128
 # mean and std are read once for so many candidates
 CANDIDATES_PER_PROGRAM = 8
 
