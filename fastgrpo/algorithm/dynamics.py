@@ -62,7 +62,10 @@ class StepCoefficients:
         )
 
 
-def _per_sample(x: Tensor, *values: float) -> tuple[Tensor, ...]:
+def _per_sample(x: Tensor, *values: float) -> tuple[float | Tensor, ...]:
+    """What the kernels take: one number a sample; a compiler fuses the fills by itself."""
+    if torch.compiler.is_compiling():
+        return values
     return tuple(_constant(value, len(x), x.device) for value in values)
 
 

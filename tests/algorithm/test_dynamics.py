@@ -7,6 +7,7 @@ import torch
 
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 SDES = [FlowSDE, DanceSDE, CPS]
 X, V = 0.3, -1.1
@@ -125,3 +126,20 @@ def test_bad_noise_levels_are_named(sde):
 def test_cps_cannot_make_more_noise_than_there_is():
     with pytest.raises(ValueError, match=r"must be at most 1, got 1.5"):
         CPS(1.5)
+
+
+@pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.8)])
+def test_a_step_and_its_replay_compile_into_one_graph(dynamics):
+    grid, ids = SD3Schedule(10)(), torch.arange(4)
+    x, v, v_uncond = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))
+
+    def step(x, v, v_uncond):
+        velocity, coefficients = GuidedVelocity(v, v_uncond, 4.5), dynamics(grid, 1)
+        x_next, log_prob_B = coefficients.step(x, velocity, PhiloxNoise(3, 1001, ids, ids))
+        again_B, kl_B = coefficients.log_prob(x, velocity, x_next, GuidedVelocity(v_uncond, v, 4.5))
+        return ODE()(grid, 2).mean(x_next, velocity), log_prob_B, again_B, kl_B
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, v, v_uncond)
+    for result, expected in zip(compiled, step(x, v, v_uncond), strict=True):
+        assert torch.equal(result, expected)
+    assert torch.equal(compiled[1], compiled[2])
