@@ -16,13 +16,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> Path:
-    """Write .md and .json; ``body`` is Markdown, ``theme`` the module that measured.  Returns the path of the .md."""
+    """Write .md and .json; ``body`` is Markdown, ``theme`` the module that measured, without ``benchmarks.``.
+
+    Returns the path of the .md.
+    """
     revision = commit()
     if revision is None:
         raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout")
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
     dirty = "-dirty" if revision.endswith("-dirty") else ""
-    stem = f"{theme}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"
+    stem = f"{theme.replace('.', '_')}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"
     origin = {"commit": revision, "hardware": hardware(), "cpu": _cpu(), "versions": versions()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
