@@ -177,7 +177,7 @@ def _body(compiled: list[Compiled]) -> str:
 
 def _row(facts: dict[str, Any]) -> list[str]:
     counted = ("instructions", "read", "written", "modelled_memory", "modelled_instructions")
-    numbers = [f"{facts[name]:.3g}" if name in facts else "-" for name in counted]
+    numbers = [f"{facts[name]:.{3 if facts[name] < 1000 else 4}g}" if name in facts else "-" for name in counted]
     resources = [f"{facts[name]:g}" for name in ("registers", "spills", "stack", "shared_bytes")]
     return [facts["kernel"], facts["case"], *resources, *numbers[:3], facts["loads"], facts["stores"], *numbers[3:]]
 
