@@ -103,6 +103,9 @@ def test_shares_and_speed_ups_by_hand() -> None:
     # a variant that waits is compared as it is called
     assert result.times_faster_than("eager_labels") == 2.0
     memory, steps = goals([result])
+    assert "2000000.0 [2000000.0, 2000000.0] |" in tables([result], large_copy=1.0)
+    unreplayed = replace(result, timings=times | {"triton": timing(9.0, None)})
+    assert "9000000.0 [9000000.0, 9000000.0] called |" in tables([unreplayed], large_copy=1.0)
     assert "0 of 1 cases.  Not sde_step" in memory
     assert memory.endswith(": 85%.")
     assert steps.endswith("1 of 1 cases, 5.0x to 5.0x.")

@@ -32,7 +32,8 @@ _ROUNDS = 25
 _QUICK_ROUNDS = 5
 _LARGE_COPY_BYTES = 2**30
 _LEGEND = """\
-`us`: microseconds a call, median [quartiles], as the replay of a CUDA graph, without launches; `us called`: with them.
+`us`: microseconds a call, median [quartiles], as the replay of a CUDA graph, without launches, but where it says
+"called" because there was no graph (the .json says why); `us called`: with launches.
 GB/s: of the bytes that must move, each input read once and each output written once.  `of copy`: its share of what a
 device copy of as many bytes reached beside it, `of large copy`: of a copy of 1 GiB.  `x eager`: how many times faster
 than plain PyTorch.  MB: memory of one call beyond its inputs.  `limit` is what to expect: drawing is arithmetic, and

@@ -111,7 +111,8 @@ def _row(result: Result, large_copy: float) -> list[str]:
     return [
         case.label,
         case.limit,
-        f"{spread.median * 1e6:.1f} [{spread.lower * 1e6:.1f}, {spread.upper * 1e6:.1f}]",
+        f"{spread.median * 1e6:.1f} [{spread.lower * 1e6:.1f}, {spread.upper * 1e6:.1f}]"
+        + " called" * (not ours.replayed),
         f"{ours.called.median * 1e6:.1f}",
         f"{result.bytes_per_second / 1e9:.0f}",
         f"{result.of_copy:.0%}",
