@@ -75,6 +75,12 @@ def goals(results: Sequence[Result]) -> list[str]:
         f"{len(memory) - len(slow)} of {len(memory)} cases."
         + "".join(f"  Not {one.case.op} {one.case.label}: {one.of_copy:.0%}." for one in slow)
     ]
+    drawing = [result.of_copy for result in measured if result.case.limit == "drawing"]
+    if drawing:
+        lines.append(
+            f"Ops that draw noise, modelled as bound by arithmetic: {min(drawing):.0%} to {max(drawing):.0%} of the "
+            f"copy bandwidth in {len(drawing)} cases."
+        )
     refits = [result for result in measured if result.case.op == "refit_moments"]
     if refits:
         moved = {result.case.num_bytes / result.case.num_elements for result in refits}
