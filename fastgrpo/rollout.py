@@ -5,7 +5,7 @@ stay float32 between steps, so what ``update`` replays is exactly what was store
 Letters: P prompts, G samples of each, B = P * G samples, T trained steps, C H W of a latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,9 @@ class Rollout:
         """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions."""
         group_size = len(start_BCHW) // len(prompts)
         samples = conditions.repeat(group_size)
+        step_noise = self._step_noise(prompts, group_size, steps)
         parts = [
-            self._micro_batch(start_BCHW[rows], samples[rows], steps, self._step_noise(prompts, group_size, rows))
+            self._micro_batch(start_BCHW[rows], samples[rows], {step: n[rows] for step, n in step_noise.items()})
             for rows in micro_batches(len(start_BCHW), self.micro_batch)
         ]
         images, x, x_next, log_prob = zip(*parts, strict=True)
@@ -54,16 +55,16 @@ class Rollout:
         )
 
     def _micro_batch(
-        self, x_BCHW: Tensor, conditions: Conditions, steps: tuple[int, ...], step_noise: Callable[[int], PhiloxNoise]
+        self, x_BCHW: Tensor, conditions: Conditions, step_noise: dict[int, PhiloxNoise]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, x_next, log_prob = [], [], []
         for step in range(len(self.grid) - 1):
             v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
-            if step not in steps:
+            if step not in step_noise:
                 x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
                 continue
             x.append(x_BCHW)
-            x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, step_noise(step))
+            x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, step_noise[step])
             x_next.append(x_BCHW)
             log_prob.append(log_prob_B)
         none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
@@ -74,12 +75,12 @@ class Rollout:
             torch.stack(log_prob) if log_prob else none_TBCHW.new_empty(0, len(x_BCHW)),
         )
 
-    def _step_noise(self, prompts: Prompts, group_size: int, rows: slice) -> Callable[[int], PhiloxNoise]:
-        """The noise of a step for some rows: a function of the global prompt index and the place in the group."""
+    def _step_noise(self, prompts: Prompts, group_size: int, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
+        """The noise of each step: a function of the global prompt index and the place in the group."""
         device = self.model.device
-        prompt_ids_B = torch.tensor(prompts.ids, device=device).repeat_interleave(group_size)[rows]
-        sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))[rows]
-        return lambda step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B)
+        prompt_ids_B = torch.tensor(prompts.ids, device=device).repeat_interleave(group_size)
+        sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))
+        return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B) for step in steps}
 
 
 def micro_batches(count: int, size: int) -> list[slice]:

@@ -7,6 +7,7 @@ The searches are in ``search.py``.  Letters: P prompts, G samples of a prompt, K
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class NoiseDraw:
             project=project,
         )
 
-    @property
+    @cached_property
     def _ids_P(self) -> Tensor:
         return torch.tensor(self.prompt_ids, dtype=torch.int64, device=self.device)
 
