@@ -50,7 +50,7 @@ def sample_candidates_reference(
 def load_moments(mean_ptr, std_ptr, row, cols, mask, D, STD_PER_PROMPT: tl.constexpr):
     mean = tl.load(mean_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
     if STD_PER_PROMPT:
-        return mean, tl.load(std_ptr + row).to(tl.float32)
+        return mean, tl.load(std_ptr + row).to(tl.float32) + mean * 0.0
     return mean, tl.load(std_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
 
 
