@@ -14,7 +14,8 @@ from benchmarks.report import table, write_report
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.prompts import load_prompts
-from fastgrpo.rewards.clip_score import ClipScore
+from fastgrpo.rewards.clip_score import clip_score
+from fastgrpo.runtime.compile import Eager
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene
@@ -66,7 +67,7 @@ def _verified(images_BCHW: Tensor, captions: list[Caption]) -> dict[str, float]:
 
 
 def _top_one(images_BCHW: Tensor, captions: list[Caption]) -> float:
-    scorer, texts = ClipScore(path="shapes"), [str(caption) for caption in held_out_captions()]
+    scorer, texts = clip_score(path="shapes", backend=Eager()), [str(caption) for caption in held_out_captions()]
     scores = torch.stack([scorer(images_BCHW, [text] * len(images_BCHW)) for text in texts])
     chosen = scores.argmax(dim=0).tolist()
     return float(np.mean([texts[i] == str(caption) for i, caption in zip(chosen, captions, strict=True)]))

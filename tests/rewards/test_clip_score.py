@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fastgrpo.rewards.clip_score import ClipPreprocess, ClipScore
+from fastgrpo.rewards.clip_score import clip_score
+from fastgrpo.rewards.preprocess import Preprocess
+from fastgrpo.runtime.compile import Eager
 
 WORDS = ["a", "red", "blue", "circle", "square"]
 LETTERS = sorted(set("".join(WORDS)))
@@ -57,7 +59,7 @@ def test_preprocessing_equals_transformers(directory: Path, size: tuple[int, int
     pixels_BHWC = random_pixels(*size)
     expected = processor(images=list(pixels_BHWC), return_tensors="pt", input_data_format="channels_last").pixel_values
     config = json.loads((directory / "preprocessor_config.json").read_text())
-    ours = ClipPreprocess.from_config(config, "the test")(to_images(pixels_BHWC))
+    ours = Preprocess.from_config(config, "the test")(to_images(pixels_BHWC))
     # a byte would be 0.015
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
@@ -77,7 +79,7 @@ def test_score_is_the_cosine_of_transformers_own_embeddings(directory: Path) -> 
             / model.logit_scale.exp().item()
             for pixels_HWC, prompt in zip(pixels_BHWC, prompts, strict=True)
         ]
-    score_B = ClipScore(path=str(directory))(to_images(pixels_BHWC), prompts)
+    score_B = clip_score(path=str(directory), backend=Eager())(to_images(pixels_BHWC), prompts)
     torch.testing.assert_close(score_B, torch.tensor(expected), atol=1e-5, rtol=0)
     assert score_B.unique().numel() == 3
 
@@ -86,12 +88,12 @@ def test_a_directory_without_its_tokenizer_is_refused(directory: Path, tmp_path:
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / name).symlink_to(directory / name)
     with pytest.raises(ValueError, match=r"tokenizer in .* put the model's tokenizer.json"):
-        ClipScore(path=str(tmp_path))
+        clip_score(path=str(tmp_path), backend=Eager())
 
 
 def test_a_path_without_a_clip_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"preprocessor_config.json does not exist; give reward.terms.clip_score.path"):
-        ClipScore(path=str(tmp_path))
+        clip_score(path=str(tmp_path), backend=Eager())
 
 
 @pytest.mark.parametrize("change", [{"resample": 2}, {"size": {"height": 32, "width": 32}}, {"crop_size": 40}], ids=str)
@@ -104,4 +106,4 @@ def test_a_preprocessor_that_does_something_else_is_refused(change: dict) -> Non
         "image_std": [0.5] * 3,
     }
     with pytest.raises(ValueError, match="the test"):
-        ClipPreprocess.from_config({**config, **change}, "the test")
+        Preprocess.from_config({**config, **change}, "the test")
