@@ -85,12 +85,29 @@ COMMANDS = {
             "fastgrpo export run=outputs/smart_grpo output=exported merged=true",
         ),
     ),
+    "serve-reward": Command(
+        run="fastgrpo.commands.serve_reward.serve_reward",
+        summary="serve rewards to runs on other machines",
+        details="Answers for every reward of the config, watched ones too, until SIGTERM; a run asks by reward=http. "
+        "Loopback only, unless token_env names the environment variable with a token. Needs the extra serve.",
+        examples=(
+            "fastgrpo serve-reward reward=shapes",
+            "fastgrpo serve-reward reward=pick_score host=0.0.0.0 port=8000 token_env=REWARD_TOKEN",
+            "fastgrpo train reward=http reward.terms.http.name=pick_score "
+            "reward.terms.http.endpoints=[http://gpu7:8000] reward.terms.http.token_env=REWARD_TOKEN",
+        ),
+    ),
     "doctor": Command(
         run="fastgrpo.commands.doctor.doctor",
         summary="check that this machine computes right",
-        details="Prints versions and backends, then samples with the chosen model and algorithm and replays that "
-        "under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if it is not.",
-        examples=("fastgrpo doctor", "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast"),
+        details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
+        "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
+        "fails.",
+        examples=(
+            "fastgrpo doctor",
+            "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
+            "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
+        ),
     ),
 }
 

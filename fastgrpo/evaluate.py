@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Prompts
 
@@ -54,7 +54,7 @@ class Evaluation:
         rollout = Rollout(
             model=self.model, grid=self.grid, dynamics=ODE(), micro_batch=self.micro_batch, seed=self.seed
         )
-        named: dict[str, list[Tensor]] = {}
+        awaited = self.rewards.begin(list(self.texts), self.images_per_prompt)
         shown: list[Tensor] = []
         # a few prompts at a time: a full-size evaluation does not fit a GPU's memory as images
         prompts_at_once = max(1, self.micro_batch // self.images_per_prompt)
@@ -63,11 +63,9 @@ class Evaluation:
             prompts = Prompts(texts, ids=list(range(first, first + len(texts))))
             draw = NoiseDraw(self.seed, prompts.ids, self.images_per_prompt, self.model.latent_shape, self.model.device)
             start_BCHW = draw(EVALUATION_STREAM, self.images_per_prompt).flatten(0, 1)
-            images_BCHW = rollout(prompts, self.model.encode(texts), start_BCHW, ()).images_BCHW
-            for name, scores_PG in self.rewards(images_BCHW, prompts.texts).named.items():
-                named.setdefault(name, []).append(scores_PG.cpu())
+            images_BCHW = rollout(prompts, self.model.encode(texts), start_BCHW, (), awaited.add).images_BCHW
             shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
-        scores = {name: torch.cat(parts) for name, parts in named.items()}
+        scores = {name: scores_PG.cpu() for name, scores_PG in awaited.collect().named.items()}
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
         images_BCHW = torch.cat(shown)
         return EvaluationResult(

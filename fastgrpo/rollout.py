@@ -5,7 +5,7 @@ stay float32 between steps, so what ``update`` replays is exactly what was store
 Letters: P prompts, G samples of each, B = P * G samples, T trained steps, C H W of a latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,24 @@ class Rollout:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Prompts, conditions: Conditions, start_BCHW: Tensor, steps: tuple[int, ...]
+        self,
+        prompts: Prompts,
+        conditions: Conditions,
+        start_BCHW: Tensor,
+        steps: tuple[int, ...],
+        hand_on: Callable[[Tensor], None] = lambda images_BCHW: None,
     ) -> Trajectories:
-        """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions."""
+        """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions.
+
+        ``hand_on`` is given the images of each micro-batch as soon as they are decoded.
+        """
         group_size = len(start_BCHW) // len(prompts)
         samples = conditions.repeat(group_size)
         step_noise = self._step_noise(prompts, group_size, steps)
         parts = [
-            self._micro_batch(start_BCHW[rows], samples[rows], {step: n[rows] for step, n in step_noise.items()})
+            self._micro_batch(
+                start_BCHW[rows], samples[rows], {step: noise[rows] for step, noise in step_noise.items()}, hand_on
+            )
             for rows in micro_batches(len(start_BCHW), self.micro_batch)
         ]
         images, x, x_next, log_prob = zip(*parts, strict=True)
@@ -55,7 +65,11 @@ class Rollout:
         )
 
     def _micro_batch(
-        self, x_BCHW: Tensor, conditions: Conditions, step_noise: dict[int, PhiloxNoise]
+        self,
+        x_BCHW: Tensor,
+        conditions: Conditions,
+        step_noise: dict[int, PhiloxNoise],
+        hand_on: Callable[[Tensor], None],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, x_next, log_prob = [], [], []
         for step in range(len(self.grid) - 1):
@@ -67,9 +81,11 @@ class Rollout:
             x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, step_noise[step])
             x_next.append(x_BCHW)
             log_prob.append(log_prob_B)
+        images_BCHW = self.model.decode(x_BCHW)
+        hand_on(images_BCHW)
         none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
         return (
-            self.model.decode(x_BCHW),
+            images_BCHW,
             torch.stack(x) if x else none_TBCHW,
             torch.stack(x_next) if x_next else none_TBCHW,
             torch.stack(log_prob) if log_prob else none_TBCHW.new_empty(0, len(x_BCHW)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import NoiseDraw
-from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Conditions, Noise, Prompts
 
@@ -43,13 +43,9 @@ class StartNoise:
         def score(noise_PKCHW: Tensor, estimate_steps: int, prompt_ids: list[int]) -> Tensor:
             rows = [prompts.ids.index(i) for i in prompt_ids]
             scored = Prompts([prompts.texts[row] for row in rows], prompt_ids)
-            images_BCHW = self._estimate(noise_PKCHW, estimate_steps, scored, conditions[torch.tensor(rows)])
-            texts = [text for text in scored.texts for _ in range(noise_PKCHW.shape[1])]
-            return self.rewards.score(images_BCHW, texts).view(noise_PKCHW.shape[:2])
+            scores = self.rewards.begin_search([text for text in scored.texts for _ in range(noise_PKCHW.shape[1])])
+            sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
+            sample(scored, conditions[torch.tensor(rows)], noise_PKCHW.flatten(0, 1), (), scores.add)
+            return scores.collect().view(noise_PKCHW.shape[:2])
 
         return self.algorithm.noise(draw, score)
-
-    def _estimate(self, noise_PKCHW: Tensor, estimate_steps: int, prompts: Prompts, conditions: Conditions) -> Tensor:
-        """Images [P * K, 3, height, width]."""
-        sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
-        return sample(prompts, conditions, noise_PKCHW.flatten(0, 1), ()).images_BCHW

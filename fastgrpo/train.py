@@ -1,5 +1,6 @@
 """Hydra config -> objects -> ``Trainer.run()``.  Each key of ``configs/train.yaml`` is read here, once."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
-from fastgrpo.records.run_directory import RunDirectory
-from fastgrpo.rewards.reward import Rewards
+from fastgrpo.records.run_directory import RunDirectory, write_whole
+from fastgrpo.rewards.self_test import GoldenScores, compare, self_test
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.start_noise import StartNoise
@@ -41,8 +43,9 @@ def build_trainer(config: DictConfig) -> Trainer:
     prompts = PromptSource(load_prompts(resolve_path(config.prompts.path)), settings.prompts_per_iteration, config.seed)
     held_out = load_prompts(resolve_path(config.prompts.held_out))
     algorithm: Algorithm = build(config.algorithm)
-    rewards: Rewards = build(config.reward)
+    rewards, golden_scores = build_rewards(config)
     directory = RunDirectory.create(config.output, resume=config.resume)
+    _hold_to_beginning(directory, golden_scores, resume=config.resume)
     model = build_model(config)
     grid = algorithm.grid
     rollout = Rollout(
@@ -97,10 +100,16 @@ def build_trainer(config: DictConfig) -> Trainer:
     return trainer
 
 
+def build_rewards(config: DictConfig) -> tuple[Rewards, dict[str, GoldenScores]]:
+    """The rewards of a config, tried on their golden pairs unless ``reward.golden`` is false."""
+    _set_threads(config)
+    rewards: Rewards = build(config.reward)
+    return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
+
+
 def build_model(config: DictConfig) -> FlowModel:
     """The model of a config, on its device."""
-    if config.runtime.threads > 0:
-        torch.set_num_threads(config.runtime.threads)
+    _set_threads(config)
     return build(config.model, adaptation=build(config.adaptation), device=device_of(config))
 
 
@@ -127,6 +136,22 @@ def device_of(config: DictConfig) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
     return device
+
+
+def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores], *, resume: bool) -> None:
+    """Keep the golden scores that a run begins with; a resumed run must score as it began."""
+    if resume and directory.golden.exists():
+        begun = json.loads(directory.golden.read_text(encoding="utf-8"))
+        for name in tested.keys() & begun.keys():
+            compare(name, tested[name], begun[name], f"{directory.golden}, written when the run began,")
+    else:
+        text = json.dumps({name: golden.scores for name, golden in tested.items()}, indent=2)
+        write_whole(directory.golden, text.encode())
+
+
+def _set_threads(config: DictConfig) -> None:
+    if config.runtime.threads > 0:
+        torch.set_num_threads(config.runtime.threads)
 
 
 def _check_positive(config: DictConfig, *keys: str) -> None:

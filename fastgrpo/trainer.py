@@ -22,7 +22,8 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource
 from fastgrpo.records.progress import Progress
 from fastgrpo.records.run_directory import RunDirectory
-from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rewards.reward import RewardError
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
@@ -67,6 +68,8 @@ class Trainer:
     _skipped_in_a_row: int = field(default=0, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
     _stop_signal: int = field(default=0, init=False)
+    # an iteration's metrics while they wait for its evaluation
+    _unrecorded: dict[str, float] = field(default_factory=dict, init=False)
 
     def step(self) -> dict[str, float]:
         """One iteration; its metrics."""
@@ -77,10 +80,11 @@ class Trainer:
         with timer("search"):
             noise = self.start_noise(prompts, conditions, self.iteration)
         with timer("rollout"):
-            trajectories = self.rollout(prompts, conditions, noise.start_BCHW, self._trained_steps())
+            scores = self.rewards.begin(prompts.texts, self.group_size)
+            trajectories = self.rollout(prompts, conditions, noise.start_BCHW, self._trained_steps(), scores.add)
         with timer("reward"):
-            rewards = self.rewards(trajectories.images_BCHW, prompts.texts)
-            advantages_PG = self.algorithm.advantage(rewards.total_PG)
+            rewards = scores.collect()
+            advantages_PG = self.algorithm.advantage(rewards.learned_PG)
         with timer("update"):
             samples = conditions.repeat(self.group_size)
             stats = self.update(trajectories, samples, advantages_PG.flatten(), self.iteration)
@@ -90,16 +94,17 @@ class Trainer:
         return self._measured(noise, rewards, stats, timer.seconds())
 
     def run(self) -> None:
-        """Train to the end, evaluating and saving on the way; on SIGTERM save and stop."""
+        """Train to the end, evaluating and saving on the way; on SIGTERM, or if a reward fails, save and stop."""
         progress = Progress(self.num_iterations, first=self.iteration, max_seconds=self.max_seconds)
-        with self._stopped_by_sigterm(), self.metrics, progress:
+        with self._stopped_by_sigterm(), self._saved_if_a_reward_fails(), self.metrics, progress:
             if self.iteration == 0:
                 self._record(self._evaluate(), progress)
-            while not self._is_over():
-                values = self.step()
+            while not self._is_over() or self._unrecorded:
+                self._unrecorded = self._unrecorded or self.step()
                 if self.iteration % self.evaluate_every == 0 or self._is_over():
-                    values |= self._evaluate()
-                self._record(values, progress)
+                    self._unrecorded |= self._evaluate()
+                self._record(self._unrecorded, progress)
+                self._unrecorded = {}
                 if self.iteration % self.checkpoint.every == 0 or self._is_over() or self._stop_signal:
                     self._save()
                 if self._stop_signal:
@@ -118,7 +123,12 @@ class Trainer:
             ema=self.ema.averages,
             optimizer=self.update.optimizer.state_dict(),
             model=self.model.fingerprint,
-            extra={"ema_updates": self.ema.num_updates, "skipped_in_a_row": self._skipped_in_a_row},
+            extra={
+                "ema_updates": self.ema.num_updates,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                # as text, since JSON has no NaN
+                "unrecorded": {name: repr(value) for name, value in self._unrecorded.items()},
+            },
         )
 
     def resume(self) -> None:
@@ -135,7 +145,8 @@ class Trainer:
         self.ema.load(state.ema, state.extra["ema_updates"])
         self.update.optimizer.load_state_dict(state.optimizer)
         self._skipped_in_a_row = state.extra["skipped_in_a_row"]
-        self.metrics.truncate_to(self.iteration)
+        self._unrecorded = {name: float(value) for name, value in state.extra["unrecorded"].items()}
+        self.metrics.truncate_to(self.iteration - bool(self._unrecorded))
 
     def _trained_steps(self) -> tuple[int, ...]:
         return self.algorithm.timesteps(len(self.algorithm.grid) - 1, self.iteration, self.seed)
@@ -214,6 +225,17 @@ class Trainer:
 
     def _is_over(self) -> bool:
         return self.iteration >= self.num_iterations or self.seconds >= self.max_seconds
+
+    @contextmanager
+    def _saved_if_a_reward_fails(self) -> Iterator[None]:
+        """Rewards fail before the update that would learn from them, so the state is that of the last iteration."""
+        try:
+            yield
+        except RewardError as error:
+            if self.iteration == 0:
+                raise
+            self._save()
+            raise RewardError(f"{error}; iteration {self.iteration} is saved, go on with resume=true") from error
 
     @contextmanager
     def _stopped_by_sigterm(self) -> Iterator[None]:

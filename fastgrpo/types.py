@@ -92,7 +92,8 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Each named reward, and their weighted sum."""
+    """Each named reward, their weighted sum, and the sum that advantages are made of: that, or of normalized ones."""
 
     named: dict[str, Tensor]
     total_PG: Tensor
+    learned_PG: Tensor

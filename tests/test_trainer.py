@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.metrics import METRICS, explain
-from fastgrpo.rewards.reward import RewardError, Rewards
+from fastgrpo.rewards.reward import Reward, RewardError
+from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.train import build_trainer, train
 from fastgrpo.trainer import Trainer, TrainingError
 from tests.tiny_config import make_config
@@ -29,6 +30,12 @@ SEARCH = (
 
 def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
     return build_trainer(make_config(weights, output, *overrides))
+
+
+def release(trainer: Trainer) -> None:
+    """Let go of the run directory, as the end of a process does."""
+    assert trainer.directory._lock is not None
+    trainer.directory._lock.close()
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -75,8 +82,8 @@ def test_rollout_and_update_agree_in_each_iteration(run: Path) -> None:
 
 def test_a_run_writes_what_its_directory_promises(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "curves.png", "images", "lora", "metrics.jsonl", "summary.json",
-        "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "curves.png", "golden.json", "images", "lora", "metrics.jsonl",
+        "summary.json", "tensorboard",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     ema = safetensors.torch.load_file(run / "checkpoints/step_000003/ema.safetensors")
@@ -181,6 +188,22 @@ def raising(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     raise ConnectionError("no answer")
 
 
+class FailsFrom:
+    """The rewards of a run, until its iteration ``at`` is done."""
+
+    def __init__(self, trainer: Trainer, reward: Reward, at: int) -> None:
+        self.trainer, self.at, self.working = trainer, at, trainer.rewards
+        scoring = Scoring(retries=1, retry_seconds=0.0)
+        self.broken = Rewards(terms={"mine": reward}, weights={"mine": 1.0}, scoring=scoring)
+
+    def begin(self, prompts: list[str], group_size: int):
+        return (self.working if self.trainer.iteration < self.at else self.broken).begin(prompts, group_size)
+
+
+def without_times(row: dict) -> dict:
+    return {key: value for key, value in row.items() if "second" not in key and key != "peak_bytes"}
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -189,27 +212,66 @@ def raising(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         (raising, r"reward 'mine' raised ConnectionError: no answer, 2 times on the same 6 images"),
     ],
 )
-def test_a_broken_reward_stops_the_run_and_leaves_its_checkpoints(
-    reward, message: str, tiny_weights: Path, tmp_path: Path
+def test_a_broken_reward_stops_the_run_which_goes_on_from_there_as_if_nothing_had_been(
+    reward: Reward, message: str, tiny_weights: Path, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(tiny_weights, tmp_path / "run", "train.iterations=5", "checkpoint.every=1")
-    working = trainer.rewards
-    saved: dict[int, Mapping[str, Tensor]] = {}
-    broken = Rewards(terms={"mine": reward}, weights={"mine": 1.0}, retries=1, retry_seconds=0.0)
-
-    class FailsAtTheThird:
-        def __call__(self, images_BCHW: Tensor, prompts: list[str]):
-            saved[trainer.iteration] = {n: w.detach().clone() for n, w in trainer.model.trainable.items()}
-            return (working if trainer.iteration < 2 else broken)(images_BCHW, prompts)
-
-    trainer.rewards = FailsAtTheThird()  # type: ignore[assignment]
-    with pytest.raises(RewardError, match=message):
+    settings = ("train.iterations=3", "checkpoint.every=100")
+    undisturbed = make_trainer(tiny_weights, tmp_path / "undisturbed", *settings)
+    undisturbed.run()
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *settings)
+    trainer.rewards = FailsFrom(trainer, reward, at=2)  # type: ignore[assignment]
+    with pytest.raises(RewardError, match=rf"{message}.*; iteration 2 is saved, go on with resume=true"):
         trainer.run()
     assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
-    path = trainer.checkpoint.latest()
-    assert path is not None
-    assert path.name == "step_000002"
-    assert all(torch.equal(weight, saved[2][name]) for name, weight in trainer.checkpoint.load(path).weights.items())
+    release(trainer)
+    resumed = make_trainer(tiny_weights, tmp_path / "run", *settings, "resume=true")
+    resumed.resume()
+    resumed.run()
+    expected, rows = rows_of(tmp_path / "undisturbed"), rows_of(tmp_path / "run")
+    assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
+    weights = undisturbed.model.trainable
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.trainable.items())
+
+
+def test_a_reward_that_breaks_in_an_evaluation_loses_neither_the_iteration_nor_the_evaluation(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    settings = ("train.iterations=3", "evaluate.every=2", "checkpoint.every=100")
+    train(make_config(tiny_weights, tmp_path / "undisturbed", *settings))
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *settings)
+    broken = FailsFrom(trainer, raising, at=2)
+    trainer.evaluation = dataclasses.replace(trainer.evaluation, rewards=broken)  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match=r"no answer.*; iteration 2 is saved"):
+        trainer.run()
+    assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1]
+    release(trainer)
+    train(make_config(tiny_weights, tmp_path / "run", *settings, "resume=true"))
+    expected, rows = rows_of(tmp_path / "undisturbed"), rows_of(tmp_path / "run")
+    assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
+    assert "eval/jpeg" in rows[2]
+
+
+def test_a_run_is_resumed_only_with_rewards_that_score_as_when_it_began(tiny_weights: Path, tmp_path: Path) -> None:
+    train(make_config(tiny_weights, tmp_path / "run", "train.iterations=1"))
+    changed = ("train.iterations=2", "resume=true", "reward.terms.jpeg.quality=50")
+    why = r"reward 'jpeg' scores golden pair \d .*golden.json, written when the run began, says"
+    with pytest.raises(RewardError, match=why):
+        train(make_config(tiny_weights, tmp_path / "run", *changed))
+    train(make_config(tiny_weights, tmp_path / "run", *changed, "reward.golden=false"))
+    assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_reward_that_answers_a_constant_costs_no_run(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constant_reward.py").write_text(
+        "def half(images, prompts):\n    return images.new_full((len(images),), 0.5)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    overrides = ("reward=custom", "reward.path=constant_reward.half")
+    with pytest.raises(RewardError, match=r"'custom' answered 0.5 for all 8 golden pairs \(scenes\)"):
+        make_trainer(tiny_weights, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_after_its_time(tiny_weights: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Does this machine compute right?  Versions, backends, and the ratio check.
+"""Does this machine compute right?  Versions, backends, golden scores of the rewards, and the ratio check.
 
 The ratio check rolls out a few samples and replays them under gradient, by the rollout and the update that train: with
 unchanged weights the policy's probability of what it did is what it was, so |ratio - 1| must be 0 in float32.
@@ -17,8 +17,9 @@ from fastgrpo.config import build, resolve_path
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
+from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
 from fastgrpo.rollout import Rollout
-from fastgrpo.train import build_model
+from fastgrpo.train import build_model, device_of
 from fastgrpo.trainer import MAX_RATIO_DEVIATION, TrainingError
 from fastgrpo.update import Update
 
@@ -34,10 +35,11 @@ _NUDGE = 0.01
 
 
 def doctor(config: DictConfig) -> None:
-    """Run a checked ``doctor`` config and print the findings; TrainingError if the ratio check fails."""
+    """Run a checked ``doctor`` config and print the findings; RewardError or TrainingError if a check fails."""
     console = Console()
     console.print(_machine())
     console.print(_backends())
+    console.print(_golden_scores(config))
     deviation, num_steps = ratio_deviation(config)
     limit = config.max_ratio_deviation
     if limit < 0:
@@ -127,6 +129,21 @@ def _backends() -> Table:
         # asked of the finder alone: importing some of these takes seconds or fails without a GPU
         is_there = find_spec(module) is not None
         table.add_row(module, "yes" if is_there else f"no: pip install 'fastgrpo\\[{extra}]'", purpose)
+    return table
+
+
+def _golden_scores(config: DictConfig) -> Table:
+    """Each reward on its golden pairs, compared with its record or put on it; RewardError if it fails."""
+    table = Table("reward", "golden scores", "on record", title="rewards")
+    for name, golden in golden_scores(build(config.reward), device_of(config)).items():
+        on_record = recorded(golden.identity)
+        if config.record:
+            note = f"written to {record(golden)}"
+        elif on_record is None:
+            note = "no; record=true puts them there"
+        else:
+            note = f"differ by {compare(name, golden, *on_record):.2g} of the spread, limit {golden.tolerance:g}"
+        table.add_row(name, " ".join(f"{score:.4g}" for score in golden.scores), note)
     return table
 
 

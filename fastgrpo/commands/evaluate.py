@@ -22,16 +22,15 @@ from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.run_directory import write_whole
 from fastgrpo.records.summary import commit, hardware, versions
-from fastgrpo.rewards.reward import Rewards
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.train import build_evaluation
+from fastgrpo.train import build_evaluation, build_rewards
 
 
 def evaluate(config: DictConfig) -> None:
     """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
     texts = load_prompts(resolve_path(config.prompts.held_out))
     algorithm: Algorithm = build(config.algorithm)
-    rewards: Rewards = build(config.reward)
+    rewards, _ = build_rewards(config)
     directory = new_directory(config.output)
     model, origin = load_model(config)
     result = build_evaluation(config, model, rewards, algorithm, texts)()

@@ -20,9 +20,9 @@ from fastgrpo.config import build, resolve_path
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.run_directory import write_whole
-from fastgrpo.rewards.reward import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
+from fastgrpo.train import build_rewards
 from fastgrpo.types import Conditions, Prompts
 
 _MAX_NAME = 40
@@ -35,7 +35,7 @@ def sample(config: DictConfig) -> None:
         raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
-    rewards: Rewards | None = build(config.reward) if config.search else None
+    rewards = build_rewards(config)[0] if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
     rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)

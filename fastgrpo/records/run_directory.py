@@ -1,6 +1,6 @@
 """The directory of one run, and where each thing in it lies.
 
-    config.yaml  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
+    config.yaml  golden.json  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
 
 Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
 holds a lock on it.
@@ -53,6 +53,11 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def golden(self) -> Path:
+        """What the rewards scored their golden pairs when the run began."""
+        return self.path / "golden.json"
 
     @property
     def metrics(self) -> Path:

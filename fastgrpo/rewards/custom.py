@@ -9,7 +9,9 @@ import inspect
 import os
 import sys
 
-from fastgrpo.rewards.reward import Reward, Rewards
+from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.rewards.weighted_sum import Rewards
 
 
 def from_path(path: str) -> Reward:
@@ -47,16 +49,16 @@ def with_custom(
     terms: dict[str, Reward],
     weights: dict[str, float],
     watch: dict[str, Reward],
-    micro_batch: int,
-    retries: int,
-    retry_seconds: float,
+    normalize: bool,
+    golden: bool,
+    scoring: Scoring,
 ) -> Rewards:
     """The weighted sum of ``terms`` and of the reward at ``path``, which is named ``custom``."""
     return Rewards(
         terms={"custom": from_path(path), **terms},
         weights=weights,
         watch=watch,
-        micro_batch=micro_batch,
-        retries=retries,
-        retry_seconds=retry_seconds,
+        normalize=normalize,
+        golden=golden,
+        scoring=scoring,
     )

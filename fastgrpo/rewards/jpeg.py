@@ -7,6 +7,7 @@ Flow-GRPO divides compressibility by 500: a weight of 0.002 is the same.  Letter
 
 from dataclasses import dataclass
 from io import BytesIO
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 @dataclass(frozen=True, kw_only=True)
 class JpegSize:
     """Minus the kilobytes of each image, or plus if ``maximize``; chroma is halved, as pillow does unless told."""
+
+    in_thread: ClassVar[bool] = True
 
     quality: int = 95
     maximize: bool = False

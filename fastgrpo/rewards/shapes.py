@@ -1,6 +1,7 @@
 """The verifier of the shapes world as a reward: does the image show what its caption says?  In [0, 1]."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fastgrpo.shapes.world import IMAGE_SIZE, parse_caption
 @dataclass(frozen=True, kw_only=True)
 class ShapesReward:
     """Graded for training: the share of the caption that is there.  ``strict`` for evaluation: 1 if all is, else 0."""
+
+    in_thread: ClassVar[bool] = True
 
     strict: bool = False
 

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from fastgrpo.rewards.reward import Rewards
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.shapes.world import draw, parse_caption, sample_scene
 
 CAPTION = "two green squares"

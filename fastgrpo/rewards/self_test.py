@@ -1,0 +1,121 @@
+"""Golden scores: every reward is tried on fixed pairs before a run pays for it.
+
+An answer that fails, is wrongly shaped, not finite, or the same for all pairs stops the run.  So do scores that differ
+from recorded ones by more than the reward's ``golden_tolerance`` times their spread (max - min).  Recorded are
+    the rewards of this package, in golden_set/scores.json,
+    weights that ``fastgrpo doctor reward=... record=true`` was run with, in the user's cache,
+    and those of a run in its own golden.json, which a resumed run is held to.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import FunctionType
+
+import torch
+
+from fastgrpo.rewards.golden import GoldenSet, golden_set
+from fastgrpo.rewards.reward import Reward, RewardError
+from fastgrpo.rewards.scores import Scores
+from fastgrpo.rewards.weighted_sum import Rewards
+
+SHIPPED = Path(__file__).parent / "golden_set" / "scores.json"
+DEFAULT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenScores:
+    """What one reward scored its golden pairs; ``identity`` names the reward with its settings, or its weights."""
+
+    identity: str
+    scores: list[float]
+    tolerance: float
+
+    @property
+    def spread(self) -> float:
+        return max(self.scores) - min(self.scores)
+
+
+def self_test(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenScores]:
+    """Score golden pairs on ``device``; RewardError for a reward that should not be trained on."""
+    tested = golden_scores(rewards, device)
+    for name, golden in tested.items():
+        if (on_record := recorded(golden.identity)) is not None:
+            compare(name, golden, *on_record)
+    return tested
+
+
+def golden_scores(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenScores]:
+    """What each reward scores its golden pairs; RewardError if that is no score, or the same for all of them."""
+    tested = {}
+    for name, reward in rewards.all.items():
+        golden = _golden_set_of(reward)
+        scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.prompts, dict)
+        scores.add(golden.images_BCHW.to(device))
+        tested[name] = GoldenScores(
+            identity=identity(reward),
+            scores=scores.collect()[name].tolist(),
+            tolerance=getattr(reward, "golden_tolerance", DEFAULT_TOLERANCE),
+        )
+        if tested[name].spread == 0:
+            raise RewardError(
+                f"reward {name!r} answered {tested[name].scores[0]:g} for all {len(golden.prompts)} golden pairs "
+                f"({golden.name}): it would teach nothing; mend it, give it a golden_set of its own, or set "
+                "reward.golden=false"
+            )
+    return tested
+
+
+def compare(name: str, tested: GoldenScores, expected: list[float], origin: str) -> float:
+    """The largest difference, in units of the expected spread; RewardError if it is above the tolerance."""
+    if len(expected) != len(tested.scores):
+        raise RewardError(f"reward {name!r}: {origin} has {len(expected)} golden scores, not {len(tested.scores)}")
+    spread = max(expected) - min(expected)
+    differences = [abs(score - wanted) for score, wanted in zip(tested.scores, expected, strict=True)]
+    if not max(differences) <= tested.tolerance * spread:
+        worst = differences.index(max(differences))
+        raise RewardError(
+            f"reward {name!r} scores golden pair {worst} {tested.scores[worst]:.6g}, but {origin} says "
+            f"{expected[worst]:.6g}: more than {tested.tolerance:g} of the spread {spread:.4g}; use the weights, "
+            "backend and library versions of then, or, if the change is meant, fastgrpo doctor record=true"
+        )
+    return max(differences) / spread
+
+
+def recorded(identity: str) -> tuple[list[float], str] | None:
+    """The scores on record for a reward, and where they are from."""
+    for path in (SHIPPED, _user_record(identity)):
+        if path.exists() and identity in (scores := json.loads(path.read_text(encoding="utf-8"))):
+            return scores[identity], str(path)
+    return None
+
+
+def record(tested: GoldenScores) -> Path:
+    """Put scores on the user's record, for all runs to come; returns the file."""
+    path = _user_record(tested.identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({tested.identity: tested.scores}, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def identity(reward: Reward) -> str:
+    """What scores are recorded under: the weights of a network, the settings of a piece, the name of a function."""
+    if fingerprint := getattr(reward, "fingerprint", None):
+        return str(fingerprint)
+    if isinstance(reward, FunctionType):
+        return f"{reward.__module__}.{reward.__qualname__}"
+    # an object without a repr of its own would be named by its address
+    settings = repr(reward) if is_dataclass(reward) else type(reward).__qualname__
+    return f"{type(reward).__module__}.{settings}"
+
+
+def _golden_set_of(reward: Reward) -> GoldenSet:
+    chosen = getattr(reward, "golden_set", "scenes")
+    return chosen if isinstance(chosen, GoldenSet) else golden_set(chosen)
+
+
+def _user_record(identity: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fastgrpo" / "golden" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"

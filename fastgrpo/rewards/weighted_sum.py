@@ -1,0 +1,109 @@
+"""The rewards of an iteration, and their weighted sum.
+
+    total   = sum over terms of weight * reward
+    learned = total, or with ``normalize``  sum over terms of weight * (reward - mean of the group) / (std + 1e-4)
+
+Terms are trained on; watched rewards are computed and logged, and train nothing: they show when the terms are hacked.
+``normalize`` is GDPO's sum (arXiv:2601.05242): a reward counts by its weight, whatever its scale, and combinations that
+add up to the same total stay apart; the advantage's ``std: global`` is then its normalization over the batch.
+Letters: P prompts, G samples of a prompt, B = P * G images, prompt-major.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastgrpo import types
+from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.scores import Scores
+from fastgrpo.rewards.scoring import Scoring
+from fastgrpo_kernels import group_advantage
+
+_EPS = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """The weighted sum of ``terms``; ``watch`` is logged beside it.
+
+    With ``golden`` every reward is tried on golden pairs before a run: see ``fastgrpo.rewards.self_test``.
+    """
+
+    terms: dict[str, Reward]
+    weights: dict[str, float]
+    watch: dict[str, Reward] = field(default_factory=dict)
+    normalize: bool = False
+    golden: bool = True
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError(
+                "there is no reward to train on; give reward.terms at least one, for example reward=shapes"
+            )
+        if self.terms.keys() != self.weights.keys():
+            raise ValueError(
+                f"reward.terms are {sorted(self.terms)} but reward.weights are for {sorted(self.weights)}; "
+                "give every term one weight, and use reward.watch for a reward that is only logged"
+            )
+        if both := self.terms.keys() & self.watch.keys():
+            raise ValueError(
+                f"{sorted(both)} are in reward.terms and in reward.watch; name the watched ones differently"
+            )
+        for name, reward in self.all.items():
+            if not callable(reward):
+                raise ValueError(
+                    f"reward {name!r} is {reward!r}, which cannot be called; see reward=custom for your own"
+                )
+
+    @property
+    def all(self) -> dict[str, Reward]:
+        """Terms and watched rewards by name."""
+        return self.terms | self.watch
+
+    def begin(self, prompts: list[str], group_size: int) -> Scores[types.Rewards]:
+        """Every reward of images of P prompts, to be added ``group_size`` a prompt in a row, then collected."""
+        texts = [text for text in prompts for _ in range(group_size)]
+        return Scores(self.scoring, self.all, texts, partial(self._grouped, group_size))
+
+    def begin_search(self, texts: list[str]) -> Scores[Tensor]:
+        """The total [B] alone, one text an image: what a noise search asks for.
+
+        It is the plain sum also with ``normalize``, as a search compares images of several rounds.
+        """
+        return Scores(self.scoring, self.terms, texts, self._total)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> types.Rewards:
+        """Every reward of the images of P prompts, B a multiple of P, each prompt's images in a row."""
+        if not prompts or len(images_BCHW) % len(prompts):
+            raise ValueError(
+                f"{len(images_BCHW)} images are not a whole number of images for each of {len(prompts)} prompts"
+            )
+        scores = self.begin(prompts, len(images_BCHW) // len(prompts))
+        scores.add(images_BCHW)
+        return scores.collect()
+
+    def score(self, images_BCHW: Tensor, texts: list[str]) -> Tensor:
+        """The total [B] alone, one text an image."""
+        scores = self.begin_search(texts)
+        scores.add(images_BCHW)
+        return scores.collect()
+
+    def _grouped(self, group_size: int, named_B: Mapping[str, Tensor]) -> types.Rewards:
+        named_PG = {name: reward_B.view(-1, group_size) for name, reward_B in named_B.items()}
+        total_PG = self._total(named_PG)
+        learned = {name: _normalized(named_PG[name]) for name in self.terms} if self.normalize else named_PG
+        return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=self._total(learned))
+
+    def _total(self, named: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * named[name] for name in self.terms]).sum(dim=0)
+
+
+def _normalized(reward_PG: Tensor) -> Tensor:
+    num_prompts, group_size = reward_PG.shape
+    groups_B = torch.arange(num_prompts, device=reward_PG.device).repeat_interleave(group_size)
+    normal_B = group_advantage(reward_PG.flatten(), groups_B, std="group", eps=_EPS, clamp=float("inf"))
+    return normal_B.view(num_prompts, group_size)
