@@ -1,0 +1,171 @@
+"""Questions to several servers that may fail: asked until each has its answer, or patience is at its end.
+
+A server that fails rests for 0.5 s, and for twice as long each further time, up to 15 s (times a random number in
+[0.5, 1], so that clients do not come back all at once) or for as long as it asked; the others take over.  Until it has
+answered again it gets one question at a time.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastgrpo.rewards.remote.connection import Connection, check_endpoint
+from fastgrpo.rewards.remote.errors import AskAgain, Refused, RemoteError, ServerFailed
+
+_FIRST_REST_SECONDS = 0.5
+_LONGEST_REST_SECONDS = 15.0
+_LOOK_AGAIN_SECONDS = 0.02
+_log = logging.getLogger(__name__)
+# its own, so that waiting leaves the global generator, and with it the run, as it is
+_jitter = random.Random()
+
+
+class Question(Protocol):
+    """Something to be asked in one or more requests."""
+
+    def body(self) -> bytes:
+        """What is still to be asked."""
+        ...
+
+    def take(self, answer: Any, /) -> None:
+        """Keep what is good.  AskAgain if something is missing, ServerFailed if this is no answer at all."""
+        ...
+
+
+@dataclass
+class _Server:
+    url: str
+    in_flight: int = 0
+    asked_at: float = 0.0
+    failed_at: float = 0.0
+    rests_until: float = 0.0
+    failures: int = 0
+
+    def is_free(self, now: float) -> bool:
+        return now >= self.rests_until and not (self.failures and self.in_flight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoints:
+    """Servers that answer alike.  Thread-safe: ``concurrency`` bounds the questions of all callers together.
+
+    ``patience_seconds`` is how long one question is asked again; the last attempt begins when it is over.
+    """
+
+    reward: str
+    urls: Sequence[str]
+    connection: Connection
+    concurrency: int
+    patience_seconds: float
+    _servers: list[_Server] = field(init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _turns: threading.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.urls, str) or not self.urls:
+            raise ValueError(
+                f"endpoints is a list of addresses, as in endpoints=[http://127.0.0.1:8000], got {self.urls!r}"
+            )
+        if not self.connection.timeout_seconds > 0 or not self.patience_seconds >= 0:
+            raise ValueError(
+                "timeout_seconds must be positive and patience_seconds at least 0, got "
+                f"{self.connection.timeout_seconds} and {self.patience_seconds}"
+            )
+        if self.concurrency < 1 or self.connection.max_answer_bytes < 1:
+            raise ValueError(
+                f"concurrency and max_answer_bytes must be at least 1, got {self.concurrency} and "
+                f"{self.connection.max_answer_bytes}"
+            )
+        object.__setattr__(self, "_servers", [_Server(check_endpoint(url)) for url in self.urls])
+        object.__setattr__(self, "_turns", threading.BoundedSemaphore(self.concurrency))
+
+    def ask(self, path: str, questions: Sequence[Question]) -> None:
+        """Ask until every question has what it wants; RemoteError for the first that cannot get it."""
+        if not questions:
+            return
+        stop = threading.Event()
+        threads = ThreadPoolExecutor(min(self.concurrency, len(questions)), "remote-reward")
+        try:
+            for answered in as_completed([threads.submit(self._ask, path, each, stop) for each in questions]):
+                answered.result()
+        finally:
+            stop.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, path: str, question: Question, stop: threading.Event) -> None:
+        with self._turns:
+            begun = time.monotonic()
+            attempts = 0
+            while server := self._take_server(begun + self.patience_seconds, stop):
+                attempts += 1
+                asked_at = time.monotonic()
+                try:
+                    answer = self.connection.post(server.url + path, question.body())
+                    question.take(answer)
+                    return self._give_back(server)
+                except Refused as error:
+                    self._give_back(server)
+                    raise RemoteError(f"reward {self.reward!r} at {server.url}: {error}") from error
+                except AskAgain as error:
+                    self._give_back(server)
+                    cause: Exception = error
+                    self._pause(attempts, stop)
+                except ServerFailed as error:
+                    self._let_rest(server, asked_at, error)
+                    cause = error
+                if time.monotonic() - begun >= self.patience_seconds:
+                    raise self._given_up(server, attempts, time.monotonic() - begun, cause) from cause
+
+    def _take_server(self, deadline: float, stop: threading.Event) -> _Server | None:
+        """The least busy server that is free, when there is one; at the deadline any; none if the caller stopped."""
+        while not stop.is_set():
+            with self._lock:
+                now = time.monotonic()
+                free = [server for server in self._servers if now >= deadline or server.is_free(now)]
+                if free:
+                    server = min(free, key=lambda server: (server.in_flight, server.asked_at))
+                    server.in_flight += 1
+                    server.asked_at = now
+                    return server
+            stop.wait(_LOOK_AGAIN_SECONDS)
+        return None
+
+    def _give_back(self, server: _Server) -> None:
+        with self._lock:
+            server.in_flight -= 1
+            failures, server.failures = server.failures, 0
+        if failures:
+            _log.warning("reward %r: %s answers again", self.reward, server.url)
+
+    def _let_rest(self, server: _Server, asked_at: float, error: ServerFailed) -> None:
+        with self._lock:
+            server.in_flight -= 1
+            now = time.monotonic()
+            # requests that were under way together fail together: that is one failure
+            if asked_at >= server.failed_at:
+                server.failures += 1
+                server.failed_at = now
+            rest = max(_rest_seconds(server.failures), error.rest_seconds)
+            server.rests_until = max(server.rests_until, now + rest)
+            is_first = server.failures == 1
+        level = logging.WARNING if is_first else logging.DEBUG
+        _log.log(level, "reward %r: %s: %s; asking again in %.1f s", self.reward, server.url, error, rest)
+
+    def _pause(self, attempts: int, stop: threading.Event) -> None:
+        stop.wait(min(_rest_seconds(attempts), self.patience_seconds))
+
+    def _given_up(self, server: _Server, attempts: int, seconds: float, cause: Exception) -> RemoteError:
+        others = f" (of {len(self._servers)} endpoints)" if len(self._servers) > 1 else ""
+        return RemoteError(
+            f"reward {self.reward!r} at {server.url}{others}: no answer after {attempts} attempts in {seconds:.0f} s, "
+            f"the last failed with {cause}; mend the server, or raise patience_seconds if it only needs time"
+        )
+
+
+def _rest_seconds(failures: int) -> float:
+    return min(_FIRST_REST_SECONDS * 2 ** min(failures - 1, 16), _LONGEST_REST_SECONDS) * _jitter.uniform(0.5, 1.0)

@@ -1,0 +1,23 @@
+"""What can go wrong on the way to another machine, by what helps against it."""
+
+from fastgrpo.rewards.reward import RewardError
+
+
+class RemoteError(RewardError):
+    """The end: retries did not help or could not.  The message names reward, endpoint, attempts and cause."""
+
+
+class ServerFailed(Exception):
+    """A failed attempt after which the server should be left in peace; ``rest_seconds`` is what it asked for."""
+
+    def __init__(self, cause: str, rest_seconds: float = 0.0) -> None:
+        super().__init__(cause)
+        self.rest_seconds = rest_seconds
+
+
+class AskAgain(Exception):
+    """An answer of a working server that lacks something; it may be asked for that again."""
+
+
+class Refused(Exception):
+    """An answer that would be the same however often one asks: a wrong token, name, size or request."""

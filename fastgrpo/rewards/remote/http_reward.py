@@ -1,0 +1,100 @@
+"""A reward on another machine, over the protocol of ``wire.py``: what ``fastgrpo serve-reward`` and GenEval answer.
+
+Letters: B images, C H W of an image.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrpo.rewards.remote.connection import Connection
+from fastgrpo.rewards.remote.endpoints import Endpoints
+from fastgrpo.rewards.remote.errors import AskAgain, ServerFailed
+from fastgrpo.rewards.remote.wire import read_scores, to_pixels, to_png, write_request
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpReward:
+    """The reward called ``name`` of servers that score alike; a request has up to ``batch`` images.
+
+    Up to ``concurrency`` requests are under way; one that fails is asked again for ``patience_seconds``, of the server
+    that is least busy.  ``token_env`` names the environment variable with the bearer token; '' sends none.
+
+    Scores of one call come all or not at all.  RemoteError, naming the endpoint and the cause, if they do not come.
+    """
+
+    in_thread: ClassVar[bool] = True
+
+    endpoints: Sequence[str]
+    name: str
+    timeout_seconds: float = 60.0
+    batch: int = 16
+    concurrency: int = 4
+    patience_seconds: float = 600.0
+    token_env: str = ""
+    max_answer_bytes: int = 1 << 20
+    _endpoints: Endpoints = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"the name of a reward on a server has letters, digits, _ . and -, got {self.name!r}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1 image, got {self.batch}")
+        endpoints = Endpoints(
+            reward=self.name,
+            urls=self.endpoints,
+            connection=Connection(
+                timeout_seconds=self.timeout_seconds, max_answer_bytes=self.max_answer_bytes, token_env=self.token_env
+            ),
+            concurrency=self.concurrency,
+            patience_seconds=self.patience_seconds,
+        )
+        object.__setattr__(self, "_endpoints", endpoints)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+        if len(prompts) != len(images_BCHW):
+            raise ValueError(f"{len(images_BCHW)} images but {len(prompts)} prompts; give every image one")
+        pixels_BHWC = to_pixels(images_BCHW)
+        parts = [slice(first, first + self.batch) for first in range(0, len(prompts), self.batch)]
+        questions = [_Batch(pixels_BHWC[part], prompts[part]) for part in parts]
+        self._endpoints.ask(f"/v1/rewards/{self.name}/score", questions)
+        return to_device([score for question in questions for score in question.scores], images_BCHW.device)
+
+
+def to_device(scores: Sequence[float | None], device: torch.device) -> Tensor:
+    """Scores [B] in float32, sent without waiting for the device."""
+    scores_B = torch.tensor(scores, dtype=torch.float32)
+    return scores_B.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scores_B.to(device)
+
+
+class _Batch:
+    """The images of one request, and their scores as they come; what was answered is not asked again."""
+
+    def __init__(self, pixels_BHWC: np.ndarray, prompts: list[str]) -> None:
+        self.scores: list[float | None] = [None] * len(prompts)
+        self._pixels_BHWC, self._prompts = pixels_BHWC, prompts
+
+    def body(self) -> bytes:
+        rows = self._missing()
+        return write_request([to_png(self._pixels_BHWC[row]) for row in rows], [self._prompts[row] for row in rows])
+
+    def take(self, answer: Any) -> None:
+        rows = self._missing()
+        try:
+            scores = read_scores(answer, len(rows))
+        except ValueError as error:
+            raise ServerFailed(f"an answer that breaks the protocol: {error}") from error
+        for row, score in zip(rows, scores, strict=True):
+            self.scores[row] = score
+        if missing := self._missing():
+            raise AskAgain(
+                f"no score for {len(missing)} of {len(rows)} images, the first of {self._prompts[missing[0]]!r}"
+            )
+
+    def _missing(self) -> list[int]:
+        return [row for row, score in enumerate(self.scores) if score is None]
