@@ -83,7 +83,7 @@ def fails(capsys: pytest.CaptureFixture[str], words: list[str], code: int, *says
 def test_help_names_every_command_and_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name} " in shown for name in ("train", "sample", "evaluate", "export", "doctor"))
+    assert all(f"\n  {name} " in shown for name in ("train", "sample", "evaluate", "export", "serve-reward", "doctor"))
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fastgrpo 0.")
 
@@ -93,10 +93,12 @@ def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: p
     assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"\n  fastgrpo {name}" in shown
-    assert "\n  adaptation" in shown
-    assert "full, lora" in shown
-    assert ("smart_grpo_paper" in shown) == (name != "export")
-    assert "\n  resolution: 64\n" in shown
+    # every command but this one has a model
+    has_model = name != "serve-reward"
+    assert ("\n  adaptation" in shown) == has_model
+    assert ("full, lora" in shown) == has_model
+    assert ("smart_grpo_paper" in shown) == (has_model and name != "export")
+    assert ("\n  resolution: 64\n" in shown) == has_model
 
 
 def test_help_and_a_mistyped_key_do_not_wait_for_torch() -> None:
