@@ -36,6 +36,35 @@ def test_total_is_the_weighted_sum_and_watched_rewards_stay_out_of_it() -> None:
     assert list(answer.named) == ["bright", "length", "again"]
 
 
+def test_normalized_rewards_count_by_their_weights_whatever_their_scale() -> None:
+    """GDPO by hand: each reward's z-scores within its group, weighted and added."""
+
+    def small(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+        return 1e-2 * torch.tensor([0.0, 1.0, 2.0, 7.0, 7.0, 7.0])
+
+    def large(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+        return 1e4 * torch.tensor([3.0, 3.0, 0.0, 1.0, 0.0, -1.0])
+
+    rewards = Rewards(terms={"small": small, "large": large}, weights={"small": 2.0, "large": 1.0}, normalize=True)
+    answer = rewards(IMAGES, ["a", "b"])
+    # population std: of (0, 1, 2) sqrt(2/3), of (3, 3, 0) sqrt(2), of equal rewards 0, of (1, 0, -1) sqrt(2/3)
+    steps, half = (2 / 3) ** -0.5, 0.5**0.5
+    small_G = [-2 * steps * 0.00816497 / 0.00826497, 0.0, 2 * steps * 0.00816497 / 0.00826497]
+    expected_PG = torch.tensor(
+        [[small_G[0] + half, small_G[1] + half, small_G[2] - 2 * half], [steps, 0.0, -steps]],
+    )
+    torch.testing.assert_close(answer.learned_PG, expected_PG, atol=1e-5, rtol=0)
+    # what is logged, and what a search compares over its rounds, is the plain sum
+    plain = 2 * small(IMAGES, []) + large(IMAGES, [])
+    torch.testing.assert_close(answer.total_PG.flatten(), plain)
+    torch.testing.assert_close(rewards.score(IMAGES, ["a"] * 6), plain)
+
+
+def test_without_normalization_the_total_is_what_is_learned() -> None:
+    answer = Rewards(terms={"bright": brightness}, weights={"bright": 2.0})(IMAGES, ["a", "b"])
+    assert torch.equal(answer.learned_PG, answer.total_PG)
+
+
 def test_score_is_the_total_and_asks_no_watched_reward() -> None:
     def never(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         raise AssertionError("a watched reward was asked by a search")
