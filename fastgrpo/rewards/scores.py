@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import cache, partial
 from threading import Semaphore, Thread
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,15 +69,15 @@ class Scores(Generic[Collected]):
         for name, reward in self._rewards.items():
             ask = partial(self._scoring, name, reward)
             if getattr(reward, "in_thread", False):
-                answer = self._in_thread(partial(_ask_on_host, ask, on_host(), texts, images_BCHW.device))
+                answer = self._in_thread(partial(_ask_on_host, ask, on_host(), texts), images_BCHW.device)
             elif images_BCHW.is_cuda:
                 answer = _on_side_stream(partial(ask, images_BCHW, texts), images_BCHW)
             else:
                 answer = partial(ask, images_BCHW, texts)
             self._answers[name].append(answer)
 
-    def _in_thread(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Start ``work`` when a thread is free; the function returned waits for what it returns or raises."""
+    def _in_thread(self, work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        """Start ``work`` when a thread is free; the function returned waits for its answer and moves it to ``device``."""
         future: Future[Tensor] = Future()
 
         def run() -> None:
@@ -89,27 +89,22 @@ class Scores(Generic[Collected]):
 
         # a daemon, since a run that is interrupted shall not wait for a judge that does not answer
         Thread(target=run, daemon=True).start()
-        return future.result
+        return lambda: future.result().to(device)
 
 
-def _ask_on_host(
-    ask: Callable[[Tensor, list[str]], Tensor],
-    images: Callable[[], Tensor],
-    texts: list[str],
-    device: torch.device,
-) -> Tensor:
-    return ask(images(), texts).to(device)
+def _ask_on_host(ask: Callable[[Tensor, list[str]], Tensor], images: Callable[[], Tensor], texts: list[str]) -> Tensor:
+    return ask(images(), texts)
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # one for all iterations: each stream has a memory pool of its own
+def _side_stream(device: torch.device, purpose: Literal["rewards", "copies"]) -> torch.cuda.Stream:
+    # the same ones in all iterations: each stream has a memory pool of its own
     return torch.cuda.Stream(device)
 
 
 def _on_side_stream(work: Callable[[], Tensor], images_BCHW: Tensor) -> Callable[[], Tensor]:
     """Queue ``work`` behind the images; the function returned makes the current stream wait for it."""
-    stream = _side_stream(images_BCHW.device)
+    stream = _side_stream(images_BCHW.device, "rewards")
     stream.wait_stream(torch.cuda.current_stream(images_BCHW.device))
     images_BCHW.record_stream(stream)
     with torch.cuda.stream(stream):
@@ -126,7 +121,7 @@ def _on_side_stream(work: Callable[[], Tensor], images_BCHW: Tensor) -> Callable
 
 def _copy_to_host(images_BCHW: Tensor) -> Callable[[], Tensor]:
     """Queue a copy into pinned memory; the function returned waits for it, in whatever thread."""
-    stream = _side_stream(images_BCHW.device)
+    stream = _side_stream(images_BCHW.device, "copies")
     stream.wait_stream(torch.cuda.current_stream(images_BCHW.device))
     images_BCHW.record_stream(stream)
     copied = torch.cuda.Event()
