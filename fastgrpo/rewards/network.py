@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.rewards.golden import golden_set
-from fastgrpo.rewards.preprocess import Preprocess
+from fastgrpo.rewards.preprocess import PadToSquare, Preprocess
 
 # texts go through their encoder in batches of one shape, so that a row does not depend on which others are new
 _TEXTS_AT_ONCE = 8
@@ -83,7 +83,7 @@ class NetworkReward:
     """Scores [B] of images in [0, 1]; the first call on a device compiles for it."""
 
     network: RewardNetwork
-    preprocess: Preprocess
+    preprocess: Preprocess | PadToSquare
     backend: Backend
     encode: TextEncoder = no_texts
     _compiled: dict[torch.device, Callable[..., Tensor]] = field(default_factory=dict, init=False, repr=False)

@@ -1,0 +1,44 @@
+"""PickScore: a CLIP-H trained on which of two images people picked; scale * cosine, about 15 to 26.  arXiv:2305.01569.
+
+score = exp(logit_scale) * cosine(image, text)
+"""
+
+import json
+
+from transformers import CLIPModel
+
+from fastgrpo.rewards.checkpoints import checkpoint_directory, load_directory
+from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
+from fastgrpo.rewards.network import Backend, NetworkReward
+from fastgrpo.rewards.preprocess import Preprocess
+from fastgrpo.rewards.tokens import CLIP_TOKENIZER_FILES, has_clip_tokenizer, load_clip_tokenizer
+
+_OPTION = "reward.terms.pick_score"
+
+
+def pick_score(*, path: str, processor: str, backend: Backend) -> NetworkReward:
+    """The CLIPModel at ``path``, a directory or hub id of config.json and model.safetensors.
+
+    preprocessor_config.json and the tokenizer are those at ``path`` if it has both, else those at ``processor``.
+    """
+    processor_files = ["preprocessor_config.json", *CLIP_TOKENIZER_FILES]
+    directory = checkpoint_directory(
+        path, ["config.json", "model.safetensors"], extra=processor_files, option=f"{_OPTION}.path"
+    )
+    model = load_directory(CLIPModel, directory)
+    if not has_clip_tokenizer(directory) or not (directory / "preprocessor_config.json").is_file():
+        directory = checkpoint_directory(
+            processor, processor_files[:1], extra=CLIP_TOKENIZER_FILES, option=f"{_OPTION}.processor"
+        )
+    config = directory / "preprocessor_config.json"
+    return NetworkReward(
+        network=ClipSimilarity(ClipImageTower(model), scale=model.logit_scale.exp().item()),
+        preprocess=Preprocess.from_config(json.loads(config.read_text()), str(config)),
+        backend=backend,
+        encode=ClipTexts(model=model, tokenizer=load_clip_tokenizer(directory, model.config.text_config.vocab_size)),
+    )
+
+
+def full_size() -> ClipSimilarity:
+    """The network in PickScore_v1's size, of random weights: texts are [B, 1024]."""
+    return ClipSimilarity(random_image_tower(vit_h_14()), scale=100.0)

@@ -1,0 +1,49 @@
+"""Tokenizers of reward models, and their token ids on the way to a device."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertTokenizer, CLIPTokenizer
+
+# either the first file, or the two after it
+CLIP_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def has_clip_tokenizer(directory: Path) -> bool:
+    return (directory / "tokenizer.json").is_file() or (directory / "vocab.json").is_file()
+
+
+def load_clip_tokenizer(directory: Path, vocabulary: int) -> CLIPTokenizer:
+    """The tokenizer in ``directory``; ValueError if it lacks tokens of the model's vocabulary."""
+    tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+    # transformers answers with a tokenizer of a few special tokens, and no error, when the files are missing
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, its model {vocabulary}; "
+            "put the model's tokenizer.json, or vocab.json and merges.txt, there"
+        )
+    return tokenizer
+
+
+def load_blip_tokenizer(directory: Path, vocabulary: int) -> BertTokenizer:
+    """BERT's tokenizer by ``directory``'s vocab.txt, and BLIP's two tokens; ValueError if the model has more or fewer."""
+    tokenizer = BertTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens with BLIP's [DEC] and [ENC], its model "
+            f"{vocabulary}; put the vocab.txt of google-bert/bert-base-uncased there"
+        )
+    return tokenizer
+
+
+def to_device(ids: Tensor, device: torch.device) -> Tensor:
+    """Host tensors on ``device``; the host does not wait for a GPU."""
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
