@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import signal
 import socket
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -13,9 +14,18 @@ from fastgrpo.rewards.remote.limits import Limits
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.train import device_of
 
-# open connections, whoever holds them; the protocol's own limit is max_requests
-_MAX_CONNECTIONS = 512
-_SHUTDOWN_SECONDS = 10
+UVICORN: dict[str, Any] = {
+    "http": "h11",
+    "ws": "none",
+    "lifespan": "off",
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+    "proxy_headers": False,
+    # open connections, whoever holds them; the protocol's own limit is max_requests
+    "limit_concurrency": 512,
+    "timeout_graceful_shutdown": 10,
+}
 
 
 def serve_reward(config: DictConfig) -> None:
@@ -40,20 +50,7 @@ def serve_reward(config: DictConfig) -> None:
             device=device_of(config),
             token=token,
         )
-        runner = uvicorn.Server(
-            uvicorn.Config(
-                server.app(),
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_MAX_CONNECTIONS,
-                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-            )
-        )
+        runner = uvicorn.Server(uvicorn.Config(server.app(), **UVICORN))
         print(f"serving {', '.join(rewards.all)} on {_address(listener)}, {_who(config.token_env)}", flush=True)
         # uvicorn raises the signal that ended it once more, for those who were there before it
         before = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -4,6 +4,7 @@ The token is read from the environment each time, is sent in the one header, and
 answers before that is quoted.  Environment proxies are used for https, which they cannot read, never for http.
 """
 
+import contextlib
 import email.utils
 import json
 import os
@@ -20,6 +21,7 @@ from fastgrpo.rewards.remote.errors import Refused, ServerFailed
 _CHUNK = 1 << 16
 _MAX_QUOTED = 200
 _ASK_LATER = (408, 425, 429)
+_BUSY = (429, 503)
 _REMEDIES = {
     401: "put the server's token into the environment variable that token_env names",
     403: "put a token that may do this into the environment variable that token_env names",
@@ -70,7 +72,8 @@ class Connection:
     def _read(self, response: requests.Response) -> Any:
         status = response.status_code
         if status in _ASK_LATER or status >= 500:
-            raise ServerFailed(self._describe(response), _rest_seconds(response.headers.get("Retry-After", "")))
+            rest_seconds = _rest_seconds(response.headers.get("Retry-After", ""))
+            raise ServerFailed(self._describe(response), rest_seconds=rest_seconds, is_busy=status in _BUSY)
         if 300 <= status < 400:
             raise Refused(f"{self._describe(response)}; redirects are not followed: give the address itself")
         if status >= 400:
@@ -99,12 +102,15 @@ class Connection:
         return bytes(content)
 
     def _describe(self, response: requests.Response) -> str:
-        """Status and the beginning of the body, which a server writes for people."""
+        """Status, and detail or the beginning of the body, which a server writes for people."""
         try:
-            words = self._quote(self._body(response, _CHUNK))
+            content = self._body(response, _CHUNK)
         except (ServerFailed, UrllibError, OSError):
-            words = "a body that cannot be read"
-        return f"status {response.status_code}: {words}"
+            return f"status {response.status_code}, with a body that cannot be read"
+        # a server in another framework has words of its own
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            content = json.loads(content)["detail"].encode()
+        return f"status {response.status_code}: {self._quote(content)}"
 
     def _quote(self, content: bytes) -> str:
         text = " ".join(self._blot(content.decode("utf-8", "replace")).split())

@@ -2,10 +2,12 @@
 
 A server that fails rests for 0.5 s, and for twice as long each further time, up to 15 s (times a random number in
 [0.5, 1], so that clients do not come back all at once) or for as long as it asked; the others take over.  Until it has
-answered again it gets one question at a time.
+answered again it gets one question at a time.  One that says that it is busy gets at most as many as it was then
+dealing with, and one more for each ten answers.
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -20,6 +22,7 @@ from fastgrpo.rewards.remote.errors import AskAgain, Refused, RemoteError, Serve
 _FIRST_REST_SECONDS = 0.5
 _LONGEST_REST_SECONDS = 15.0
 _LOOK_AGAIN_SECONDS = 0.02
+_MORE_PER_ANSWER = 0.1
 _log = logging.getLogger(__name__)
 # its own, so that waiting leaves the global generator, and with it the run, as it is
 _jitter = random.Random()
@@ -45,9 +48,11 @@ class _Server:
     failed_at: float = 0.0
     rests_until: float = 0.0
     failures: int = 0
+    most: float = math.inf
 
     def is_free(self, now: float) -> bool:
-        return now >= self.rests_until and not (self.failures and self.in_flight)
+        most = 1 if self.failures else self.most
+        return now >= self.rests_until and self.in_flight + 1 <= most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +144,7 @@ class Endpoints:
         with self._lock:
             server.in_flight -= 1
             failures, server.failures = server.failures, 0
+            server.most += _MORE_PER_ANSWER
         if failures:
             _log.warning("reward %r: %s answers again", self.reward, server.url)
 
@@ -150,6 +156,8 @@ class Endpoints:
             if asked_at >= server.failed_at:
                 server.failures += 1
                 server.failed_at = now
+            if error.is_busy:
+                server.most = max(1, min(server.most, server.in_flight))
             rest = max(_rest_seconds(server.failures), error.rest_seconds)
             server.rests_until = max(server.rests_until, now + rest)
             is_first = server.failures == 1

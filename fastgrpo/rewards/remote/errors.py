@@ -8,11 +8,14 @@ class RemoteError(RewardError):
 
 
 class ServerFailed(Exception):
-    """A failed attempt after which the server should be left in peace; ``rest_seconds`` is what it asked for."""
+    """A failed attempt after which the server should be left in peace, for ``rest_seconds`` if it asked for that.
 
-    def __init__(self, cause: str, rest_seconds: float = 0.0) -> None:
+    ``is_busy`` says that it works, but had too much to do.
+    """
+
+    def __init__(self, cause: str, *, rest_seconds: float = 0.0, is_busy: bool = False) -> None:
         super().__init__(cause)
-        self.rest_seconds = rest_seconds
+        self.rest_seconds, self.is_busy = rest_seconds, is_busy
 
 
 class AskAgain(Exception):

@@ -24,6 +24,7 @@ class HttpReward:
 
     Up to ``concurrency`` requests are under way; one that fails is asked again for ``patience_seconds``, of the server
     that is least busy.  ``token_env`` names the environment variable with the bearer token; '' sends none.
+    ``golden_set`` are the pairs that it is tried on before a run: ``scenes``, or ``texts`` for a reward that reads.
 
     Scores of one call come all or not at all.  RemoteError, naming the endpoint and the cause, if they do not come.
     """
@@ -38,6 +39,7 @@ class HttpReward:
     patience_seconds: float = 600.0
     token_env: str = ""
     max_answer_bytes: int = 1 << 20
+    golden_set: str = "scenes"
     _endpoints: Endpoints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

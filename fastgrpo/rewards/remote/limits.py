@@ -27,14 +27,14 @@ class TooLarge(ValueError):
 class Limits:
     """``max_bytes`` of a body, ``max_images`` in it, ``max_pixels`` of each, ``max_prompt`` characters of a prompt.
 
-    ``max_requests`` are dealt with at a time, and ``body_seconds`` is the time that one has to arrive.
+    ``max_requests`` are taken in at a time, and ``body_seconds`` is the time that one has to arrive.
     """
 
     max_bytes: int = 1 << 26
     max_images: int = 64
     max_pixels: int = 1 << 22
     max_prompt: int = 4096
-    max_requests: int = 4
+    max_requests: int = 16
     body_seconds: float = 60.0
 
     def __post_init__(self) -> None:

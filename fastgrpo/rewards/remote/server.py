@@ -1,7 +1,7 @@
 """Rewards of this process over the protocol of ``wire.py``.
 
 One request at a time is scored, in one thread, so that a GPU is not shared and the event loop stays free to answer.
-Letters: B images, C H W of an image.
+The next is unpacked meanwhile, and the others wait packed.  Letters: B images, C H W of an image.
 """
 
 import asyncio
@@ -36,6 +36,7 @@ class RewardServer:
     device: str
     token: str = field(default="", repr=False)
     _in_flight: set[int] = field(default_factory=set, init=False, repr=False)
+    _unpacked: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2), init=False, repr=False)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
     # one, since compiled networks and CUDA graphs belong to the thread that first ran them
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reward"), init=False, repr=False)
@@ -63,14 +64,15 @@ class RewardServer:
         self._in_flight.add(id(request))
         try:
             body = await self._read_body(request)
-            pixels_BHWC, prompts = await asyncio.to_thread(self.limits.read_request, body)
-            async with self._turn:
-                if await request.is_disconnected():
-                    # it has given up waiting, and asks again
-                    raise HTTPException(408, "the client is gone")
-                scores = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._ask, name, pixels_BHWC, prompts
-                )
+            async with self._unpacked:
+                pixels_BHWC, prompts = await asyncio.to_thread(self.limits.read_request, body)
+                async with self._turn:
+                    if await request.is_disconnected():
+                        # it has given up waiting, and asks again
+                        raise HTTPException(408, "the client is gone")
+                    scores = await asyncio.get_running_loop().run_in_executor(
+                        self._thread, self._ask, name, pixels_BHWC, prompts
+                    )
         except TooLarge as error:
             raise HTTPException(413, str(error)) from error
         except ValueError as error:
