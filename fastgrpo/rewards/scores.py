@@ -77,7 +77,7 @@ class Scores(Generic[Collected]):
             self._answers[name].append(answer)
 
     def _in_thread(self, work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-        """Start ``work`` when a thread is free; the function returned waits for its answer and moves it to ``device``."""
+        """Start ``work`` when a thread is free; the function returned waits for its answer, moved to ``device``."""
         future: Future[Tensor] = Future()
 
         def run() -> None:
