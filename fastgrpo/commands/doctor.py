@@ -28,7 +28,10 @@ _BACKENDS = (
     ("flash_attn", "FlashAttention's own kernels", "flash-attn"),
     ("xformers", "xformers' attention", "xformers"),
     ("torch_tensorrt", "rewards compiled with TensorRT", "tensorrt"),
-    ("ImageReward", "the ImageReward reward", "image-reward"),
+    ("tensorrt_rtx", "rewards compiled with TensorRT-RTX, for RTX cards", "tensorrt-rtx"),
+    ("rapidocr", "the ocr reward", "ocr"),
+    ("fastapi", "fastgrpo serve-reward", "serve"),
+    ("ImageReward", "ImageReward by its authors' code", "image-reward"),
     ("wandb", "logging to Weights & Biases", "wandb"),
 )
 _NUDGE = 0.01

@@ -3,7 +3,8 @@
 A reward may say three things about itself by attributes:
     in_thread   True if it computes on the CPU or waits for another machine: it is then called from threads, with images
                 on the CPU, while the GPU goes on.  Default False: it computes where the images are.
-    golden_set  the pairs it is tried on before a run: a name in golden_set/, default ``scenes``, or a ``GoldenSet``
+    golden_set  the pairs it is tried on before a run: a name in golden_set/, default ``scenes``, a ``GoldenSet``, or
+                ``none`` for a judge that knows certain prompts only
     golden_tolerance  how far their scores may lie from recorded ones, as a share of the spread; default 0.02
 """
 

@@ -52,6 +52,8 @@ def golden_scores(rewards: Rewards, device: torch.device | str) -> dict[str, Gol
     tested = {}
     for name, reward in rewards.all.items():
         golden = _golden_set_of(reward)
+        if golden is None:
+            continue
         scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.prompts, dict)
         scores.add(golden.images_BCHW.to(device))
         tested[name] = GoldenScores(
@@ -111,8 +113,10 @@ def identity(reward: Reward) -> str:
     return f"{type(reward).__module__}.{settings}"
 
 
-def _golden_set_of(reward: Reward) -> GoldenSet:
+def _golden_set_of(reward: Reward) -> GoldenSet | None:
     chosen = getattr(reward, "golden_set", "scenes")
+    if chosen == "none":
+        return None
     return chosen if isinstance(chosen, GoldenSet) else golden_set(chosen)
 
 

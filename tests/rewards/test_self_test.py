@@ -153,6 +153,21 @@ def test_a_reward_brings_golden_pairs_of_its_own() -> None:
     assert golden_scores(rewards_of(Threshold()), "cpu")["mine"].scores == [0, 0, 0, 1, 1]
 
 
+def test_a_judge_of_certain_prompts_only_is_not_tried() -> None:
+    class Particular(Brightness):
+        golden_set = "none"
+
+        def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+            raise AssertionError("it was tried")
+
+    assert golden_scores(rewards_of(Particular()), "cpu") == {}
+
+
+def test_a_golden_set_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="no golden set 'scens'; use one of scenes, texts, or none"):
+        golden_set("scens")
+
+
 def test_the_configs_carry_the_switch() -> None:
     assert build(load_config("train", [])["reward"]).golden
     assert not build(load_config("train", ["reward.golden=false"])["reward"]).golden
