@@ -27,7 +27,7 @@ class GoldenSet:
 
 @cache
 def golden_set(name: str = "scenes") -> GoldenSet:
-    """The pairs in ``golden_set/<name>/``: 0.png, 1.png, ... and a line of prompts.txt each.  ValueError for no such."""
+    """The pairs in ``golden_set/<name>/``: 0.png, 1.png, ... a line of prompts.txt each.  ValueError for no such."""
     directory = _DIRECTORY / name
     if name not in (names := sorted(path.name for path in _DIRECTORY.iterdir() if path.is_dir())):
         raise ValueError(f"there is no golden set {name!r}; use one of {', '.join(names)}, or none")
