@@ -25,7 +25,7 @@ from fastgrpo.rewards.ocr import Ocr
 _TEXTS = 60
 _TIMED_PICTURES = 16
 _ROUNDS = 7
-_THUMBNAIL = 192
+_THUMBNAIL = 224
 # of the contact sheet, each in every view
 _SHOWN_TEXTS = 2
 
@@ -90,7 +90,7 @@ def report(rows: list[dict], speed: dict[str, Quartiles], num_texts: int) -> str
         f"{num_texts} texts of two or three words, one a line, {SIZE} x {SIZE}, slopes up to 4 degrees; expected is "
         "what follows from the spelling alone, and the last column how many rewards are exactly that.  Blurred: a "
         "Gaussian of 1.5 pixels; JPEG: quality 30.  Autoencoder: encoded and decoded by the embedded model's, "
-        "which was trained on 32 x 32 scenes of colored shapes and has never seen a letter: it tells what a weak "
+        "which was trained on 64 x 64 scenes of colored shapes and has never seen a letter: it tells what a weak "
         "decoder does to writing, and nothing about images that a model drew.\n\n"
         + table(["view", "text", "mean reward", "expected", "exactly as expected"], graded)
         + f"\n\nImages a second on one core, {_TIMED_PICTURES} exact texts, median of {_ROUNDS} rounds and quartiles:"
@@ -101,7 +101,7 @@ def report(rows: list[dict], speed: dict[str, Quartiles], num_texts: int) -> str
 def contact_sheet(drawn: list[Sample], rewards: dict[str, list[float]]) -> Image.Image:
     """One row a view of each of the first texts, one column a kind, with the reward below."""
     num_kinds = len({sample.kind for sample in drawn})
-    cell, font = _THUMBNAIL + 24, ImageFont.load_default(14)
+    cell, font = _THUMBNAIL + 24, ImageFont.load_default(12)
     sheet = Image.new("RGB", (num_kinds * _THUMBNAIL, _SHOWN_TEXTS * len(VIEWS) * cell), "white")
     draw = ImageDraw.Draw(sheet)
     for index, sample in enumerate(drawn[: _SHOWN_TEXTS * num_kinds]):
@@ -109,7 +109,7 @@ def contact_sheet(drawn: list[Sample], rewards: dict[str, list[float]]) -> Image
             x, y = index % num_kinds * _THUMBNAIL, (index // num_kinds * len(VIEWS) + row) * cell
             thumbnail = seen(sample.picture, view).resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
             sheet.paste(thumbnail, (x, y))
-            told = f"{sample.kind}: {rewards[view][index]:.3f}"
+            told = f"{view}, {sample.kind}: {rewards[view][index]:.3f}"
             draw.text((x + 4, y + _THUMBNAIL + 4), told, fill="black", font=font)
     return sheet
 

@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +73,16 @@ def test_the_same_words_in_another_order_are_not_contained(ocr: Ocr) -> None:
     # insert world before hello, delete it after: ten letters of ten; replacing letters costs less
     reward = score(ocr, write("WORLD\nHELLO"), "hello world")
     assert reward < 0.5
+
+
+@pytest.mark.parametrize(
+    ("read", "wanted", "expected"), [("NÓRTH", "north", 1.0), ("North", "nórth", 1 - 1 / 5), ("NÓRTH", "nórth", 1.0)]
+)
+def test_an_accent_counts_only_where_it_is_wanted(read: str, wanted: str, expected: float) -> None:
+    ocr = Ocr(threads=1)
+    found = SimpleNamespace(txts=(read,), boxes=boxes((10, 10, 40, 12)))
+    object.__setattr__(ocr, "reader", lambda pixels_HWC: found)
+    assert ocr(torch.zeros(1, 3, 64, 64), [f'"{wanted}"']).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
@@ -169,14 +180,14 @@ def test_reading_order_by_hand() -> None:
     assert reading_order(boxes((10, 10, 80, 20), (10, 32, 60, 20), (10, 54, 70, 20))) == [0, 1, 2]
 
 
-def test_twelve_images_are_read_alike_by_any_number_of_threads() -> None:
-    words = ["RED", "BLUE", "GREEN", "BLACK", "WHITE", "GOLD", "PINK", "GRAY", "BROWN", "ORANGE", "PURPLE", ""]
+def test_images_are_read_alike_by_any_number_of_threads() -> None:
+    words = ["RED", "BLUE", "GREEN", "BLACK", "WHITE", ""]
     images_BCHW = to_images([write(word, size=128, points=24) for word in words])
     one, four = Ocr(threads=1), Ocr(threads=4)
     assert one.read(images_BCHW) == words
     # one reward called from several threads at once, as by a scorer
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(four.read, [images_BCHW] * 3)) == [words] * 3
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(four.read, [images_BCHW] * 2)) == [words] * 2
 
 
 @pytest.mark.parametrize(
