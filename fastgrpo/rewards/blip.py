@@ -17,7 +17,7 @@ _MASKED = -10_000.0
 
 
 class BlipTower(nn.Module):
-    """(pixels [B, C, H, W], ids [B, L], mask [B, L] of 1 a token, 0 padding) -> the first text token's output [B, D]."""
+    """(pixels [B, C, H, W], ids [B, L], mask [B, L]: 1 a token, 0 padding) -> the first text token's output [B, D]."""
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel) -> None:
         super().__init__()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # no part starts with a dot or a slash, so that none can lead out of the hub's cache
 _HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?", flags=re.ASCII)
+# a buffer of 0, 1, 2, ... that older versions of transformers saved
+_HARMLESS = "embeddings.position_ids"
 
 
 def checkpoint_directory(path: str, files: Sequence[str], *, option: str, extra: Sequence[str] = ()) -> Path:
@@ -26,7 +28,8 @@ def checkpoint_directory(path: str, files: Sequence[str], *, option: str, extra:
     ValueError for a path that is neither, and for files that are missing or cannot be downloaded.
     """
     directory = Path(path).expanduser()
-    if not directory.is_dir():
+    # Path("") would be the working directory
+    if not path or not directory.is_dir():
         directory = _download(path, [*files, *extra], option)
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
@@ -41,7 +44,7 @@ def _download(path: str, files: list[str], option: str) -> Path:
     found = _HUB_ID.fullmatch(path)
     if found is None or ".." in path:
         raise ValueError(
-            f"{option}={path} is neither a directory here nor the id of a model on the hub; "
+            f"{option}={path!r} is neither a directory here nor the id of a model on the hub; "
             "give a directory that exists, or owner/name, or owner/name@revision"
         )
     repository, revision = found["repository"], found["revision"]
@@ -96,7 +99,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
     try:
         # files of before torch 1.6 are no zip archives, and cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{file} cannot be read as tensors alone ({reason}); it is damaged, or holds Python objects, which may run "
@@ -118,7 +121,7 @@ def load_state(module: torch.nn.Module, weights: Mapping[str, Tensor], origin: P
 
 
 def _refuse_differences(missing: Iterable[str], unexpected: Iterable[str], origin: Path) -> None:
-    missing, unexpected = sorted(missing), sorted(unexpected)
+    missing, unexpected = sorted(missing), sorted(name for name in unexpected if not name.endswith(_HARMLESS))
     if missing or unexpected:
         raise ValueError(
             f"{origin} lacks {_first_of(missing)} and has {_first_of(unexpected)} that the model does not know; "

@@ -28,7 +28,7 @@ _OPTION = "reward.terms.image_reward"
 _NUM_TOKENS = 35
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 # part of the official file, and of no score
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 _PARTS = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
 _VISION_NAMES = {
     "cls_token": "embeddings.class_embedding",

@@ -18,6 +18,7 @@ from fastgrpo_kernels import preprocess_images
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,11 @@ class Preprocess:
             not isinstance(short_side, int)
             or not isinstance(crop, dict)
             or config.get("resample", _BICUBIC) != _BICUBIC
+            or not all(config.get(step, True) for step in _STEPS)
         ):
             raise ValueError(
-                f"{origin} asks for size {size}, crop {crop}, resample {config.get('resample')}; a CLIP directory has "
-                "size.shortest_edge, crop_size.height and width, and resample 3 (bicubic)"
+                f"{origin} asks for size {size}, crop {crop}, resample {config.get('resample')}, or leaves a step out; "
+                "a CLIP directory has size.shortest_edge, crop_size.height and width, resample 3 (bicubic), all steps"
             )
         if max(crop["height"], crop["width"]) > short_side:
             raise ValueError(f"{origin} crops {crop} out of a short side of {short_side}; make the crop fit")

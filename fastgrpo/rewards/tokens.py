@@ -33,7 +33,7 @@ def load_clip_tokenizer(directory: Path, vocabulary: int) -> CLIPTokenizer:
 
 
 def load_blip_tokenizer(directory: Path, vocabulary: int) -> BertTokenizer:
-    """BERT's tokenizer by ``directory``'s vocab.txt, and BLIP's two tokens; ValueError if the model has more or fewer."""
+    """BERT's tokenizer by ``directory``'s vocab.txt, with BLIP's two tokens; ValueError if the model has others."""
     tokenizer = BertTokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(tokenizer) != vocabulary:

@@ -58,7 +58,7 @@ def save_aesthetic_head(directory: Path, width: int = 12) -> Path:
     sizes = [(0, 1024, width), (2, 128, 1024), (4, 64, 128), (6, 16, 64), (7, 1, 16)]
     shapes: dict[str, list[int]] = {f"layers.{i}.weight": [out, wide] for i, out, wide in sizes}
     shapes |= {f"layers.{i}.bias": [out] for i, out, _ in sizes}
-    torch.save(_as_tensors(shapes), directory / "sac+logos+ava1-l14-linearMSE.pth")
+    torch.save(_as_tensors(shapes), directory / "aesthetic-model.pth")
     return directory
 
 
@@ -95,3 +95,16 @@ def _byte_letters() -> list[str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+
+
+def official_shapes(name: str) -> dict[str, torch.Tensor]:
+    """The weights of the official size, as the model's own package builds them, without their values."""
+    weights = {}
+    for general, (count, *shape) in recorded(name)["official_shapes"].items():
+        for layer in range(count):
+            weights[general.replace("*", str(layer))] = torch.empty(shape, device="meta")
+    return weights
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in module.state_dict().items()}

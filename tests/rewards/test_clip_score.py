@@ -7,38 +7,18 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.preprocess import Preprocess
 from fastgrpo.runtime.compile import Eager
-
-WORDS = ["a", "red", "blue", "circle", "square"]
-LETTERS = sorted(set("".join(WORDS)))
+from tests.rewards.miniatures import save_clip, to_images
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP directory of one layer, random weights and a vocabulary of single letters."""
-    path = tmp_path_factory.mktemp("clip")
-    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    end = tokenizer.eos_token_id
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(tokens), "max_position_embeddings": 24, "eos_token_id": end, "bos_token_id": end - 1}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**shared, **text, "pad_token_id": end},
-            vision_config={**shared, "image_size": 32, "patch_size": 8},
-            projection_dim=12,
-        )
-    )
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def random_pixels(height: int, width: int) -> np.ndarray:
@@ -47,10 +27,6 @@ def random_pixels(height: int, width: int) -> np.ndarray:
     coarse = F.interpolate(torch.rand(3, 3, 5, 5, generator=generator), (height, width), mode="bilinear")
     coarse[2] = torch.rand(3, height, width, generator=generator)
     return (coarse * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def to_images(pixels_BHWC: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 70), (33, 100), (20, 16)], ids=str)
@@ -96,7 +72,9 @@ def test_a_path_without_a_clip_says_what_it_needs(tmp_path: Path) -> None:
         clip_score(path=str(tmp_path), backend=Eager())
 
 
-@pytest.mark.parametrize("change", [{"resample": 2}, {"size": {"height": 32, "width": 32}}, {"crop_size": 40}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"resample": 2}, {"size": {"height": 32, "width": 32}}, {"crop_size": 40}, {"do_resize": False}], ids=str
+)
 def test_a_preprocessor_that_does_something_else_is_refused(change: dict) -> None:
     config = {
         "size": {"shortest_edge": 32},
