@@ -52,10 +52,12 @@ def _download(path: str, files: list[str], option: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
+        # named alone, a file that the repository lacks would be an error
+        wanted = [f"--revision {revision}"] * (revision is not None) + [f"--include {name}" for name in files]
+        command = f"hf download {repository} {' '.join(wanted)} --local-dir DIRECTORY"
         raise ValueError(
             f"{option}={path} could not be downloaded ({type(error).__name__}: {reason}); where the hub can be reached "
-            f"run `hf download {repository}{f' --revision {revision}' if revision else ''} {' '.join(files)} "
-            f"--local-dir DIRECTORY`, bring the directory here and set {option}=DIRECTORY"
+            f"run `{command}`, bring the directory here and set {option}=DIRECTORY"
         ) from error
 
 

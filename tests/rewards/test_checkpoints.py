@@ -94,7 +94,7 @@ def test_an_id_downloads_the_named_files_alone(
 def test_without_the_hub_the_error_says_what_to_bring_where() -> None:
     message = (
         r"reward.path=nobody/nothing@v1 could not be downloaded .*run `hf download nobody/nothing --revision v1 "
-        r"config.json model.pt --local-dir DIRECTORY`, bring the directory here and set reward.path=DIRECTORY"
+        r"--include config.json --include model.pt --local-dir DIRECTORY`, bring the directory here and set reward.path=DIRECTORY"
     )
     with pytest.raises(ValueError, match=message):
         find("nobody/nothing@v1")
