@@ -6,6 +6,7 @@ import signal
 import socket
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from fastgrpo.config import build
@@ -38,6 +39,8 @@ def serve_reward(config: DictConfig) -> None:
         if error.name not in ("uvicorn", "fastapi"):
             raise
         raise ValueError(f"serve-reward needs {error.name}; install it with pip install 'fastgrpo[serve]'") from error
+    if config.runtime.threads > 0:
+        torch.set_num_threads(config.runtime.threads)
     token = read_token(config.token_env)
     limits = Limits(**config.limits)
     rewards: Rewards = build(config.reward)

@@ -12,8 +12,8 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from fastgrpo.rewards.remote.connection import Connection, check_endpoint
@@ -36,7 +36,10 @@ class Question(Protocol):
         ...
 
     def take(self, answer: Any, /) -> None:
-        """Keep what is good.  AskAgain if something is missing, ServerFailed if this is no answer at all."""
+        """Keep what is good.
+
+        AskAgain if something is missing, ServerFailed if this is no answer at all, RemoteError if it was asked enough.
+        """
         ...
 
 
@@ -91,16 +94,31 @@ class Endpoints:
 
     def ask(self, path: str, questions: Sequence[Question]) -> None:
         """Ask until every question has what it wants; RemoteError for the first that cannot get it."""
-        if not questions:
-            return
         stop = threading.Event()
-        threads = ThreadPoolExecutor(min(self.concurrency, len(questions)), "remote-reward")
+        left, ended = iter(questions), SimpleQueue[BaseException | None]()
+        lock = threading.Lock()
+
+        def work() -> None:
+            while not stop.is_set():
+                with lock:
+                    question = next(left, None)
+                if question is None:
+                    return
+                try:
+                    self._ask(path, question, stop)
+                    ended.put(None)
+                except BaseException as error:
+                    ended.put(error)
+
+        for _ in range(min(self.concurrency, len(questions))):
+            # daemons, since a run that is interrupted shall not wait for a server that does not answer
+            threading.Thread(target=work, daemon=True).start()
         try:
-            for answered in as_completed([threads.submit(self._ask, path, each, stop) for each in questions]):
-                answered.result()
+            for _ in questions:
+                if (error := ended.get()) is not None:
+                    raise error
         finally:
             stop.set()
-            threads.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, path: str, question: Question, stop: threading.Event) -> None:
         with self._turns:
@@ -113,6 +131,9 @@ class Endpoints:
                     answer = self.connection.post(server.url + path, question.body())
                     question.take(answer)
                     return self._give_back(server)
+                except RemoteError:
+                    self._give_back(server)
+                    raise
                 except Refused as error:
                     self._give_back(server)
                     raise RemoteError(f"reward {self.reward!r} at {server.url}: {error}") from error

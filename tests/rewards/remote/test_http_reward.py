@@ -2,6 +2,9 @@
 
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -149,7 +152,29 @@ def test_a_server_that_is_killed_and_restarted_is_waited_for(caplog: pytest.LogC
     assert said[1].endswith("answers again")
 
 
+def test_an_interruption_does_not_wait_for_a_dead_server() -> None:
+    program = (
+        "import sys, threading, torch; from fastgrpo.rewards.remote.http_reward import HttpReward; "
+        f"reward = HttpReward(endpoints=['http://127.0.0.1:{free_port()}'], name='red', patience_seconds=60.0); "
+        "ask = lambda: reward(torch.zeros(2, 3, 8, 8), ['a'] * 2); "
+        # as the trainer does it, and in the main thread too
+        "threading.Thread(target=ask, daemon=True).start(); print('asking', flush=True); ask()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asking\n"
+    time.sleep(0.2)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 2.0
+    assert "KeyboardInterrupt" in said
+
+
 # answers that are none
+
 
 GARBAGE = {
     "html": Reply(b"<html>502</html>"),
