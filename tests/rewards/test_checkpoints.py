@@ -94,7 +94,8 @@ def test_an_id_downloads_the_named_files_alone(
 def test_without_the_hub_the_error_says_what_to_bring_where() -> None:
     message = (
         r"reward.path=nobody/nothing@v1 could not be downloaded .*run `hf download nobody/nothing --revision v1 "
-        r"--include config.json --include model.pt --local-dir DIRECTORY`, bring the directory here and set reward.path=DIRECTORY"
+        r"--include config.json --include model.pt --local-dir DIRECTORY`, "
+        r"bring the directory here and set reward.path=DIRECTORY"
     )
     with pytest.raises(ValueError, match=message):
         find("nobody/nothing@v1")
@@ -122,7 +123,7 @@ def test_a_directory_is_found_from_the_home_directory(tmp_path: Path, monkeypatc
     assert find("~/model") == tmp_path / "model"
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(save: Any, tmp_path: Path) -> None:
     file, sign = tmp_path / "model.pt", tmp_path / "it ran"
     save({"state_dict": {"weight": torch.ones(1)}, "more": RunsCode(sign)}, file)
