@@ -13,7 +13,6 @@ from benchmarks.rewards.case import Case
 from fastgrpo.rewards.network import NetworkReward
 from fastgrpo.rewards.reward import Reward
 
-_WARM_UPS = 2
 # of the baseline's largest score: a wrong picture or text is off by more
 _TOLERANCES = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
 
@@ -93,9 +92,9 @@ def _time(
         runs[name, "whole"] = partial(reward, case.images_BCHW, case.prompts)
         if isinstance(reward, NetworkReward):
             runs[name, "preprocessing"] = partial(reward.preprocess, case.images_BCHW, reward.backend.dtype)
+    # the second call: the first compiled
     for run in runs.values():
-        for _ in range(_WARM_UPS - 1):
-            run()
+        run()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
