@@ -3,15 +3,25 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
-from transformers.models.blip.modeling_blip import BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextModel
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+from fastgrpo.rewards.aesthetic import AestheticNetwork
+from fastgrpo.rewards.blip import BlipTower
 from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity
+from fastgrpo.rewards.image_reward import ImageRewardNetwork
 from fastgrpo.rewards.network import RewardNetwork
+from fastgrpo.rewards.score_head import ScoreHead
 
+# of images, of texts, of the vocabulary, of embeddings
 SIZE, TOKENS, WORDS, WIDTH = 32, 12, 50, 24
 
 
@@ -23,9 +33,8 @@ def images(num: int, seed: int = 1) -> Tensor:
     return colors_BCHW + gradient_BCHW + 0.3 * torch.randn(num, 3, SIZE, SIZE, generator=generator)
 
 
-def clip() -> RewardNetwork:
-    """A CLIP image tower of two layers and the cosine with a text's embedding."""
-    torch.manual_seed(0)
+def tower() -> ClipImageTower:
+    """A CLIP image tower of two layers."""
     config = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -35,7 +44,13 @@ def clip() -> RewardNetwork:
         patch_size=8,
         projection_dim=WIDTH,
     )
-    return ClipSimilarity(ClipImageTower(CLIPVisionModelWithProjection(config))).eval()
+    return ClipImageTower(CLIPVisionModelWithProjection(config))
+
+
+def clip() -> RewardNetwork:
+    """A CLIP image tower and the cosine with a text's embedding."""
+    torch.manual_seed(0)
+    return ClipSimilarity(tower()).eval()
 
 
 def clip_inputs(num: int = 8) -> tuple[Tensor, ...]:
@@ -44,47 +59,16 @@ def clip_inputs(num: int = 8) -> tuple[Tensor, ...]:
     return images(num), F.normalize(texts_BD, dim=-1)
 
 
-class CrossAttention(nn.Module):
-    """A text of BLIP that looks at an image: (pixels, tokens [B, L], mask [B, L]) -> [B, D], the first token's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shared: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-        self.vision = BlipVisionModel(BlipVisionConfig(**shared, num_hidden_layers=2, image_size=SIZE, patch_size=8))
-        text = BlipTextConfig(
-            **shared,
-            vocab_size=WORDS,
-            num_hidden_layers=2,
-            encoder_hidden_size=32,
-            max_position_embeddings=TOKENS,
-            is_decoder=True,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            sep_token_id=2,
-        )
-        self.text = BlipTextModel(text, add_pooling_layer=False)
-
-    def forward(self, pixels_BCHW: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        patches_BND = self.vision(pixels_BCHW).last_hidden_state
-        text = self.text(tokens_BL, attention_mask=mask_BL, encoder_hidden_states=patches_BND)
-        return text.last_hidden_state[:, 0]
-
-
-class TextOnImage(RewardNetwork):
-    """BLIP's text encoder on the image, and a linear head: the shape of ImageReward, with int64 inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk, self.head = CrossAttention(), nn.Linear(32, 1)
-
-    def forward(self, pixels_BCHW: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        return self.head(self.trunk(pixels_BCHW, tokens_BL, mask_BL).float()).squeeze(-1)
-
-
 def blip() -> RewardNetwork:
+    """ImageReward: a text that attends to the image, with int64 inputs."""
     torch.manual_seed(0)
-    return TextOnImage().eval()
+    # transformers' own range of 0.02 makes all images of a small network alike
+    shared: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    shared |= {"num_hidden_layers": 2, "initializer_range": 0.2}
+    vision = BlipVisionConfig(**shared, image_size=SIZE, patch_size=8)
+    text = BlipTextConfig(**shared, encoder_hidden_size=32, vocab_size=WORDS, bos_token_id=1, sep_token_id=2)
+    tower = BlipTower(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False))
+    return ImageRewardNetwork(tower, ScoreHead(32)).eval()
 
 
 def blip_inputs(num: int = 8) -> tuple[Tensor, ...]:
@@ -96,4 +80,14 @@ def blip_inputs(num: int = 8) -> tuple[Tensor, ...]:
     return images(num), tokens_BL * mask_BL, mask_BL
 
 
-NETWORKS = {"clip": (clip, clip_inputs), "blip": (blip, blip_inputs)}
+def aesthetic() -> RewardNetwork:
+    """A CLIP image tower and an MLP: images alone."""
+    torch.manual_seed(0)
+    return AestheticNetwork(tower(), ScoreHead(WIDTH)).eval()
+
+
+def aesthetic_inputs(num: int = 8) -> tuple[Tensor, ...]:
+    return (images(num),)
+
+
+NETWORKS = {"clip": (clip, clip_inputs), "blip": (blip, blip_inputs), "aesthetic": (aesthetic, aesthetic_inputs)}

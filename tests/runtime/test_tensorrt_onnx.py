@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript", reason="needs pip install 'fastgrpo[tensorrt-r
 ort: Any = pytest.importorskip("onnxruntime", reason="needs pip install 'fastgrpo[test]'")
 
 PROFILE = Profile(opt_batch=8, max_batch=64)
-# onnxruntime against eager float32, as a share of the spread of the golden scores; measured 2e-7 and 5e-4
+# onnxruntime against eager float32, as a share of the spread of the golden scores; measured at most 2e-6 and 8e-4
 DRIFT = {"float32": 1e-5, "float16": 2e-3}
 # the bit of each compute capability in an engine's header, byte 32
 SM_BITS = {"SM80": 2, "SM89": 8}
@@ -65,7 +65,7 @@ def test_the_onnx_file_scores_as_eager_float32_does(case: tuple[str, str, OnnxFi
     for batch in (1, 2, 7, 8, PROFILE.max_batch):
         with torch.no_grad():
             expected_B = network(*inputs(batch))
-        # scores of 64 images spread by 0.9 (clip) and 1.6 (blip)
+        # these scores lie within 1 of each other
         torch.testing.assert_close(file(*inputs(batch)), expected_B, atol=DRIFT[precision], rtol=0)
 
 
@@ -80,19 +80,20 @@ def test_the_network_is_strongly_typed_and_its_batch_open(case: tuple[str, str, 
         "clip": {"pixels_bchw": (trunk, (-1, 3, 32, 32)), "texts_bd": (trt.float32, (-1, 24))},
         "blip": {
             "pixels_bchw": (trunk, (-1, 3, 32, 32)),
-            "tokens_bl": (trt.int64, (-1, 12)),
+            "ids_bl": (trt.int64, (-1, 12)),
             "mask_bl": (trt.int64, (-1, 12)),
         },
+        "aesthetic": {"pixels_bchw": (trunk, (-1, 3, 32, 32))},
     }[name]
     found = [network.get_input(i) for i in range(network.num_inputs)]
     assert {part.name: (part.dtype, tuple(part.shape)) for part in found} == rows
     assert network.num_outputs == 1
     assert (network.get_output(0).dtype, tuple(network.get_output(0).shape)) == (trt.float32, (-1,))
-    # nearly all products are the trunk's
-    products = [network.get_layer(i) for i in range(network.num_layers)]
-    products = [layer for layer in products if layer.type == trt.LayerType.MATRIX_MULTIPLY]
-    in_trunk = [layer for layer in products if layer.get_output(0).dtype == trunk]
-    assert len(in_trunk) >= len(products) - 1 >= 8
+    # the products of the trunk are in its type, and only those of a head, at most five, in float32
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    products = [layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.MATRIX_MULTIPLY]
+    assert products.count(trunk) >= 16
+    assert products.count(trunk) + min(5, products.count(trt.float32)) >= len(products)
 
 
 @pytest.mark.parametrize("sm", SM_BITS)
