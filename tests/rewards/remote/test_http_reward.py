@@ -154,7 +154,9 @@ def test_a_server_that_is_killed_and_restarted_is_waited_for(caplog: pytest.LogC
 
 def test_an_interruption_does_not_wait_for_a_dead_server() -> None:
     program = (
-        "import sys, threading, torch; from fastgrpo.rewards.remote.http_reward import HttpReward; "
+        # whoever runs the tests in the background has SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import threading, torch; from fastgrpo.rewards.remote.http_reward import HttpReward; "
         f"reward = HttpReward(endpoints=['http://127.0.0.1:{free_port()}'], name='red', patience_seconds=60.0); "
         "ask = lambda: reward(torch.zeros(2, 3, 8, 8), ['a'] * 2); "
         # as the trainer does it, and in the main thread too

@@ -25,7 +25,14 @@ def serving(*words: str, cwd: Path | None = None, **env: str) -> Iterator[tuple[
     """The command in a process, and the address that it prints."""
     command = [sys.executable, "-m", "fastgrpo.cli", "serve-reward", "port=0", "runtime.device=cpu", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=os.environ | env
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=os.environ | env,
+        # whoever runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     try:

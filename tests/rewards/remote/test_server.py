@@ -312,6 +312,8 @@ def test_images_of_one_request_have_one_size(url: str) -> None:
         b'{"images": ["iVBO"], "prompts": [["a"]]}',
         b'{"images": ["****"], "prompts": ["a"]}',
         b'{"images": ["\xc3\xbc"], "prompts": ["a"]}',
+        # a decoder that skips what is not base64 would find an image in it
+        json.dumps(request(PNG)).replace("iVBO", "iV*B\\n*O").encode(),
         b'{"images": ["iVBO"], "prompts": []}',
         b'{"images": {"0": "iVBO"}, "prompts": ["a"]}',
         b'{"images": [' + b"9" * 10_000 + b'], "prompts": ["a"]}',
