@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-# at least five times what the networks of benchmarks/reward_engines.py drift, 1e-6, 2e-3 and 8e-3; a float32 convolution
-# of PyTorch's is TF32 on a GPU, and rounds to 5e-4
+# at least five times what the networks of benchmarks/reward_engines.py drift, 1e-6, 2e-3 and 8e-3; a convolution of
+# PyTorch's in float32 is TF32 on a GPU, and rounds to 5e-4
 TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 8e-2}
 
 
