@@ -3,7 +3,8 @@
     score = MLP(image / |image|),  image the embedding of CLIP ViT-L/14
 
 The MLP is github.com/christophschuhmann/improved-aesthetic-predictor's sac+logos+ava1-l14-linearMSE.pth; on the hub,
-TRL's trl-lib/ddpo-aesthetic-predictor publishes one of this form as aesthetic-model.pth.  Letters: B images, D the width of an embedding.
+TRL's trl-lib/ddpo-aesthetic-predictor publishes one of this form as aesthetic-model.pth.
+Letters: B images, D the width of an embedding.
 """
 
 import json
