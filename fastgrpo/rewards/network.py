@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.preprocess import PadToSquare, Preprocess
+from fastgrpo.rewards.reward import RewardError
 
 # texts go through their encoder in batches of one shape, so that a row does not depend on which others are new
 _TEXTS_AT_ONCE = 8
@@ -80,7 +81,7 @@ def no_texts(texts: list[str], device: torch.device) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkReward:
-    """Scores [B] of images in [0, 1]; the first call on a device compiles for it."""
+    """Scores [B] of images in [0, 1]; the first call on a device compiles for it, or raises RewardError."""
 
     network: RewardNetwork
     preprocess: Preprocess | PadToSquare
@@ -105,12 +106,18 @@ class NetworkReward:
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         device = images_BCHW.device
         if device not in self._compiled:
-            golden = golden_set()
-            pixels_BCHW = self.preprocess(golden.images_BCHW.to(device))
-            inputs = (pixels_BCHW, *self._text_rows(golden.prompts, device))
-            self._compiled[device] = self.backend(self.network, inputs)
+            self._compiled[device] = self._compile(device)
         pixels_BCHW = self.preprocess(images_BCHW, self.backend.dtype)
         return self._compiled[device](pixels_BCHW, *self._text_rows(prompts, device))
+
+    def _compile(self, device: torch.device) -> Callable[..., Tensor]:
+        golden = golden_set()
+        pixels_BCHW = self.preprocess(golden.images_BCHW.to(device))
+        try:
+            return self.backend(self.network, (pixels_BCHW, *self._text_rows(golden.prompts, device)))
+        except ValueError as error:
+            # final: building once more would take minutes and end alike
+            raise RewardError(str(error)) from error
 
     def _text_rows(self, prompts: list[str], device: torch.device) -> tuple[Tensor, ...]:
         """Rows [B, ...] of the prompts' texts; those seen before come from the cache."""

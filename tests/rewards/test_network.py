@@ -16,7 +16,9 @@ from fastgrpo.rewards.hps import hps
 from fastgrpo.rewards.image_reward import image_reward
 from fastgrpo.rewards.network import NetworkReward
 from fastgrpo.rewards.pick_score import pick_score
-from fastgrpo.runtime.compile import Eager
+from fastgrpo.rewards.reward import RewardError
+from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.runtime.compile import DriftError, Eager
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import save_aesthetic_head, save_clip, save_hps, save_image_reward, to_images
 
@@ -114,6 +116,21 @@ def test_half_precision_stays_close(
     assert half_B.dtype == torch.float32
     torch.testing.assert_close(half_B, expected_B, atol=tolerance * expected_B.std().item(), rtol=0)
     assert not torch.equal(half_B, expected_B)
+
+
+def test_a_network_that_its_backend_refuses_is_not_built_again(build: Callable[[str], NetworkReward]) -> None:
+    attempts = []
+
+    class Drifting(Eager):
+        def __call__(self, network: Any, golden: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+            attempts.append(len(golden[0]))
+            raise DriftError("the engine drifts by 12% of the spread")
+
+    reward = build("aesthetic")
+    object.__setattr__(reward, "backend", Drifting())
+    with pytest.raises(RewardError, match="drifts by 12% of the spread"):
+        Scoring(retries=3, retry_seconds=0)("aesthetic", reward, images(2), TEXTS[:2])
+    assert attempts == [8]
 
 
 @pytest.mark.parametrize("name", WITH_TEXTS)
