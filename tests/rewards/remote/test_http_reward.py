@@ -123,14 +123,30 @@ def test_a_server_that_fails_gets_one_question_at_a_time_until_it_answers() -> N
     together: list[int] = []
 
     def answer(content: Any) -> Reply:
+        time.sleep(0.1)
         together.append(server._in_flight)
-        return Reply(scores(*map(redness_of_png, content["images"])).body, seconds=0.1)
+        return scores(*map(redness_of_png, content["images"]))
 
-    # the first four fail at once, so what comes next is the one question
+    # the first four fail together, so what comes next is the one question
     with Scripted(*[Reply(status=500, seconds=0.1)] * 4, then=answer) as server:
         check(http_reward(server.url, batch=1, concurrency=4), 8)
     assert together[0] == 1
     assert max(together) > 1
+
+
+def test_a_server_that_sends_away_what_is_too_much_gets_what_it_takes() -> None:
+    sent_away: list[int] = []
+
+    def at_most_two(content: Any) -> Reply:
+        if server._in_flight > 2:
+            sent_away.append(server._in_flight)
+            return Reply(status=503)
+        return Reply(scores(*map(redness_of_png, content["images"])).body, seconds=0.05)
+
+    with Scripted(then=at_most_two) as server:
+        check(http_reward(server.url, batch=1, concurrency=8), 24)
+    # the six of the first eight, and a try now and then whether it takes more
+    assert 1 <= len(sent_away) <= 12
 
 
 def test_a_server_that_is_killed_and_restarted_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -198,7 +214,7 @@ GARBAGE = {
     "empty": Reply(b""),
     "no content": Reply(status=204),
     "cut off": Reply(scores(0.1, 0.2, 0.3).body, claimed_bytes=500),
-    "gigantic": Reply(b'{"scores": [' + b" " * (2 << 20)),
+    "gigantic": Reply(b'{"scores": [9, 9, 9]' + b" " * (2 << 20) + b"}"),
     "compressed": Reply(scores(0.1, 0.2, 0.3).body, headers={"Content-Encoding": "gzip"}),
     "500": Reply(b'{"detail": "CudaError"}', status=500),
     "503": Reply(status=503),
@@ -322,6 +338,10 @@ def test_the_first_request_that_fails_for_good_ends_the_others() -> None:
         with pytest.raises(RemoteError, match="status 404"):
             http_reward(server.url, batch=1, concurrency=2, patience_seconds=60.0)(some_images(40), ["a"] * 40)
         assert time.monotonic() - begun < 1.0
+        time.sleep(0.1)
+        num_asked = len(server.asked)
+        time.sleep(0.5)
+        assert len(server.asked) == num_asked < 40
 
 
 # secrets

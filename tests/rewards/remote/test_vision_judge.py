@@ -19,7 +19,7 @@ from tests.rewards.remote.scripted import Reply, Scripted, some_images
 def judge(url: str, **settings: Any) -> VisionJudge:
     defaults: dict[str, Any] = {
         "model": "a-judge",
-        "template": "Caption: [{prompt}] Say Score: X",
+        "template": "Caption: [{prompt}] Say {Score: X}",
         "pattern": r"Score:\s*([-0-9.]+)",
         "low": 1.0,
         "high": 5.0,
@@ -44,7 +44,7 @@ def test_it_sends_the_image_the_filled_template_and_nothing_random() -> None:
     assert asked.path == "/v1/chat/completions"
     assert (asked.content["model"], asked.content["temperature"], asked.content["max_tokens"]) == ("a-judge", 0, 512)
     image, text = asked.content["messages"][0]["content"]
-    assert text == {"type": "text", "text": f"Caption: [{prompt}] Say Score: X"}
+    assert text == {"type": "text", "text": f"Caption: [{prompt}] Say {{Score: X}}"}
     head, _, png = image["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     pixels_HWC = np.array(Image.open(BytesIO(base64.b64decode(png))))
@@ -58,7 +58,7 @@ def test_every_image_gets_the_score_of_its_own_verdict() -> None:
     prompts = ["a" * length for length in range(12)]
     with Scripted(then=by_prompt) as server:
         answer = judge(server.url, concurrency=4)(some_images(12), prompts)
-        base = len("Caption: [] Say Score: X")
+        base = len("Caption: [] Say {Score: X}")
     assert answer.tolist() == [((base + length) % 5) / 4 for length in range(12)]
     assert server.most_in_flight > 1
 
