@@ -91,15 +91,12 @@ def test_concurrency_bounds_the_requests_of_all_callers_together() -> None:
     with Scripted(then=lambda content: Reply(scores(*[0.5] * len(content["images"])).body, seconds=0.1)) as server:
         reward = http_reward(server.url, batch=1, concurrency=3)
         threads = [threading.Thread(target=reward, args=(some_images(4), ["a"] * 4)) for _ in range(2)]
-        begun = time.monotonic()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert server.most_in_flight == 3
     assert len(server.asked) == 8
-    # 8 requests of 0.1 s, 3 at a time
-    assert time.monotonic() - begun < 0.8
 
 
 # several servers
