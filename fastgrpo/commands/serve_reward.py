@@ -6,14 +6,11 @@ import signal
 import socket
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
-from fastgrpo.config import build
 from fastgrpo.rewards.remote.connection import read_token
 from fastgrpo.rewards.remote.limits import Limits
-from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.train import device_of
+from fastgrpo.train import build_rewards, device_of
 
 UVICORN: dict[str, Any] = {
     "http": "h11",
@@ -30,7 +27,7 @@ UVICORN: dict[str, Any] = {
 
 
 def serve_reward(config: DictConfig) -> None:
-    """Serve every reward of a checked ``serve-reward`` config until SIGTERM or SIGINT."""
+    """Serve every reward of a checked ``serve-reward`` config, tried on golden pairs, until SIGTERM or SIGINT."""
     try:
         import uvicorn
 
@@ -39,12 +36,11 @@ def serve_reward(config: DictConfig) -> None:
         if error.name not in ("uvicorn", "fastapi"):
             raise
         raise ValueError(f"serve-reward needs {error.name}; install it with pip install 'fastgrpo[serve]'") from error
-    if config.runtime.threads > 0:
-        torch.set_num_threads(config.runtime.threads)
     token = read_token(config.token_env)
     limits = Limits(**config.limits)
-    rewards: Rewards = build(config.reward)
+    # who asks while weights are loaded waits
     with _listen(config.host, config.port, has_token=bool(token)) as listener:
+        rewards, _ = build_rewards(config)
         server = RewardServer(
             rewards=rewards.all,
             # a client asks again by itself
