@@ -18,9 +18,9 @@ from benchmarks.rewards.peers import PilScorer
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.jpeg import JpegSize
-from fastgrpo.rewards.network import Backend, RewardNetwork
+from fastgrpo.rewards.networks.network_reward import Backend, RewardNetwork
+from fastgrpo.rewards.networks.preprocess import Preprocess
 from fastgrpo.rewards.ocr import Ocr
-from fastgrpo.rewards.preprocess import Preprocess
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.shapes import ShapesReward
 from fastgrpo.runtime.compile import Eager, Inductor

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig
 
 from fastgrpo.rewards import aesthetic, clip_score, hps, image_reward, pick_score
-from fastgrpo.rewards.blip import BlipTower
-from fastgrpo.rewards.clip import ClipSimilarity, random_image_tower
-from fastgrpo.rewards.network import Backend, NetworkReward, RewardNetwork, TextEncoder, no_texts
-from fastgrpo.rewards.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare, Preprocess
-from fastgrpo.rewards.score_head import ScoreHead
+from fastgrpo.rewards.networks.blip import BlipTower
+from fastgrpo.rewards.networks.clip import ClipSimilarity, random_image_tower
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork, TextEncoder, no_texts
+from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare, Preprocess
+from fastgrpo.rewards.networks.score_head import ScoreHead
 
 _SIZE, _MINIATURE_SIZE = 224, 32
 _MINIATURE_WIDTH, _MINIATURE_VOCABULARY = 16, 40

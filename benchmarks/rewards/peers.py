@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fastgrpo.rewards.network import RewardNetwork, TextEncoder
+from fastgrpo.rewards.networks.network_reward import RewardNetwork, TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.kernels.timing import Clock, Quartiles, quartiles
 from benchmarks.rewards.case import Case
-from fastgrpo.rewards.network import NetworkReward
+from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.reward import Reward
 
 # of the baseline's largest score: a wrong picture or text is off by more

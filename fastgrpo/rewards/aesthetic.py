@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from fastgrpo.rewards.checkpoints import checkpoint_directory, load_directory, load_state, load_tensors
-from fastgrpo.rewards.clip import ClipImageTower, random_image_tower, vit_l_14
-from fastgrpo.rewards.network import Backend, NetworkReward, RewardNetwork
-from fastgrpo.rewards.preprocess import Preprocess
-from fastgrpo.rewards.score_head import ScoreHead
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory, load_state, load_tensors
+from fastgrpo.rewards.networks.clip import ClipImageTower, random_image_tower, vit_l_14
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork
+from fastgrpo.rewards.networks.preprocess import Preprocess
+from fastgrpo.rewards.networks.score_head import ScoreHead
 
 _OPTION = "reward.terms.aesthetic"
 

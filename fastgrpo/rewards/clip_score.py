@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import CLIPModel
 
 from fastgrpo import shapes
-from fastgrpo.rewards.checkpoints import checkpoint_directory, load_directory
-from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_l_14
-from fastgrpo.rewards.network import Backend, NetworkReward
-from fastgrpo.rewards.preprocess import Preprocess
-from fastgrpo.rewards.tokens import CLIP_TOKENIZER_FILES, load_clip_tokenizer
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory
+from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_l_14
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
+from fastgrpo.rewards.networks.preprocess import Preprocess
+from fastgrpo.rewards.networks.tokens import CLIP_TOKENIZER_FILES, load_clip_tokenizer
 
 
 def clip_score(*, path: str, backend: Backend) -> NetworkReward:

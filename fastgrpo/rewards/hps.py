@@ -9,12 +9,12 @@ from pathlib import Path
 
 from transformers import CLIPModel
 
-from fastgrpo.rewards.checkpoints import checkpoint_directory, load_tensors, load_weights
-from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
-from fastgrpo.rewards.network import Backend, NetworkReward
-from fastgrpo.rewards.open_clip import config_of, to_transformers
-from fastgrpo.rewards.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare
-from fastgrpo.rewards.tokens import CLIP_TOKENIZER_FILES, has_clip_tokenizer, load_clip_tokenizer
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_tensors, load_weights
+from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
+from fastgrpo.rewards.networks.open_clip import config_of, to_transformers
+from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare
+from fastgrpo.rewards.networks.tokens import CLIP_TOKENIZER_FILES, has_clip_tokenizer, load_clip_tokenizer
 
 _OPTION = "reward.terms.hps"
 _NUM_HEADS = 16

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
-from fastgrpo.rewards.blip import BlipTower, blip_configs, blip_large
-from fastgrpo.rewards.checkpoints import checkpoint_directory, load_state, load_tensors, load_weights
-from fastgrpo.rewards.network import Backend, NetworkReward, RewardNetwork
-from fastgrpo.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from fastgrpo.rewards.score_head import ScoreHead
-from fastgrpo.rewards.tokens import load_blip_tokenizer, to_device
+from fastgrpo.rewards.networks.blip import BlipTower, blip_configs, blip_large
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_state, load_tensors, load_weights
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork
+from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from fastgrpo.rewards.networks.score_head import ScoreHead
+from fastgrpo.rewards.networks.tokens import load_blip_tokenizer, to_device
 
 _OPTION = "reward.terms.image_reward"
 _NUM_TOKENS = 35

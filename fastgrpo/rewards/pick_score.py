@@ -7,11 +7,11 @@ import json
 
 from transformers import CLIPModel
 
-from fastgrpo.rewards.checkpoints import checkpoint_directory, load_directory
-from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
-from fastgrpo.rewards.network import Backend, NetworkReward
-from fastgrpo.rewards.preprocess import Preprocess
-from fastgrpo.rewards.tokens import CLIP_TOKENIZER_FILES, has_clip_tokenizer, load_clip_tokenizer
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory
+from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
+from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
+from fastgrpo.rewards.networks.preprocess import Preprocess
+from fastgrpo.rewards.networks.tokens import CLIP_TOKENIZER_FILES, has_clip_tokenizer, load_clip_tokenizer
 
 _OPTION = "reward.terms.pick_score"
 

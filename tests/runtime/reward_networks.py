@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from fastgrpo.rewards.aesthetic import AestheticNetwork
-from fastgrpo.rewards.blip import BlipTower
-from fastgrpo.rewards.clip import ClipImageTower, ClipSimilarity
 from fastgrpo.rewards.image_reward import ImageRewardNetwork
-from fastgrpo.rewards.network import RewardNetwork
-from fastgrpo.rewards.score_head import ScoreHead
+from fastgrpo.rewards.networks.blip import BlipTower
+from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity
+from fastgrpo.rewards.networks.network_reward import RewardNetwork
+from fastgrpo.rewards.networks.score_head import ScoreHead
 
 # of images, of texts, of the vocabulary, of embeddings
 SIZE, TOKENS, WORDS, WIDTH = 32, 12, 50, 24

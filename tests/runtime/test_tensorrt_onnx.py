@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
-from fastgrpo.rewards.network import NetworkReward
+from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.runtime.compile import Eager, as_dtype, cast_pixels, check_drift
 from fastgrpo.runtime.tensorrt_engine import make_logger
 from fastgrpo.runtime.tensorrt_export import Input, Profile, export, inputs_of, save_onnx

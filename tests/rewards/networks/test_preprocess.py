@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.rewards.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare, Preprocess
+from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, PadToSquare, Preprocess
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import to_images
 

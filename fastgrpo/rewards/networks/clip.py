@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from fastgrpo.rewards.network import RewardNetwork
-from fastgrpo.rewards.tokens import to_device
+from fastgrpo.rewards.networks.network_reward import RewardNetwork
+from fastgrpo.rewards.networks.tokens import to_device
 
 
 class ClipImageTower(nn.Module):

@@ -14,7 +14,7 @@ from fastgrpo.rewards.aesthetic import aesthetic
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.hps import hps
 from fastgrpo.rewards.image_reward import image_reward
-from fastgrpo.rewards.network import NetworkReward
+from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.pick_score import pick_score
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scoring import Scoring

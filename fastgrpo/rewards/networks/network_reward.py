@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.rewards.golden import golden_set
-from fastgrpo.rewards.preprocess import PadToSquare, Preprocess
+from fastgrpo.rewards.networks.preprocess import PadToSquare, Preprocess
 from fastgrpo.rewards.reward import RewardError
 
 # texts go through their encoder in batches of one shape, so that a row does not depend on which others are new
