@@ -27,7 +27,7 @@ class DriftError(ValueError):
 
 
 class Network(Protocol):
-    """What a backend needs of a reward network: see ``fastgrpo.rewards.network.RewardNetwork``."""
+    """What a backend needs of a reward network: see ``fastgrpo.rewards.networks.network_reward.RewardNetwork``."""
 
     @property
     def fingerprint(self) -> str: ...

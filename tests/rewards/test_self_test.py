@@ -12,6 +12,7 @@ from fastgrpo.config import build, load_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import GoldenSet, golden_set
 from fastgrpo.rewards.jpeg import JpegSize
+from fastgrpo.rewards.ocr import Ocr
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import SHIPPED, GoldenScores, compare, golden_scores, identity, record, self_test
@@ -94,8 +95,9 @@ def test_golden_scenes_are_what_the_verifier_makes_of_them() -> None:
         JpegSize(),
         JpegSize(maximize=True),
         clip_score(path="shapes", backend=Eager()),
+        Ocr(threads=1),
     ],
-    ids=["shapes", "strict", "jpeg", "jpeg maximized", "clip"],
+    ids=["shapes", "strict", "jpeg", "jpeg maximized", "clip", "ocr"],
 )
 def test_the_rewards_of_this_package_are_on_record_and_score_so(reward: Reward) -> None:
     expected = json.loads(SHIPPED.read_text())[identity(reward)]
