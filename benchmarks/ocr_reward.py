@@ -117,7 +117,7 @@ def contact_sheet(drawn: list[Sample], rewards: dict[str, list[float]]) -> Image
             told = f"{view}, {sample.kind}: {rewards[view][index]:.3f}"
             draw.text((x + 4, y + _THUMBNAIL + 4), told, fill="black", font=font)
     # few colors: noise makes a PNG of them all megabytes
-    return sheet.quantize(64)
+    return sheet.quantize(256)
 
 
 if __name__ == "__main__":
