@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def build_trainer(config: DictConfig) -> Trainer:
     """Everything a run needs, checked before the first forward pass; makes the run directory."""
     settings = config.train
     _check_positive(config, "train.iterations", "evaluate.every", "train.learning_rate", "train.max_minutes")
-    prompts = PromptSource(load_prompts(resolve_path(config.prompts.path)), settings.prompts_per_iteration, config.seed)
-    held_out = load_prompts(resolve_path(config.prompts.held_out))
+    texts, held_out = (load_prompts(resolve_path(path)) for path in (config.prompts.path, config.prompts.held_out))
+    prompts = PromptSource(texts, settings.prompts_per_iteration, config.seed)
     algorithm: Algorithm = build(config.algorithm)
-    rewards, golden_scores = build_rewards(config)
+    rewards, golden_scores = build_rewards(config, prompts=texts + held_out)
     directory = RunDirectory.create(config.output, resume=config.resume)
     _hold_to_beginning(directory, golden_scores, resume=config.resume)
     model = build_model(config)
@@ -100,10 +101,11 @@ def build_trainer(config: DictConfig) -> Trainer:
     return trainer
 
 
-def build_rewards(config: DictConfig) -> tuple[Rewards, dict[str, GoldenScores]]:
-    """The rewards of a config, tried on their golden pairs unless ``reward.golden`` is false."""
+def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewards, dict[str, GoldenScores]]:
+    """The rewards of a config, which can judge ``prompts``, tried on golden pairs unless ``reward.golden`` is false."""
     _set_threads(config)
     rewards: Rewards = build(config.reward)
+    rewards.check_prompts(prompts)
     return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
 
 

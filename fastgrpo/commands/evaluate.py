@@ -30,7 +30,7 @@ def evaluate(config: DictConfig) -> None:
     """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
     texts = load_prompts(resolve_path(config.prompts.held_out))
     algorithm: Algorithm = build(config.algorithm)
-    rewards, _ = build_rewards(config)
+    rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
     result = build_evaluation(config, model, rewards, algorithm, texts)()

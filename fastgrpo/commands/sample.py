@@ -35,7 +35,7 @@ def sample(config: DictConfig) -> None:
         raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
-    rewards = build_rewards(config)[0] if config.search else None
+    rewards = build_rewards(config, prompts=texts)[0] if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
     rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)

@@ -71,6 +71,10 @@ class Ocr:
         read = self.read(images_BCHW)
         return torch.tensor([self._grade(*pair) for pair in zip(read, wanted, strict=True)], dtype=torch.float32)
 
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError for a prompt that wants no text."""
+        wanted_text(prompt)
+
     def read(self, images_BCHW: Tensor) -> list[str]:
         """What stands in each image, in reading order and without spaces between its parts."""
         if not images_BCHW.isfinite().all():
@@ -108,8 +112,8 @@ def wanted_text(prompt: str) -> str:
     if is_odd or not wanted:
         found = "an odd number of quotation marks" if is_odd else "no text in quotation marks"
         raise ValueError(
-            f"the prompt {prompt!r} has {found}; the ocr reward reads what stands between pairs of double quotes, as "
-            'in: a sign that says "OPEN"'
+            f"{prompt!r} has {found}; the ocr reward reads what stands between pairs of double quotes, as in: "
+            'a sign that says "OPEN"'
         )
     return wanted
 

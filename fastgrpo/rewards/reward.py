@@ -1,10 +1,11 @@
 """What a reward is: a function of images and their prompts, one number an image; more is better.
 
-A reward may say three things about itself by attributes:
+A reward may say more about itself by attributes:
     in_thread   True if it computes on the CPU or waits for another machine: it is then called from threads, with images
                 on the CPU, while the GPU goes on.  Default False: it computes where the images are.
     golden_set  the pairs it is tried on before a run: a name in golden_set/, default ``scenes``, a ``GoldenSet``, or
                 ``none`` for a judge that knows certain prompts only
+    check_prompt  a method that raises ValueError for a prompt it cannot judge: all prompts are checked before a run
     golden_tolerance  how far their scores may lie from recorded ones, as a share of the spread; default 0.02
 """
 

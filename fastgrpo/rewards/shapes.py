@@ -27,3 +27,7 @@ class ShapesReward:
         images_BHWC = images_BCHW.float().permute(0, 2, 3, 1).cpu().numpy()
         scores = [verify(image, parse_caption(text)) for image, text in zip(images_BHWC, prompts, strict=True)]
         return torch.tensor([strict if self.strict else graded for graded, strict in scores])
+
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError for a sentence that the shapes world does not speak."""
+        parse_caption(prompt)

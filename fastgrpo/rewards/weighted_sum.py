@@ -9,7 +9,7 @@ add up to the same total stay apart; the advantage's ``std: global`` is then its
 Letters: P prompts, G samples of a prompt, B = P * G images, prompt-major.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -63,6 +63,17 @@ class Rewards:
     def all(self) -> dict[str, Reward]:
         """Terms and watched rewards by name."""
         return self.terms | self.watch
+
+    def check_prompts(self, prompts: Iterable[str]) -> None:
+        """ValueError, naming reward and prompt, for the first prompt that a reward cannot judge."""
+        checks = {name: getattr(reward, "check_prompt", None) for name, reward in self.all.items()}
+        for prompt in prompts:
+            for name, check in checks.items():
+                try:
+                    if check is not None:
+                        check(prompt)
+                except ValueError as error:
+                    raise ValueError(f"reward {name!r} cannot judge the prompt {prompt!r}: {error}") from error
 
     def begin(self, prompts: list[str], group_size: int) -> Scores[types.Rewards]:
         """Every reward of images of P prompts, to be added ``group_size`` a prompt in a row, then collected."""

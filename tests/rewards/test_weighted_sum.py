@@ -165,3 +165,18 @@ def test_images_that_prompts_do_not_divide_are_refused() -> None:
         rewards(IMAGES, ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="give every image one text"):
         rewards.score(IMAGES, ["a"])
+
+
+def test_prompts_that_a_reward_cannot_judge_are_named_before_any_image_is_made() -> None:
+    class Fussy:
+        def check_prompt(self, prompt: str) -> None:
+            if "cat" not in prompt:
+                raise ValueError("there is no cat in it")
+
+        def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+            return brightness(images_BCHW, prompts)
+
+    rewards = Rewards(terms={"bright": brightness}, weights={"bright": 1.0}, watch={"fussy": Fussy()})
+    rewards.check_prompts(["a cat", "two cats"])
+    with pytest.raises(ValueError, match="reward 'fussy' cannot judge the prompt 'a dog': there is no cat in it"):
+        rewards.check_prompts(["a cat", "a dog"])
