@@ -145,7 +145,7 @@ class Trainer:
         self.ema.load(state.ema, state.extra["ema_updates"])
         self.update.optimizer.load_state_dict(state.optimizer)
         self._skipped_in_a_row = state.extra["skipped_in_a_row"]
-        self._unrecorded = {name: float(value) for name, value in state.extra["unrecorded"].items()}
+        self._unrecorded = {name: float(value) for name, value in state.extra.get("unrecorded", {}).items()}
         self.metrics.truncate_to(self.iteration - bool(self._unrecorded))
 
     def _trained_steps(self) -> tuple[int, ...]:
