@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.rewards.pixels import to_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class JpegSize:
@@ -30,9 +32,8 @@ class JpegSize:
             raise ValueError(f"JPEG quality must lie in 1 to 95, got {self.quality}")
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-        pixels_BHWC = (images_BCHW * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         sign = 1.0 if self.maximize else -1.0
-        return torch.tensor([sign * self._kilobytes(pixels_HWC) for pixels_HWC in pixels_BHWC])
+        return torch.tensor([sign * self._kilobytes(pixels_HWC) for pixels_HWC in to_bytes(images_BCHW)])
 
     def _kilobytes(self, pixels_HWC: np.ndarray) -> float:
         file = BytesIO()

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.rewards.pixels import to_bytes
+
 _NEEDS = ("rapidocr", "onnxruntime", "rapidfuzz")
 _QUOTES = re.compile('[“”„‟"]')
 # of European writing; the marks that other writing decomposes into are letters of it
@@ -82,10 +84,9 @@ class Ocr:
         enlarge = self.search_side / max(images_BCHW.shape[2:])
         if enlarge > 1:
             images_BCHW = F.interpolate(images_BCHW.float(), scale_factor=enlarge, mode="bicubic")
-        pixels_BHWC = (images_BCHW * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         # crops of several images in one batch take longer than one image at a time, and would depend on each other
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(self._read_one, pixels_BHWC))
+            return list(pool.map(self._read_one, to_bytes(images_BCHW)))
 
     def _read_one(self, pixels_HWC: np.ndarray) -> str:
         # the networks know images as blue, green, red

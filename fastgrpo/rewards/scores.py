@@ -64,8 +64,8 @@ class Scores(Generic[Collected]):
     def _begin(self, images_BCHW: Tensor) -> None:
         texts = self._texts[self._num_begun : self._num_begun + len(images_BCHW)]
         self._num_begun += len(images_BCHW)
-        # shared by all rewards that want the images on the CPU
-        on_host = cache(partial(_copy_to_host, images_BCHW)) if images_BCHW.is_cuda else lambda: lambda: images_BCHW
+        # one copy for all rewards that want the images on the CPU, and none if there is no such reward
+        on_host = cache(partial(_on_host, images_BCHW))
         for name, reward in self._rewards.items():
             ask = partial(self._scoring, name, reward)
             if getattr(reward, "in_thread", False):
@@ -119,8 +119,10 @@ def _on_side_stream(work: Callable[[], Tensor], images_BCHW: Tensor) -> Callable
     return answer
 
 
-def _copy_to_host(images_BCHW: Tensor) -> Callable[[], Tensor]:
-    """Queue a copy into pinned memory; the function returned waits for it, in whatever thread."""
+def _on_host(images_BCHW: Tensor) -> Callable[[], Tensor]:
+    """Queue a copy of a GPU's images into pinned memory; the function returned waits for it, in whatever thread."""
+    if not images_BCHW.is_cuda:
+        return lambda: images_BCHW
     stream = _side_stream(images_BCHW.device, "copies")
     stream.wait_stream(torch.cuda.current_stream(images_BCHW.device))
     images_BCHW.record_stream(stream)

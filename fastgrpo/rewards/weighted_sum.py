@@ -106,8 +106,10 @@ class Rewards:
     def _grouped(self, group_size: int, named_B: Mapping[str, Tensor]) -> types.Rewards:
         named_PG = {name: reward_B.view(-1, group_size) for name, reward_B in named_B.items()}
         total_PG = self._total(named_PG)
-        learned = {name: _normalized(named_PG[name]) for name in self.terms} if self.normalize else named_PG
-        return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=self._total(learned))
+        learned_PG = total_PG
+        if self.normalize:
+            learned_PG = self._total({name: _normalized(named_PG[name]) for name in self.terms})
+        return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=learned_PG)
 
     def _total(self, named: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * named[name] for name in self.terms]).sum(dim=0)

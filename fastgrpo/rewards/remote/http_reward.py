@@ -65,13 +65,7 @@ class HttpReward:
         parts = [slice(first, first + self.batch) for first in range(0, len(prompts), self.batch)]
         questions = [_Batch(pixels_BHWC[part], prompts[part]) for part in parts]
         self._endpoints.ask(f"/v1/rewards/{self.name}/score", questions)
-        return to_device([score for question in questions for score in question.scores], images_BCHW.device)
-
-
-def to_device(scores: Sequence[float | None], device: torch.device) -> Tensor:
-    """Scores [B] in float32, sent without waiting for the device."""
-    scores_B = torch.tensor(scores, dtype=torch.float32)
-    return scores_B.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scores_B.to(device)
+        return torch.tensor([score for question in questions for score in question.scores], dtype=torch.float32)
 
 
 class _Batch:

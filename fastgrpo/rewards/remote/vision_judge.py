@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastgrpo.rewards.remote.connection import Connection
 from fastgrpo.rewards.remote.endpoints import Endpoints
 from fastgrpo.rewards.remote.errors import AskAgain, RemoteError, ServerFailed
-from fastgrpo.rewards.remote.http_reward import to_device
 from fastgrpo.rewards.remote.wire import to_pixels, to_png
 
 _MAX_QUOTED = 200
@@ -75,7 +75,7 @@ class VisionJudge:
         pixels_BHWC = to_pixels(images_BCHW)
         questions = [_Verdict(self, *pair) for pair in zip(pixels_BHWC, prompts, strict=True)]
         self._endpoints.ask("/chat/completions", questions)
-        return to_device([question.score for question in questions], images_BCHW.device)
+        return torch.tensor([question.score for question in questions], dtype=torch.float32)
 
     def _check(self) -> None:
         if "{prompt}" not in self.template:

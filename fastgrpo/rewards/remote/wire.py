@@ -38,10 +38,10 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.rewards.pixels import to_bytes
 from fastgrpo.rewards.reward import RewardError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -49,16 +49,13 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 def to_pixels(images_BCHW: Tensor) -> np.ndarray:
     """Bytes [B, H, W, 3] on the CPU of images in [0, 1]; RewardError if one is not finite, which no byte shows."""
-    pixels_BHWC = (images_BCHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    finite_B = images_BCHW.isfinite().flatten(1).all(dim=1)
-    # the one moment at which a GPU is waited for
-    pixels, finite = pixels_BHWC.cpu().numpy(), finite_B.tolist()
+    finite = images_BCHW.isfinite().flatten(1).all(dim=1).tolist()
     if not all(finite):
         raise RewardError(
             f"{finite.count(False)} of {len(finite)} images have pixels that are not finite, the first is image "
             f"{finite.index(False)}; the policy is broken: lower train.learning_rate"
         )
-    return pixels
+    return to_bytes(images_BCHW)
 
 
 def to_png(pixels_HWC: np.ndarray) -> bytes:
