@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
+from fastgrpo.batches import BatchSizes
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
@@ -41,7 +42,7 @@ class Evaluation:
     texts: Sequence[str]
     images_per_prompt: int
     grid: Sequence[float]
-    micro_batch: int
+    batch_sizes: BatchSizes
     seed: int
     num_shown: int = 32
 
@@ -52,19 +53,23 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self) -> EvaluationResult:
         rollout = Rollout(
-            model=self.model, grid=self.grid, dynamics=ODE(), micro_batch=self.micro_batch, seed=self.seed
+            model=self.model, grid=self.grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=self.seed
         )
         awaited = self.rewards.begin(list(self.texts), self.images_per_prompt)
         shown: list[Tensor] = []
         # a few prompts at a time: a full-size evaluation does not fit a GPU's memory as images
-        prompts_at_once = max(1, self.micro_batch // self.images_per_prompt)
-        for first in range(0, len(self.texts), prompts_at_once):
-            texts = list(self.texts[first : first + prompts_at_once])
-            prompts = Prompts(texts, ids=list(range(first, first + len(texts))))
-            draw = NoiseDraw(self.seed, prompts.ids, self.images_per_prompt, self.model.latent_shape, self.model.device)
-            start_BCHW = draw(EVALUATION_STREAM, self.images_per_prompt).flatten(0, 1)
-            images_BCHW = rollout(prompts, self.model.encode(texts), start_BCHW, (), awaited.add).images_BCHW
-            shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
+        prompts_at_once = max(1, self.batch_sizes.sampling.value // self.images_per_prompt)
+        # without what is lossy: an evaluation judges the policy alone
+        with self.model.sampling():
+            for first in range(0, len(self.texts), prompts_at_once):
+                texts = list(self.texts[first : first + prompts_at_once])
+                ids = list(range(first, first + len(texts)))
+                draw = NoiseDraw(self.seed, ids, self.images_per_prompt, self.model.latent_shape, self.model.device)
+                start_BCHW = draw(EVALUATION_STREAM, self.images_per_prompt).flatten(0, 1)
+                images_BCHW = rollout(
+                    Prompts(texts, ids), self.model.encode(texts), start_BCHW, (), awaited.add
+                ).images_BCHW
+                shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
         scores = {name: scores_PG.cpu() for name, scores_PG in awaited.collect().named.items()}
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
         images_BCHW = torch.cat(shown)

@@ -1,36 +1,35 @@
 """Conditions and start noise -> images, and the trained steps that led to them.
 
-Trained steps are stochastic, x_next = mean + std * noise with a log-probability; all others follow the ODE.  Latents
-stay float32 between steps, so what ``update`` replays is exactly what was stored.
+Trained steps are stochastic, x_next = mean + std * noise with a log-probability; all others follow the ODE.  A rollout
+is prefix, window and rest: the window, from the first trained step to the last, is computed as ``update`` replays it,
+by the same function on batches of the same size; what is before and after it is only sampled.  Latents stay float32
+between steps, so what is replayed is exactly what was stored.
 Letters: P prompts, G samples of each, B = P * G samples, T trained steps, C H W of a latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
+from fastgrpo.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.types import Conditions, Prompts, Trajectories
-from fastgrpo_kernels import PhiloxNoise
+from fastgrpo.types import Conditions, Prompts, TrainedSteps, Trajectories
+from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Samples the policy.  ``micro_batch`` samples run at a time; the recipe does not depend on it."""
+    """Samples the policy.  The recipe does not depend on ``batch_sizes``."""
 
     model: FlowModel
     grid: Sequence[float]
     dynamics: Dynamics
-    micro_batch: int
+    batch_sizes: BatchSizes
     seed: int
-
-    def __post_init__(self) -> None:
-        if self.micro_batch < 1:
-            raise ValueError(f"runtime.micro_batch must be at least 1, got {self.micro_batch}")
 
     @torch.no_grad()
     def __call__(
@@ -40,56 +39,106 @@ class Rollout:
         start_BCHW: Tensor,
         steps: tuple[int, ...],
         hand_on: Callable[[Tensor], None] = lambda images_BCHW: None,
+        *,
+        is_shared: bool = False,
     ) -> Trajectories:
         """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions.
 
-        ``hand_on`` is given the images of each micro-batch as soon as they are decoded.
+        ``hand_on`` is given the images of each batch as soon as they are decoded.  ``is_shared`` says that all samples
+        of a prompt start from one noise: they are one until the first stochastic step.
         """
         group_size = len(start_BCHW) // len(prompts)
         samples = conditions.repeat(group_size)
+        end = len(self.grid) - 1
+        first, last = (steps[0], steps[-1] + 1) if steps else (end, end)
+        if is_shared:
+            x_BCHW = self._deterministic(start_BCHW[::group_size], conditions, range(first))
+            x_BCHW = x_BCHW.repeat_interleave(group_size, dim=0)
+        else:
+            x_BCHW = self._deterministic(start_BCHW, samples, range(first))
         step_noise = self._step_noise(prompts, group_size, steps)
-        parts = [
-            self._micro_batch(
-                start_BCHW[rows], samples[rows], {step: noise[rows] for step, noise in step_noise.items()}, hand_on
-            )
-            for rows in micro_batches(len(start_BCHW), self.micro_batch)
-        ]
-        images, x, x_next, log_prob = zip(*parts, strict=True)
-        return Trajectories(
-            images_BCHW=torch.cat(images),
-            x_TBCHW=torch.cat(x, dim=1),
-            x_next_TBCHW=torch.cat(x_next, dim=1),
-            log_prob_TB=torch.cat(log_prob, dim=1),
-            steps=steps,
-            start_BCHW=start_BCHW,
-        )
+        x_BCHW, trained = self._window(x_BCHW, samples, range(first, last), step_noise)
+        images_BCHW = self._images(x_BCHW, samples, range(last, end), hand_on)
+        return Trajectories(images_BCHW, start_BCHW, trained)
 
-    def _micro_batch(
-        self,
-        x_BCHW: Tensor,
-        conditions: Conditions,
-        step_noise: dict[int, PhiloxNoise],
-        hand_on: Callable[[Tensor], None],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, x_next, log_prob = [], [], []
-        for step in range(len(self.grid) - 1):
+    def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
+        """Latents after some steps of the ODE."""
+        if not steps:
+            return x_BCHW
+
+        def run(batch: Batch) -> Tensor:
+            return self._ode(batch.of(x_BCHW), batch.conditions(conditions), steps)[: batch.count]
+
+        with self.model.sampling(lossy=True):
+            return torch.cat([x for _, x in in_batches(len(x_BCHW), self.batch_sizes.sampling, run)])
+
+    def _window(
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
+    ) -> tuple[Tensor, TrainedSteps]:
+        """Latents after the window, and what is stored of its trained steps."""
+        if not steps:
+            none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
+            return x_BCHW, TrainedSteps(none_TBCHW, none_TBCHW, x_BCHW.new_empty(0, len(x_BCHW)), none_TBCHW, ())
+
+        def run(batch: Batch) -> tuple[Tensor, TrainedSteps]:
+            step_noise = {
+                step: replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
+                for step, n in noise.items()
+            }
+            x, trained = self._stochastic(batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise)
+            return x[: batch.count], trained.map(lambda part_TB: part_TB[:, : batch.count])
+
+        parts = [part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run)]
+        x, (trained, *others) = torch.cat([x for x, _ in parts]), [trained for _, trained in parts]
+        return x, trained.cat(*others)
+
+    def _stochastic(
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
+    ) -> tuple[Tensor, TrainedSteps]:
+        x, x_next, log_prob, unconditional = [], [], [], []
+        for step in steps:
             v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
-            if step not in step_noise:
+            if step not in noise:
                 x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
                 continue
             x.append(x_BCHW)
-            x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, step_noise[step])
+            x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, noise[step])
             x_next.append(x_BCHW)
             log_prob.append(log_prob_B)
-        images_BCHW = self.model.decode(x_BCHW)
-        hand_on(images_BCHW)
-        none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
-        return (
-            images_BCHW,
-            torch.stack(x) if x else none_TBCHW,
-            torch.stack(x_next) if x_next else none_TBCHW,
-            torch.stack(log_prob) if log_prob else none_TBCHW.new_empty(0, len(x_BCHW)),
+            if isinstance(v_BCHW, GuidedVelocity):
+                unconditional.append(v_BCHW.unconditional)
+        return x_BCHW, TrainedSteps(
+            torch.stack(x),
+            torch.stack(x_next),
+            torch.stack(log_prob),
+            torch.stack(unconditional) if unconditional else x_BCHW.new_empty(0, *x_BCHW.shape),
+            tuple(noise),
         )
+
+    def _images(
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None]
+    ) -> Tensor:
+        """The rest of the ODE, and what it leads to."""
+
+        def run(batch: Batch) -> Tensor:
+            x_0_BCHW = self._ode(batch.of(x_BCHW), batch.conditions(conditions), steps)
+            decoded = in_batches(
+                len(x_0_BCHW), self.batch_sizes.decoding, lambda part: self.model.decode(part.of(x_0_BCHW))
+            )
+            return torch.cat([images[: part.count] for part, images in decoded])[: batch.count]
+
+        images: list[Tensor] = []
+        with self.model.sampling(lossy=True):
+            for _, images_BCHW in in_batches(len(x_BCHW), self.batch_sizes.sampling, run):
+                hand_on(images_BCHW)
+                images.append(images_BCHW)
+        return torch.cat(images)
+
+    def _ode(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
+        for step in steps:
+            v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
+            x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
+        return x_BCHW
 
     def _step_noise(self, prompts: Prompts, group_size: int, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
         """The noise of each step: a function of the global prompt index and the place in the group."""
@@ -97,8 +146,3 @@ class Rollout:
         prompt_ids_B = torch.tensor(prompts.ids, device=device).repeat_interleave(group_size)
         sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))
         return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B) for step in steps}
-
-
-def micro_batches(count: int, size: int) -> list[slice]:
-    """The rows [0, count) in slices of at most ``size``.  Rollout and update cut alike, so that rounding is equal."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

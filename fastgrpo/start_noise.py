@@ -45,7 +45,9 @@ class StartNoise:
             scored = Prompts([prompts.texts[row] for row in rows], prompt_ids)
             scores = self.rewards.begin_search([text for text in scored.texts for _ in range(noise_PKCHW.shape[1])])
             sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
-            sample(scored, conditions[torch.tensor(rows)], noise_PKCHW.flatten(0, 1), (), scores.add)
+            sample(scored, conditions.take(rows), noise_PKCHW.flatten(0, 1), (), scores.add)
             return scores.collect().view(noise_PKCHW.shape[:2])
 
-        return self.algorithm.noise(draw, score)
+        # once for all rounds
+        with self.rollout.model.sampling(lossy=True):
+            return self.algorithm.noise(draw, score)

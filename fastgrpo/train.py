@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.batches import BatchSizes
 from fastgrpo.checkpoint import Checkpoint
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.evaluate import Evaluation
@@ -49,11 +50,13 @@ def build_trainer(config: DictConfig) -> Trainer:
     _hold_to_beginning(directory, golden_scores, resume=config.resume)
     model = build_model(config)
     grid = algorithm.grid
+    num_samples = settings.prompts_per_iteration * settings.group_size
+    batch_sizes = build_batch_sizes(config, at_most=max(1, num_samples // settings.optimizer_steps))
     rollout = Rollout(
         model=model,
         grid=grid,
         dynamics=algorithm.dynamics,
-        micro_batch=config.runtime.micro_batch,
+        batch_sizes=batch_sizes,
         seed=config.seed,
     )
     start_noise = StartNoise(
@@ -65,7 +68,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         seed=config.seed,
     )
     optimizer = torch.optim.AdamW(
-        list(model.trainable.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        list(model.trainable.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     update = Update(
         model=model,
@@ -75,7 +78,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         optimizer=optimizer,
         optimizer_steps=settings.optimizer_steps,
         max_grad_norm=settings.max_grad_norm,
-        micro_batch=config.runtime.micro_batch,
+        batch_size=batch_sizes.training,
         seed=config.seed,
     )
     trainer = Trainer(
@@ -112,7 +115,13 @@ def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewa
 def build_model(config: DictConfig) -> FlowModel:
     """The model of a config, on its device."""
     _set_threads(config)
-    return build(config.model, adaptation=build(config.adaptation), device=device_of(config))
+    return build(
+        config.model,
+        adaptation=build(config.adaptation),
+        device=device_of(config),
+        attention=config.runtime.attention,
+        checkpointing=config.runtime.checkpointing,
+    )
 
 
 def build_evaluation(
@@ -125,9 +134,16 @@ def build_evaluation(
         texts=texts,
         images_per_prompt=config.evaluate.images_per_prompt,
         grid=algorithm.evaluation_grid(config.evaluate.num_steps),
-        micro_batch=config.runtime.micro_batch,
+        batch_sizes=build_batch_sizes(config),
         seed=0,
     )
+
+
+def build_batch_sizes(config: DictConfig, at_most: int | None = None) -> BatchSizes:
+    """How many samples run at a time; no more in training than an optimizer step has, so that rollout cuts as it."""
+    runtime = config.runtime
+    training = runtime.micro_batch if at_most is None else min(runtime.micro_batch, at_most)
+    return BatchSizes.of(training, runtime.sampling_batch, runtime.decode_batch)
 
 
 def device_of(config: DictConfig) -> str:

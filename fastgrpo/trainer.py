@@ -81,13 +81,15 @@ class Trainer:
             noise = self.start_noise(prompts, conditions, self.iteration)
         with timer("rollout"):
             scores = self.rewards.begin(prompts.texts, self.group_size)
-            trajectories = self.rollout(prompts, conditions, noise.start_BCHW, self._trained_steps(), scores.add)
+            trajectories = self.rollout(
+                prompts, conditions, noise.start_BCHW, self._trained_steps(), scores.add, is_shared=noise.is_shared
+            )
         with timer("reward"):
             rewards = scores.collect()
             advantages_PG = self.algorithm.advantage(rewards.learned_PG)
         with timer("update"):
             samples = conditions.repeat(self.group_size)
-            stats = self.update(trajectories, samples, advantages_PG.flatten(), self.iteration)
+            stats = self.update(trajectories.trained, samples, advantages_PG.flatten(), self.iteration)
             self.ema.update()
         self._check(stats, trajectories, advantages_PG)
         self.iteration += 1
@@ -144,6 +146,9 @@ class Trainer:
                 weight.copy_(state.weights[name])
         self.ema.load(state.ema, state.extra["ema_updates"])
         self.update.optimizer.load_state_dict(state.optimizer)
+        for group in self.update.optimizer.param_groups:
+            # update relies on it, and a checkpoint may be older
+            group["fused"] = True
         self._skipped_in_a_row = state.extra["skipped_in_a_row"]
         self._unrecorded = {name: float(value) for name, value in state.extra.get("unrecorded", {}).items()}
         self.metrics.truncate_to(self.iteration - bool(self._unrecorded))
@@ -192,8 +197,8 @@ class Trainer:
         else:
             return
         path = self.directory.path / "failed_batch.safetensors"
-        tensors = {name: value for name, value in vars(trajectories).items() if isinstance(value, Tensor)}
-        tensors["advantages_PG"] = advantages_PG
+        kept = vars(trajectories) | vars(trajectories.trained) | {"advantages_PG": advantages_PG}
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         safetensors.torch.save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
         raise TrainingError(f"iteration {self.iteration}: {why}; its samples are in {path}")
 

@@ -9,6 +9,7 @@ Letters, used in names throughout the package:
     L text tokens (C is then the width of an embedding)
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,25 +33,42 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Encoded text, one row a prompt or a sample."""
+    """Encoded text, one row a prompt or a sample.  Rows of equal text have equal ``keys``, where these are known."""
 
     embeds_BLC: Tensor
     pooled_BC: Tensor
+    keys: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.embeds_BLC)
 
-    def __getitem__(self, rows: slice | Tensor) -> "Conditions":
-        return Conditions(self.embeds_BLC[rows], self.pooled_BC[rows])
+    def __getitem__(self, rows: slice) -> "Conditions":
+        return Conditions(self.embeds_BLC[rows], self.pooled_BC[rows], self.keys[rows])
+
+    def cat(self, *others: "Conditions") -> "Conditions":
+        """The rows of all."""
+        parts = (self, *others)
+        return Conditions(
+            torch.cat([part.embeds_BLC for part in parts]),
+            torch.cat([part.pooled_BC for part in parts]),
+            tuple(key for part in parts for key in part.keys) if all(part.keys for part in parts) else (),
+        )
+
+    def take(self, rows: Sequence[int]) -> "Conditions":
+        """The given rows, in that order.  Slices, not an index tensor: nothing is copied from the host."""
+        first, *others = [self[row : row + 1] for row in rows]
+        return first.cat(*others)
 
     def repeat(self, group_size: int) -> "Conditions":
         """Each row ``group_size`` times in a row: conditions of prompts become conditions of samples."""
         return Conditions(
-            self.embeds_BLC.repeat_interleave(group_size, dim=0), self.pooled_BC.repeat_interleave(group_size, dim=0)
+            self.embeds_BLC.repeat_interleave(group_size, dim=0),
+            self.pooled_BC.repeat_interleave(group_size, dim=0),
+            tuple(key for key in self.keys for _ in range(group_size)),
         )
 
     def to(self, device: torch.device | str) -> "Conditions":
-        return Conditions(self.embeds_BLC.to(device), self.pooled_BC.to(device))
+        return Conditions(self.embeds_BLC.to(device), self.pooled_BC.to(device), self.keys)
 
 
 @dataclass(frozen=True)
@@ -59,35 +77,51 @@ class Noise:
 
     ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN
     for a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.
+    ``is_shared`` says that all samples of each prompt start from one noise.
     """
 
     start_BCHW: Tensor
     metrics: dict[str, float]
     num_scored: int
     estimates_PG: Tensor | None = None
+    is_shared: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedSteps:
+    """What update replays: T stochastic steps of B samples.  ``steps`` are their indices into the grid.
+
+    ``unconditional_TBCHW`` is the old policy's other branch of guidance; T is 0 there without guidance.
+    """
+
+    x_TBCHW: Tensor
+    x_next_TBCHW: Tensor
+    log_prob_TB: Tensor
+    unconditional_TBCHW: Tensor
+    steps: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that is stored; dimension 1 is samples."""
+        return self.x_TBCHW, self.x_next_TBCHW, self.log_prob_TB, self.unconditional_TBCHW
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TrainedSteps":
+        """A function of each tensor."""
+        return TrainedSteps(*map(function, self.tensors), self.steps)
+
+    def cat(self, *others: "TrainedSteps") -> "TrainedSteps":
+        """The samples of all, of the same steps."""
+        columns = zip(self.tensors, *(other.tensors for other in others), strict=True)
+        return TrainedSteps(*(torch.cat(column, dim=1) for column in columns), self.steps)
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B images (float32, in [0, 1]) and the T trained steps that led to them; ``steps`` are indices into the grid."""
+    """B images (float32, in [0, 1]) and the trained steps that led to them."""
 
     images_BCHW: Tensor
-    x_TBCHW: Tensor
-    x_next_TBCHW: Tensor
-    log_prob_TB: Tensor
-    steps: tuple[int, ...]
     start_BCHW: Tensor
-
-    def rows(self, rows: slice) -> "Trajectories":
-        """Some of the samples, all of their steps."""
-        return Trajectories(
-            self.images_BCHW[rows],
-            self.x_TBCHW[:, rows],
-            self.x_next_TBCHW[:, rows],
-            self.log_prob_TB[:, rows],
-            self.steps,
-            self.start_BCHW[rows],
-        )
+    trained: TrainedSteps
 
 
 @dataclass(frozen=True)

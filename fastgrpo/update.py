@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.batches import Batch, batches
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.rollout import micro_batches
-from fastgrpo.types import Conditions, Trajectories
+from fastgrpo.runtime.batch_size import BatchSize
+from fastgrpo.types import Conditions, TrainedSteps
 from fastgrpo_kernels import GRPOStats
 
 
@@ -46,7 +47,7 @@ class Update:
     optimizer: torch.optim.Optimizer
     optimizer_steps: int
     max_grad_norm: float
-    micro_batch: int
+    batch_size: BatchSize
     seed: int
 
     def __post_init__(self) -> None:
@@ -56,68 +57,128 @@ class Update:
             raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
 
     def __call__(
-        self, trajectories: Trajectories, conditions_B: Conditions, advantages_B: Tensor, iteration: int
+        self, trained: TrainedSteps, conditions_B: Conditions, advantages_B: Tensor, iteration: int
     ) -> UpdateStats:
         """``conditions_B`` and ``advantages_B`` have one row a sample."""
-        seen: list[tuple[int, Tensor, GRPOStats]] = []
-        first_seen, grad_norms = 0, []
-        for share in self._shares(len(advantages_B), iteration):
-            count = sum(rows.stop - rows.start for rows in share) * len(trajectories.steps)
-            for rows in share:
-                batch, conditions = trajectories.rows(rows), conditions_B[rows]
-                for place in range(len(batch.steps)):
-                    log_prob_B, kl_B = self._replay(batch, conditions, place)
-                    loss, stats = self.objective(log_prob_B, batch.log_prob_TB[place], advantages_B[rows], kl_B)
-                    (loss * (len(log_prob_B) / count)).backward()
-                    seen.append((len(log_prob_B), loss.detach(), stats))
-            first_seen = first_seen or len(seen)
+        first: list[_Seen] = []
+        others: list[_Seen] = []
+        grad_norms = []
+        for rows in self._shares(len(advantages_B), iteration):
+            share = trained, conditions_B, advantages_B
+            if len(rows) < len(advantages_B):
+                share = _take(rows, *share)
+            # the old policy's branch of guidance is the policy's own until the first optimizer step
+            (others if first else first).extend(self._accumulate(*share, is_on_policy=not first))
             grad_norms.append(self._optimizer_step())
-        return _summarize(seen, first_seen, torch.stack(grad_norms))
+        return _summarize(first, others, torch.stack(grad_norms))
 
-    def _shares(self, num_samples: int, iteration: int) -> list[list[slice]]:
-        """The rollout's micro-batches, shuffled, in ``optimizer_steps`` shares."""
-        batches = micro_batches(num_samples, self.micro_batch)
-        if len(batches) < self.optimizer_steps:
+    def _shares(self, num_samples: int, iteration: int) -> list[list[int]]:
+        """The samples of each optimizer step, drawn anew in each iteration: whatever the micro-batch."""
+        if num_samples < self.optimizer_steps:
             raise ValueError(
-                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {len(batches)} micro-batches of "
-                f"runtime.micro_batch={self.micro_batch}; lower one of them"
+                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {num_samples} samples; "
+                "lower it, or raise train.prompts_per_iteration or train.group_size"
             )
+        if self.optimizer_steps == 1:
+            return [list(range(num_samples))]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return [[batches[i] for i in order[first :: self.optimizer_steps]] for first in range(self.optimizer_steps)]
+        order = torch.randperm(num_samples, generator=generator).tolist()
+        return [order[first :: self.optimizer_steps] for first in range(self.optimizer_steps)]
 
-    def _replay(self, batch: Trajectories, conditions: Conditions, place: int) -> tuple[Tensor, Tensor]:
+    def _accumulate(
+        self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, *, is_on_policy: bool
+    ) -> list["_Seen"]:
+        """Leave the gradient of the mean loss of some samples; begun anew where a batch does not fit in memory."""
+
+        def run(batch: Batch) -> list[_Seen]:
+            rows = trained.map(lambda part_TB: batch.of(part_TB, dim=1))
+            return [
+                self._backward(rows, place, batch, batch.conditions(conditions), advantages_B, is_on_policy)
+                for place in range(len(trained.steps))
+            ]
+
+        while True:
+            try:
+                return [seen for batch in batches(len(advantages_B), self.batch_size.value) for seen in run(batch)]
+            except torch.OutOfMemoryError as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.batch_size.halve(error)
+
+    def _backward(
+        self,
+        rows: TrainedSteps,
+        place: int,
+        batch: Batch,
+        conditions: Conditions,
+        advantages_B: Tensor,
+        is_on_policy: bool,
+    ) -> "_Seen":
+        """Add one step's gradient of one batch."""
+        is_guided_on_policy = is_on_policy and len(rows.unconditional_TBCHW) > 0
+        log_prob_B, kl_B = self._replay(
+            rows, place, conditions, rows.unconditional_TBCHW[place] if is_guided_on_policy else None
+        )
+        kept = slice(batch.count)
+        loss, stats = self.objective(
+            log_prob_B[kept], rows.log_prob_TB[place, kept], batch.of(advantages_B)[kept], kl_B[kept]
+        )
+        (loss * (batch.count / (len(advantages_B) * len(rows.steps)))).backward()
+        return _Seen(batch.count, loss.detach(), stats)
+
+    def _replay(
+        self, rows: TrainedSteps, place: int, conditions: Conditions, unconditional: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """log_prob and KL [B] of one stored step under the policy as it is now."""
-        x_BCHW, step = batch.x_TBCHW[place], batch.steps[place]
+        x_BCHW, step = rows.x_TBCHW[place], rows.steps[place]
         t = self.grid[step]
-        v_reference_BCHW = self.model.reference_velocity(x_BCHW, t, conditions) if self.objective.kl_coef > 0 else None
-        v_BCHW = self.model.velocity(x_BCHW, t, conditions)
-        return self.dynamics(self.grid, step).log_prob(x_BCHW, v_BCHW, batch.x_next_TBCHW[place], v_reference_BCHW)
+        if self.objective.kl_coef > 0:
+            v_BCHW, reference_BCHW = self.model.velocity_and_reference(x_BCHW, t, conditions, unconditional)
+        else:
+            v_BCHW, reference_BCHW = self.model.velocity(x_BCHW, t, conditions, unconditional), None
+        return self.dynamics(self.grid, step).log_prob(x_BCHW, v_BCHW, rows.x_next_TBCHW[place], reference_BCHW)
 
     def _optimizer_step(self) -> Tensor:
         """Clip, step, and clear; a gradient that is not finite is dropped.  Returns its norm."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        if grad_norm.isfinite():
-            self.optimizer.step()
+        # a fused optimizer reads this on the device, so that nobody waits to know whether to step
+        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
 
-def _summarize(seen: list[tuple[int, Tensor, GRPOStats]], first_seen: int, grad_norms: Tensor) -> UpdateStats:
-    sizes, losses, stats = zip(*seen, strict=True)
-    weights = torch.tensor(sizes, dtype=torch.float64, device=grad_norms.device) / sum(sizes)
+def _take(
+    rows: list[int], trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor
+) -> tuple[TrainedSteps, Conditions, Tensor]:
+    """Some of the samples."""
+    index = torch.tensor(rows).to(advantages_B.device, non_blocking=True)
+    return trained.map(lambda part_TB: part_TB.index_select(1, index)), conditions.take(rows), advantages_B[index]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One step of a batch, as the policy that was updated by it saw it."""
+
+    num_samples: int
+    loss: Tensor
+    stats: GRPOStats
+
+
+def _summarize(first: list[_Seen], others: list[_Seen], grad_norms: Tensor) -> UpdateStats:
+    seen = first + others
+    num_samples = torch.tensor([s.num_samples for s in seen], dtype=torch.float64, device=grad_norms.device)
 
     def mean(values: Iterable[Tensor]) -> float:
-        return (weights * torch.stack(list(values))).sum().item()
+        return (num_samples * torch.stack(list(values))).sum().item() / sum(s.num_samples for s in seen)
 
     finite = grad_norms.isfinite()
     return UpdateStats(
-        loss=mean(losses),
-        kl=mean(s.kl for s in stats),
-        approx_kl=mean(s.approx_kl for s in stats),
-        ratio_deviation=torch.stack([s.ratio_deviation for s in stats[:first_seen]]).max().item(),
-        clip_fraction=mean(s.clip_fraction for s in stats),
+        loss=mean(s.loss for s in seen),
+        kl=mean(s.stats.kl for s in seen),
+        approx_kl=mean(s.stats.approx_kl for s in seen),
+        ratio_deviation=torch.stack([s.stats.ratio_deviation for s in first]).max().item(),
+        clip_fraction=mean(s.stats.clip_fraction for s in seen),
         grad_norm=grad_norms[finite].mean().item() if finite.any() else float("nan"),
         skipped_steps=int((~finite).sum()),
     )

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"prompts", "start_noise", "rollout", "update", "evaluate", "checkpoint", "metrics"}
+STAGES = {"prompts", "start_noise", "batches", "rollout", "update", "evaluate", "checkpoint", "metrics"}
 PIECES = {"algorithm", "models", "rewards", "runtime", "records"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
+    "private_directory": set(),
     "shapes": set(),
     "algorithm": {"types"},
-    "models": {"types"},
+    "models": {"types", "private_directory"},
     "rewards": {"types", "shapes"},
-    "runtime": {"types"},
+    "runtime": {"types", "private_directory"},
     "records": {"types"},
     **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
     "trainer": STAGES | BELOW_STAGES,

@@ -109,7 +109,7 @@ class SharedNoise:
 
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
         start_PGCHW = draw(START_STREAM, 1).repeat_interleave(draw.group_size, dim=1)
-        return Noise(start_PGCHW.flatten(0, 1), metrics={}, num_scored=0)
+        return Noise(start_PGCHW.flatten(0, 1), metrics={}, num_scored=0, is_shared=True)
 
 
 def rank_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

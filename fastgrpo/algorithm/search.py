@@ -91,7 +91,8 @@ class EliteSearch:
             estimates_PG[rows] = found_PG
         metrics["search/gain"] = gain_P.mean().item()
         num_scored = len(rows) * self.rounds * self.candidates
-        return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored, estimates_PG)
+        is_shared = self.start == "mean" and len(rows) == len(start_PGCHW)
+        return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored, estimates_PG, is_shared)
 
     def searched_share(self, iteration: int, num_iterations: int) -> float:
         """The expected share of prompts that are searched: from 1 - mix down to anneal * (1 - mix)."""
@@ -169,7 +170,7 @@ class BestOfK:
         rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
         best_PS = rewards_PK.unflatten(1, (num_searches, self.candidates)).argmax(dim=2)
         best_PS = best_PS + self.candidates * torch.arange(num_searches, device=best_PS.device)
-        return _hand_out(candidates_PKCHW, rewards_PK, best_PS.expand(-1, draw.group_size))
+        return _hand_out(candidates_PKCHW, rewards_PK, best_PS, draw.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,14 +197,17 @@ class RandomSearch:
         rewards_PK = torch.cat(rounds_PK, dim=1)
         # candidates are exchangeable, so the first ones are random ones
         num_taken = draw.group_size if self.start == "distinct" else 1
-        taken_PG = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), draw.group_size)
-        return _hand_out(torch.cat(rounds_PKCHW, dim=1), rewards_PK, taken_PG)
+        taken_PS = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), -1)
+        return _hand_out(torch.cat(rounds_PKCHW, dim=1), rewards_PK, taken_PS, draw.group_size)
 
 
-def _hand_out(candidates_PKCHW: Tensor, rewards_PK: Tensor, picked_PG: Tensor) -> Noise:
+def _hand_out(candidates_PKCHW: Tensor, rewards_PK: Tensor, picked_PS: Tensor, group_size: int) -> Noise:
+    """The candidates picked, one for the group or one a sample."""
+    picked_PG = picked_PS.expand(-1, group_size)
     estimates_PG = rewards_PK.gather(1, picked_PG)
     metrics = {"search/gain": (estimates_PG.mean() - rewards_PK.mean()).item()}
-    return Noise(_take(candidates_PKCHW, picked_PG).flatten(0, 1), metrics, rewards_PK.numel(), estimates_PG)
+    start_BCHW = _take(candidates_PKCHW, picked_PG).flatten(0, 1)
+    return Noise(start_BCHW, metrics, rewards_PK.numel(), estimates_PG, is_shared=picked_PS.shape[1] == 1)
 
 
 def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int, prompt_ids: list[int]) -> Tensor:

@@ -19,7 +19,7 @@ from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
 from fastgrpo.rollout import Rollout
-from fastgrpo.train import build_model, device_of
+from fastgrpo.train import build_batch_sizes, build_model, device_of
 from fastgrpo.trainer import MAX_RATIO_DEVIATION, TrainingError
 from fastgrpo.update import Update
 
@@ -66,11 +66,11 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
     steps = algorithm.timesteps(len(algorithm.grid) - 1, 0, config.seed)
     model = build_model(config)
     _nudge(model, config.seed)
+    batch_sizes = build_batch_sizes(config)
     common = {
         "model": model,
         "grid": algorithm.grid,
         "dynamics": algorithm.dynamics,
-        "micro_batch": config.runtime.micro_batch,
         "seed": config.seed,
     }
     prompts = PromptSource(texts, config.num_prompts, config.seed).at(0)
@@ -83,16 +83,17 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
         device=model.device,
     )
     start_BCHW = plain_noise(draw)
-    trajectories = Rollout(**common)(prompts, conditions, start_BCHW, steps)
+    trajectories = Rollout(**common, batch_sizes=batch_sizes)(prompts, conditions, start_BCHW, steps)
     update = Update(
         **common,
+        batch_size=batch_sizes.training,
         objective=algorithm.objective,
-        optimizer=torch.optim.SGD(list(model.trainable.values()), lr=0.0),
+        optimizer=torch.optim.SGD(list(model.trainable.values()), lr=0.0, fused=True),
         optimizer_steps=1,
         max_grad_norm=1.0,
     )
     advantages_B = torch.linspace(-1, 1, len(start_BCHW), device=model.device)
-    stats = update(trajectories, conditions.repeat(config.group_size), advantages_B, 0)
+    stats = update(trajectories.trained, conditions.repeat(config.group_size), advantages_B, 0)
     return stats.ratio_deviation, len(steps)
 
 

@@ -22,7 +22,7 @@ from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.run_directory import write_whole
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
-from fastgrpo.train import build_rewards
+from fastgrpo.train import build_batch_sizes, build_rewards
 from fastgrpo.types import Conditions, Prompts
 
 _MAX_NAME = 40
@@ -38,7 +38,7 @@ def sample(config: DictConfig) -> None:
     rewards = build_rewards(config, prompts=texts)[0] if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), micro_batch=config.runtime.micro_batch, seed=config.seed)
+    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), batch_sizes=build_batch_sizes(config), seed=config.seed)
     common = {"rollout": rollout, "seed": config.seed}
     start_noise: Callable[[Prompts, Conditions], Tensor]
     if rewards is not None:
@@ -68,7 +68,7 @@ class Sampler:
 
     def __call__(self, texts: list[str]) -> Iterator[Tensor]:
         """The images of one prompt after the other."""
-        prompts_at_once = max(1, self.rollout.micro_batch // self.images_per_prompt)
+        prompts_at_once = max(1, self.rollout.batch_sizes.sampling.value // self.images_per_prompt)
         for first in range(0, len(texts), prompts_at_once):
             part = texts[first : first + prompts_at_once]
             prompts = Prompts(part, ids=list(range(first, first + len(part))))

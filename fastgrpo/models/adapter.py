@@ -1,9 +1,10 @@
-"""What rollout, update and evaluation know of a model: four methods and its trainable weights.
+"""What rollout, update and evaluation know of a model: a few methods and its trainable weights.
 
 Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,11 +37,24 @@ class FlowModel(Protocol):
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Conditions of the texts, one row a text."""
 
-    def velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
-        """Velocity of the policy, with guidance both branches; only the conditional one has a gradient."""
+    def velocity(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> Tensor | GuidedVelocity:
+        """Velocity of the policy, with guidance both branches; only the conditional one has a gradient.
 
-    def reference_velocity(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor | GuidedVelocity:
-        """The same of the frozen start, without gradient."""
+        ``unconditional`` is the other branch, where it is known.
+        """
+
+    def velocity_and_reference(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
+        """``velocity``, and the same of the frozen start, which has no gradient."""
+
+    def sampling(self, lossy: bool = False) -> AbstractContextManager[None]:
+        """Inside, velocities have no gradient and cost less, and equal those outside but for rounding.  Re-entrant.
+
+        ``lossy`` allows for more than rounding: for steps of which no log_prob is taken.
+        """
 
     @property
     def has_lora(self) -> bool:

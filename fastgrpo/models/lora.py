@@ -1,17 +1,18 @@
 """Low-rank adaptation of a transformer's linear layers: y = W x + (alpha / rank) B A x.  arXiv:2106.09685.
 
 A starts from N(0, 1 / rank^2), B from zero, as Flow-GRPO's adapters do.  A and B are float32 whatever the base's type.
+For sampling, ``merged`` adds the product to W in place; W comes back bit for bit.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.models.adaptation import Adaptation
+from fastgrpo.models.adaptation import Adaptation, Forward, Inputs, join, split
 
 # Flow-GRPO's targets in an MM-DiT: the joint attention of every block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -20,12 +21,17 @@ FEED_FORWARD = ("net.0.proj", "net.2")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Freeze a transformer and train adapters on ``targets``, ends of names of linear layers in its blocks."""
+    """Freeze a transformer and train adapters on ``targets``, ends of names of linear layers in its blocks.
+
+    backup: where the frozen weights wait while the adapters are merged: ``device``, which costs the memory of the
+    adapted layers once more, or ``host``, which costs their transfer at each merge.
+    """
 
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] = ATTENTION
     seed: int = 42
+    backup: str = "device"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -33,31 +39,26 @@ class LoRA:
             raise ValueError(f"rank must be at least 1, got {self.rank}; use adaptation=full to train without LoRA")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}; 2 * rank is the usual choice")
+        if self.backup not in ("device", "host"):
+            raise ValueError(f"adaptation.backup must be device or host, got {self.backup!r}")
 
-    def __call__(self, transformer: nn.Module) -> Adaptation:
+    def __call__(self, transformer: nn.Module) -> "LoRAAdaptation":
         """Install the adapters in place; ValueError if no layer matches the targets."""
         transformer.requires_grad_(False)
-        switch = _Switch()
+        mode = _Mode()
         generator = torch.Generator().manual_seed(self.seed)
         layers = [(name, module) for name, module in transformer.named_modules() if self._is_target(name, module)]
         if not layers:
             raise ValueError(
                 f"LoRA found no linear layer named {', '.join(self.targets)}; check model.adaptation.targets"
             )
-        trainable: dict[str, nn.Parameter] = {}
+        adapted: dict[str, LoRALinear] = {}
         for name, base in layers:
             assert isinstance(base, nn.Linear)
-            adapted = LoRALinear(base, self.rank, self.alpha / self.rank, switch, generator)
+            adapted[name] = LoRALinear(base, self.rank, self.alpha / self.rank, mode, generator)
             parent, _, child = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), child, adapted)
-            trainable[f"{name}.lora_A.weight"] = adapted.lora_A
-            trainable[f"{name}.lora_B.weight"] = adapted.lora_B
-        return Adaptation(
-            trainable=trainable,
-            reference=lambda: switch.off(transformer),
-            description=repr(self),
-            lora_config={"r": self.rank, "lora_alpha": self.alpha, "target_modules": [name for name, _ in layers]},
-        )
+            setattr(transformer.get_submodule(parent), child, adapted[name])
+        return LoRAAdaptation(transformer, adapted, mode, self)
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         parts = name.split(".")
@@ -66,49 +67,105 @@ class LoRA:
 
 
 @dataclass
-class _Switch:
-    """One flag that all adapters of a transformer read, so that the reference policy is one assignment away."""
+class _Mode:
+    """What all adapters of a transformer do: add their term, scaled by ``scale_B`` where it is given, or nothing."""
 
-    on: bool = field(default=True)
-
-    @contextmanager
-    def off(self, transformer: nn.Module) -> Iterator[nn.Module]:
-        self.on = False
-        try:
-            yield transformer
-        finally:
-            self.on = True
+    is_merged: bool = False
+    scale_B: Tensor | None = None
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank term."""
 
     def __init__(
-        self, base: nn.Linear, rank: int, scale: float, switch: _Switch, generator: torch.Generator | None = None
+        self, base: nn.Linear, rank: int, scale: float, mode: _Mode, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.base = base
         self.scale = scale
-        self.switch = switch
+        self.mode = mode
         device = base.weight.device
         a_RI = torch.randn(rank, base.in_features, generator=generator) / rank
         self.lora_A = nn.Parameter(a_RI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.switch.on:
-            return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        y_BLC = self.base(x_BLC)
+        if self.mode.is_merged:
+            return y_BLC
+        term_BLC = self.scale * F.linear(F.linear(x_BLC, self.lora_A.to(x_BLC.dtype)), self.lora_B.to(x_BLC.dtype))
+        if self.mode.scale_B is not None:
+            term_BLC = term_BLC * self.mode.scale_B.to(x_BLC.dtype)[:, None, None]
+        return y_BLC + term_BLC
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + scale * B A, rounded once, to the type of W."""
+        weight = self.base.weight
+        weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=self.scale))
 
 
-@torch.no_grad()
-def merge(transformer: nn.Module) -> nn.Module:
-    """Replace every adapted layer by one linear layer with W + scale * B A, in place: what ``export`` writes."""
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, LoRALinear):
-            weight = module.base.weight
-            weight.copy_(weight.float() + module.scale * module.lora_B @ module.lora_A)
-            parent, _, child = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), child, module.base)
-    return transformer
+class LoRAAdaptation(Adaptation):
+    """A transformer with adapters; the reference policy is the same transformer with their terms scaled by 0."""
+
+    def __init__(self, transformer: nn.Module, layers: dict[str, LoRALinear], mode: _Mode, lora: LoRA) -> None:
+        self.transformer = transformer
+        self.trainable = {
+            f"{name}.lora_{letter}.weight": getattr(layer, f"lora_{letter}")
+            for name, layer in layers.items()
+            for letter in "AB"
+        }
+        self.description = f"LoRA(rank={lora.rank}, alpha={lora.alpha}, targets={lora.targets!r}, seed={lora.seed})"
+        self.lora_config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(layers)}
+        self.is_frozen_outside_blocks = True
+        self._layers = list(layers.values())
+        self._mode = mode
+        self._backup = lora.backup
+        self._frozen: list[Tensor] = []
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        if self._mode.is_merged:
+            yield
+            return
+        weights = [layer.base.weight.detach() for layer in self._layers]
+        # the frozen weights never change, so they are set aside once
+        if not self._frozen:
+            self._frozen = [self._set_aside(weight) for weight in weights]
+        for layer in self._layers:
+            layer.merge()
+        self._mode.is_merged = True
+        try:
+            yield
+        finally:
+            self._mode.is_merged = False
+            torch._foreach_copy_(weights, self._frozen, non_blocking=True)
+
+    def policy_and_reference(
+        self, forward: Forward, policy: Inputs | None, reference: Inputs
+    ) -> tuple[Tensor | None, Tensor]:
+        assert not self._mode.is_merged, "a merged adapter cannot be scaled by sample"
+        inputs = reference if policy is None else join(policy, reference)
+        num_policy = 0 if policy is None else len(policy[0])
+        scale_B = torch.zeros(len(inputs[0]), device=inputs[0].device)
+        scale_B[:num_policy].fill_(1.0)
+        self._mode.scale_B = scale_B
+        try:
+            v = forward(self.transformer, *inputs)
+        finally:
+            self._mode.scale_B = None
+        return split(v, num_policy)
+
+    def merge_for_good(self) -> None:
+        """Replace every adapted layer by one linear layer with W + scale * B A, in place: what ``export`` writes."""
+        for name, module in list(self.transformer.named_modules()):
+            if isinstance(module, LoRALinear):
+                module.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(self.transformer.get_submodule(parent), child, module.base)
+
+    def _set_aside(self, weight: Tensor) -> Tensor:
+        if self._backup == "device":
+            return weight.clone()
+        copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
+        return copy.copy_(weight)

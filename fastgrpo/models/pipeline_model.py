@@ -1,0 +1,243 @@
+"""A diffusers pipeline as the model that rollout, update and evaluation know: what SD3 and FLUX have in common.
+
+Under gradient adapters are terms of their own and only the conditional branch of guidance is differentiated; for
+sampling they are merged into the weights and both branches are one batch.
+Letters: B samples, L text tokens, C H W latent channels, height and width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.models.adaptation import Adaptation, Inputs, join
+from fastgrpo.models.attention import Attention, attention_backend
+from fastgrpo.models.modulation import Modulations
+from fastgrpo.types import Conditions
+from fastgrpo_kernels import GuidedVelocity
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# (transformer, x_BCHW, t, conditions) -> v_BCHW
+Network = Callable[[nn.Module, Tensor, float, Conditions], Tensor]
+
+
+class PipelineModel(ABC):
+    """``FlowModel`` over a diffusers pipeline.
+
+    weights: a hub id, a directory, or ``pkg://package/path`` for one inside an installed package.
+    adaptation: ``LoRA`` or ``FullFineTuning``.
+    resolution: height and width of an image in pixels.
+    guidance_scale: of classifier-free guidance, 1 turns it off.
+    max_sequence_length: tokens of the T5 encoder.  use_t5: whether to load it.
+    dtype, decode_dtype: float32, bfloat16 or float16, of the frozen weights and of the autoencoder.
+    attention: a name of ``fastgrpo.models.attention``.
+    compile: of the repeated block and of decoding, function -> function; None runs them as they are.
+    checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
+    lossy: transformer -> a context in which it is fast and slightly wrong, for steps without log_prob.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str,
+        adaptation: Callable[[nn.Module], Adaptation],
+        resolution: int,
+        guidance_scale: float = 1.0,
+        max_sequence_length: int = 128,
+        use_t5: bool = True,
+        dtype: str = "float32",
+        decode_dtype: str = "float32",
+        device: str = "cpu",
+        attention: str = "sdpa",
+        compile: Callable[[Any], Any] | None = None,
+        checkpointing: bool = False,
+        lossy: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
+            if value not in _DTYPES:
+                raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
+        if guidance_scale < 1:
+            raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
+        self.guidance_scale = guidance_scale
+        self.max_sequence_length = max_sequence_length
+        self.use_t5 = use_t5
+        self.device = torch.device(device)
+        backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
+        self.pipeline: Any = self._load(weights, _DTYPES[dtype], _DTYPES[decode_dtype]).to(self.device)
+        for module in self.pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        step = self.pipeline.vae_scale_factor * self._patch_size
+        if resolution < step or resolution % step:
+            raise ValueError(f"model.resolution must be a positive multiple of {step}, got {resolution}")
+        side = resolution // self.pipeline.vae_scale_factor
+        self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
+        start = _fingerprint(self.transformer)
+        self.adaptation = adaptation(self.transformer)
+        self.fingerprint = f"{start} {self.adaptation.description}"
+        self._network = self._make_network(
+            attention=backend,
+            compile=compile or _unchanged,
+            checkpointing=checkpointing,
+            modulations=Modulations(is_frozen=self.adaptation.is_frozen_outside_blocks),
+        )
+        self._is_compiled = compile is not None
+        self._lossy = lossy or _exact
+        if decode_dtype != "float32":
+            self.pipeline.vae.to(memory_format=torch.channels_last)
+        self._decode = (compile or _unchanged)(_decode)
+        self._is_sampling = False
+        self._encoded: dict[str, Conditions] = {}
+
+    @abstractmethod
+    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
+        """The pipeline; ValueError for weights that cannot be loaded."""
+
+    @property
+    @abstractmethod
+    def _patch_size(self) -> int:
+        """Height and width in latent pixels of what becomes one token."""
+
+    @abstractmethod
+    def _make_network(
+        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
+    ) -> Network: ...
+
+    @abstractmethod
+    def _run_encoders(self, text: str) -> tuple[Tensor, Tensor]:
+        """Embeddings [1, L, C] and pooled embeddings [1, C] of a text."""
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.adaptation.trainable
+
+    @property
+    def has_lora(self) -> bool:
+        return bool(self.adaptation.lora_config)
+
+    def encode(self, texts: Sequence[str]) -> Conditions:
+        """Each distinct text goes through the encoders once in the life of the model."""
+        for text in texts:
+            if text not in self._encoded:
+                # one text alone: a row is rounded as its batch wills, and a resumed run meets texts in other batches
+                with torch.no_grad():
+                    embeds_BLC, pooled_BC = self._run_encoders(text)
+                self._encoded[text] = Conditions(embeds_BLC, pooled_BC, (len(self._encoded),))
+        first, *others = [self._encoded[text] for text in texts]
+        return first.cat(*others)
+
+    @contextmanager
+    def sampling(self, lossy: bool = False) -> Iterator[None]:
+        if self._is_sampling:
+            yield
+            return
+        fast = self._lossy(self.transformer) if lossy else nullcontext()
+        with torch.no_grad(), self.adaptation.merged(), fast:
+            self._is_sampling = True
+            try:
+                yield
+            finally:
+                self._is_sampling = False
+
+    def velocity(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> Tensor | GuidedVelocity:
+        if self.guidance_scale == 1:
+            return self._conditional(x_BCHW, t, conditions)
+        if self._is_sampling:
+            v_BCHW = self._run(self.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
+            return GuidedVelocity(*v_BCHW.chunk(2), self.guidance_scale)
+        if unconditional is None:
+            with torch.no_grad():
+                unconditional = self._run(self.transformer, t, *self._without_text(x_BCHW))
+        return GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale)
+
+    def velocity_and_reference(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
+        def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+            return self._run(transformer, t, x_BCHW, conditions)
+
+        with torch.no_grad():
+            if self.guidance_scale == 1:
+                _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
+                return self._conditional(x_BCHW, t, conditions), reference
+            without_text = self._without_text(x_BCHW)
+            v_BCHW, reference = self.adaptation.policy_and_reference(
+                run, without_text if unconditional is None else None, join((x_BCHW, conditions), without_text)
+            )
+        unconditional = v_BCHW if unconditional is None else unconditional
+        assert unconditional is not None
+        return (
+            GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
+            GuidedVelocity(*reference.chunk(2), self.guidance_scale),
+        )
+
+    def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""
+        with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
+            v_BCHW = self._run(self.transformer, t, x_BCHW, conditions)
+        return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
+
+    def _without_text(self, x_BCHW: Tensor) -> Inputs:
+        return x_BCHW, self.encode([""]).repeat(len(x_BCHW))
+
+    def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+        return self._network(transformer, x_BCHW, t, conditions)
+
+    @torch.no_grad()
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        z_BCHW = (x_BCHW / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        if vae.dtype != torch.float32:
+            z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
+        return (self._decode(vae, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
+
+    def save_lora(self, directory: Path) -> None:
+        """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""
+        if not self.has_lora:
+            raise ValueError("full fine-tuning has no LoRA to write; export the merged pipeline instead")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.pipeline.save_lora_weights(
+            directory,
+            transformer_lora_layers={name: weight.detach() for name, weight in self.trainable.items()},
+            # without it a reader takes alpha = rank, which is another scale
+            transformer_lora_adapter_metadata=self.adaptation.lora_config,
+        )
+
+    def save_merged(self, directory: Path) -> None:
+        """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone."""
+        self.adaptation.merge_for_good()
+        self.pipeline.save_pretrained(directory)
+
+
+def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:
+    return vae.decode(z_BCHW, return_dict=False)[0]
+
+
+def _unchanged(function: Any) -> Any:
+    return function
+
+
+def _exact(transformer: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _fingerprint(transformer: nn.Module) -> str:
+    digest = sha256()
+    for name, weight in transformer.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        # a strided sample of each tensor tells two models apart without a second pass over gigabytes
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

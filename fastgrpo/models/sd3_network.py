@@ -1,0 +1,145 @@
+"""The forward pass of Stable Diffusion 3's transformer (MM-DiT), over the weights of diffusers' SD3Transformer2DModel.
+
+    a, b, g = modulation(t, pooled text)          of image and text tokens of each block, linear in silu(embedding)
+    x <- x + g1 * attention(norm(x) * (1 + b1) + a1)         image and text tokens attend together
+    x <- x + g2 * feed_forward(norm(x) * (1 + b2) + a2)
+
+Some blocks of SD3.5-medium let the image attend to itself once more.  Ours rather than diffusers', so that the repeated
+block is one function, which is compiled once and checkpointed, attention is chosen in one place, and modulations of a
+frozen transformer are computed once a (t, prompt).  arXiv:2403.03206.
+Letters: B samples, L image tokens, M text tokens, H heads, D width of a head, C width of a token, E of a modulation.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastgrpo.models.attention import Attention
+from fastgrpo.models.modulation import Modulations
+from fastgrpo.types import Conditions
+
+_EPS = 1e-6
+
+
+class SD3Network:
+    """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the transformer's type."""
+
+    def __init__(
+        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
+    ) -> None:
+        self._attention = attention
+        self._block = compile(joint_block)
+        self._checkpointing = checkpointing
+        self._modulations = modulations
+
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        x_BLC = transformer.pos_embed(x_BCHW.to(transformer.dtype)).contiguous()
+        context_BMC = transformer.context_embedder(conditions.embeds_BLC)
+        modulations = self._modulations(transformer, t, conditions, modulate)
+        for block in transformer.transformer_blocks:
+            inputs = (block, x_BLC, context_BMC, next(modulations), next(modulations), self._attention)
+            if self._checkpointing and torch.is_grad_enabled():
+                x_BLC, context_BMC = checkpoint(self._block, *inputs, use_reentrant=False)
+            else:
+                x_BLC, context_BMC = self._block(*inputs)
+        scale, shift = _parts(next(modulations), 2)
+        x_BLC = transformer.proj_out(_modulated(_normed(x_BLC), shift, scale))
+        return _unpatchify(x_BLC, x_BCHW.shape[-2:], transformer.config.patch_size)
+
+
+def modulate(transformer: Any, t: float, pooled_BC: Tensor) -> Iterator[Tensor]:
+    """Modulations [B, E] of each block's image and text tokens, then of the output."""
+    timestep_B = torch.full((len(pooled_BC),), 1000 * t, device=pooled_BC.device)
+    embedding_BC = F.silu(transformer.time_text_embed(timestep_B, pooled_BC))
+    for block in transformer.transformer_blocks:
+        yield block.norm1.linear(embedding_BC)
+        yield block.norm1_context.linear(embedding_BC)
+    yield transformer.norm_out.linear(embedding_BC)
+
+
+def joint_block(
+    block: Any, x_BLC: Tensor, context_BMC: Tensor, image_BE: Tensor, text_BE: Tensor, attention: Attention
+) -> tuple[Tensor, Tensor | None]:
+    """One block: image and text tokens after it, the latter None after the last block."""
+    shift, scale, gate, *feed_forward = _parts(image_BE, 9 if block.use_dual_attention else 6)
+    normed_BLC = _normed(x_BLC)
+    if block.context_pre_only:
+        text_scale, text_shift = _parts(text_BE, 2)
+    else:
+        text_shift, text_scale, text_gate, *text_feed_forward = _parts(text_BE, 6)
+    seen_BLC, seen_BMC = _joint_attention(
+        block.attn,
+        _modulated(normed_BLC, shift, scale),
+        _modulated(_normed(context_BMC), text_shift, text_scale),
+        attention,
+    )
+    x_BLC = x_BLC + gate * seen_BLC
+    if block.use_dual_attention:
+        shift, scale, gate = feed_forward[3:]
+        x_BLC = x_BLC + gate * _self_attention(block.attn2, _modulated(normed_BLC, shift, scale), attention)
+    x_BLC = _feed_forward(block.ff, x_BLC, *feed_forward[:3])
+    if block.context_pre_only:
+        return x_BLC, None
+    assert seen_BMC is not None
+    return x_BLC, _feed_forward(block.ff_context, context_BMC + text_gate * seen_BMC, *text_feed_forward)
+
+
+def _joint_attention(
+    attn: Any, x_BLC: Tensor, context_BMC: Tensor, attention: Attention
+) -> tuple[Tensor, Tensor | None]:
+    image = (attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC))
+    text = (attn.add_q_proj(context_BMC), attn.add_k_proj(context_BMC), attn.add_v_proj(context_BMC))
+    q, k, v = (
+        torch.cat([ours, theirs], dim=1)
+        for ours, theirs in zip(
+            _heads(image, attn.heads, attn.norm_q, attn.norm_k),
+            _heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k),
+            strict=True,
+        )
+    )
+    seen_BNC = attention(q, k, v).flatten(2)
+    num_image = x_BLC.shape[1]
+    seen_BLC = attn.to_out[0](seen_BNC[:, :num_image])
+    return seen_BLC, None if attn.context_pre_only else attn.to_add_out(seen_BNC[:, num_image:])
+
+
+def _self_attention(attn: Any, x_BLC: Tensor, attention: Attention) -> Tensor:
+    q, k, v = _heads((attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC)), attn.heads, attn.norm_q, attn.norm_k)
+    return attn.to_out[0](attention(q, k, v).flatten(2))
+
+
+def _heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
+    """Queries, keys and values as [B, L, H, D], the first two normalized where the model does so."""
+    heads = [part.unflatten(2, (num_heads, -1)) for part in qkv]
+    return [
+        part if norm is None else F.rms_norm(part, part.shape[-1:], norm.weight, norm.eps)
+        for part, norm in zip(heads, (norm_q, norm_k, None), strict=True)
+    ]
+
+
+def _feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    hidden = F.gelu(ff.net[0].proj(_modulated(_normed(x_BLC), shift, scale)), approximate="tanh")
+    return x_BLC + gate * ff.net[2](hidden)
+
+
+def _parts(modulation_BE: Tensor, count: int) -> tuple[Tensor, ...]:
+    return modulation_BE[:, None].chunk(count, dim=2)
+
+
+def _normed(x_BLC: Tensor) -> Tensor:
+    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=_EPS)
+
+
+def _modulated(x_BLC: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x_BLC * (1 + scale) + shift
+
+
+def _unpatchify(x_BLC: Tensor, size: torch.Size, patch: int) -> Tensor:
+    """[B, (H / p) (W / p), p p C] -> [B, C, H, W]."""
+    height, width = (side // patch for side in size)
+    x = x_BLC.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *size)
