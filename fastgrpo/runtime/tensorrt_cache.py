@@ -12,16 +12,17 @@ import json
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgrpo.private_directory import check_own, make_private
 from fastgrpo.runtime.sealed import read_sealed, write_sealed
 
 _log = logging.getLogger(__name__)
 _PLAN, _FACTS = "engine.plan", "facts.json"
+_KEY = "reward_backend.directory"
 
 
 def cache_key(facts: Mapping[str, object]) -> str:
@@ -36,20 +37,7 @@ class EngineCache:
     directory: Path
 
     def __post_init__(self) -> None:
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"{self.directory} cannot be made ({error.strerror}); set reward_backend.directory to a directory of "
-                "your own"
-            ) from error
-        self._check(self.directory)
-        mode = stat.S_IMODE(self.directory.stat().st_mode)
-        if mode & 0o077:
-            raise ValueError(
-                f"{self.directory} has mode {mode:o}: others have access to it, and engines are code; "
-                f"run chmod 700 {self.directory} if its contents are yours, or set reward_backend.directory"
-            )
+        make_private(self.directory, _KEY)
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
@@ -72,7 +60,7 @@ class EngineCache:
         if not path.exists() and not path.is_symlink():
             return None
         for inner in (path, *path.iterdir()):
-            self._check(inner)
+            check_own(inner, _KEY)
         try:
             return read_sealed(path, (_PLAN, _FACTS))[_PLAN]
         except ValueError as error:
@@ -93,17 +81,3 @@ class EngineCache:
     def remove(self, key: str) -> None:
         """Forget the engine, if there is one."""
         shutil.rmtree(self.directory / key, ignore_errors=True)
-
-    def _check(self, path: Path) -> None:
-        """ValueError if ``path`` is a link, or belongs to somebody else."""
-        status = path.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            raise ValueError(
-                f"{path} is a link to {path.readlink()}; engines are read from the cache itself: delete the link, or "
-                "set reward_backend.directory to the place that it leads to"
-            )
-        if status.st_uid != os.geteuid():
-            raise ValueError(
-                f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()}); delete it, or set "
-                "reward_backend.directory to a directory of your own"
-            )
