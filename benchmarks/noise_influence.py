@@ -74,7 +74,7 @@ def start_noise_share(reward_PZE: Tensor) -> float:
 
 def _rewards(judge: Judge, dynamics: Dynamics, steps: tuple[int, ...], start_BCHW: Tensor) -> Tensor:
     rollout = Rollout(
-        model=judge.model, grid=judge.algorithm.grid, dynamics=dynamics, micro_batch=judge.micro_batch, seed=0
+        model=judge.model, grid=judge.algorithm.grid, dynamics=dynamics, batch_sizes=judge.batch_sizes, seed=0
     )
     images_BCHW = rollout(judge.prompts, judge.conditions, start_BCHW, steps).images_BCHW
     return judge.rewards(images_BCHW, judge.prompts.texts).named["shapes"]

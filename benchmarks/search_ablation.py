@@ -21,7 +21,7 @@ from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rollout import Rollout
-from fastgrpo.train import build_model
+from fastgrpo.train import build_batch_sizes, build_model
 from fastgrpo.types import Prompts
 
 ESTIMATE_STEPS = (1, 2, 4)
@@ -38,7 +38,7 @@ class Judge:
         texts = load_prompts(resolve_path(config.prompts.held_out))
         self.prompts = Prompts(texts, ids=list(range(len(texts))))
         self.conditions = self.model.encode(texts)
-        self.micro_batch = config.runtime.micro_batch
+        self.batch_sizes = build_batch_sizes(config)
 
     def draw(self, seed: int, group_size: int) -> NoiseDraw:
         return NoiseDraw(
@@ -50,7 +50,7 @@ class Judge:
         )
 
     def images(self, noise_BCHW: Tensor, grid: tuple[float, ...]) -> Tensor:
-        rollout = Rollout(model=self.model, grid=grid, dynamics=ODE(), micro_batch=self.micro_batch, seed=0)
+        rollout = Rollout(model=self.model, grid=grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=0)
         return rollout(self.prompts, self.conditions, noise_BCHW, ()).images_BCHW
 
     def estimate(self, noise_PKCHW: Tensor, num_steps: int, prompt_ids: list[int]) -> Tensor:

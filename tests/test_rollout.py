@@ -10,9 +10,10 @@ from torch import Tensor
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout, micro_batches
+from fastgrpo.rollout import Rollout
 from fastgrpo.types import Prompts, Trajectories
 from fastgrpo_kernels import combined, philox_normal
 
@@ -45,7 +46,7 @@ def roll(
 ) -> Trajectories:  # fmt: skip
     dynamics = dynamics or FlowSDE(0.7)
     start = make_start(len(prompts) * GROUP_SIZE) if start is None else start
-    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, micro_batch=micro_batch, seed=SEED)
+    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(micro_batch), seed=SEED)
     return rollout(prompts, model.encode(prompts.texts), start, STEPS)
 
 
@@ -81,20 +82,21 @@ def test_every_stored_value_follows_the_formulas(dynamics: Dynamics, model: Stab
             log_prob = -(x_next - mean).square().mean(dim=(1, 2, 3))
         else:
             log_prob = torch.distributions.Normal(mean, std).log_prob(x_next).mean(dim=(1, 2, 3))
-        torch.testing.assert_close(trajectories.x_TBCHW[place], x, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(trajectories.x_next_TBCHW[place], x_next.float(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(trajectories.log_prob_TB[place], log_prob.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trajectories.trained.x_TBCHW[place], x, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trajectories.trained.x_next_TBCHW[place], x_next.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trajectories.trained.log_prob_TB[place], log_prob.float(), atol=1e-5, rtol=1e-5)
         x = x_next.float()
     torch.testing.assert_close(trajectories.images_BCHW, model.decode(x), atol=1e-4, rtol=0)
     assert torch.equal(trajectories.start_BCHW, make_start(6))
-    assert trajectories.steps == STEPS
+    assert trajectories.trained.steps == STEPS
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 5])
 def test_the_micro_batch_changes_no_trajectory(micro_batch: int, model: StableDiffusion3) -> None:
     whole, parts = roll(model, micro_batch=6), roll(model, micro_batch=micro_batch)
-    for name in ("images_BCHW", "x_TBCHW", "x_next_TBCHW", "log_prob_TB"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts.images_BCHW, whole.images_BCHW, atol=1e-5, rtol=1e-5)
+    for part, of_whole in zip(parts.trained.tensors, whole.trained.tensors, strict=True):
+        torch.testing.assert_close(part, of_whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_has_its_noise_whatever_its_company(model: StableDiffusion3) -> None:
@@ -102,15 +104,17 @@ def test_a_prompt_has_its_noise_whatever_its_company(model: StableDiffusion3) ->
     start = make_start(6)[3:]
     alone = roll(model, prompts=Prompts([PROMPTS.texts[1]], ids=[9]), micro_batch=3, start=start)
     elsewhere = roll(model, prompts=Prompts([PROMPTS.texts[1]], ids=[8]), micro_batch=3, start=start)
-    assert torch.equal(alone.x_next_TBCHW, together.x_next_TBCHW[:, 3:])
-    assert torch.equal(alone.x_TBCHW[0], elsewhere.x_TBCHW[0])
-    assert not torch.equal(alone.x_next_TBCHW, elsewhere.x_next_TBCHW)
+    assert torch.equal(alone.trained.x_next_TBCHW, together.trained.x_next_TBCHW[:, 3:])
+    assert torch.equal(alone.trained.x_TBCHW[0], elsewhere.trained.x_TBCHW[0])
+    assert not torch.equal(alone.trained.x_next_TBCHW, elsewhere.trained.x_next_TBCHW)
 
 
 def test_samples_of_one_start_and_text_part_at_the_first_step(model: StableDiffusion3) -> None:
     start = make_start(1).expand(6, -1, -1, -1)
     trajectories = roll(model, prompts=Prompts(["a red circle"] * 2, ids=[0, 1]), start=start)
-    distances = torch.cdist(trajectories.x_next_TBCHW[0].flatten(1), trajectories.x_next_TBCHW[0].flatten(1))
+    distances = torch.cdist(
+        trajectories.trained.x_next_TBCHW[0].flatten(1), trajectories.trained.x_next_TBCHW[0].flatten(1)
+    )
     # two independent draws of 1024 elements are sqrt(2 * 1024) * std apart
     _, std = mean_and_std(FlowSDE(0.7), 0, start, start)
     expected = math.sqrt(2 * 1024) * std
@@ -120,19 +124,9 @@ def test_samples_of_one_start_and_text_part_at_the_first_step(model: StableDiffu
 
 
 def test_no_trained_step_stores_no_state(model: StableDiffusion3) -> None:
-    rollout = Rollout(model=model, grid=GRID, dynamics=FlowSDE(), micro_batch=4, seed=SEED)
+    rollout = Rollout(model=model, grid=GRID, dynamics=FlowSDE(), batch_sizes=BatchSizes.of(4), seed=SEED)
     trajectories = rollout(PROMPTS, model.encode(PROMPTS.texts), make_start(6), ())
-    assert trajectories.x_TBCHW.shape == (0, 6, 16, 8, 8)
-    assert trajectories.log_prob_TB.shape == (0, 6)
+    assert trajectories.trained.x_TBCHW.shape == (0, 6, 16, 8, 8)
+    assert trajectories.trained.log_prob_TB.shape == (0, 6)
     again = rollout(PROMPTS, model.encode(PROMPTS.texts), make_start(6), ())
     assert torch.equal(trajectories.images_BCHW, again.images_BCHW)
-
-
-def test_micro_batches_cover_each_row_once() -> None:
-    assert micro_batches(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert micro_batches(3, 8) == [slice(0, 3)]
-
-
-def test_a_micro_batch_of_none_is_refused(model: StableDiffusion3) -> None:
-    with pytest.raises(ValueError, match=r"runtime\.micro_batch must be at least 1, got 0"):
-        roll(model, micro_batch=0)

@@ -165,9 +165,12 @@ def test_a_ratio_far_from_one_stops_the_run_with_an_explanation(
     trainer = make_trainer(tiny_weights, tmp_path / "run")
     rollout = trainer.rollout
 
-    def disagreeing(*arguments):
-        trajectories = rollout(*arguments)
-        return dataclasses.replace(trajectories, log_prob_TB=trajectories.log_prob_TB + 0.5)
+    def disagreeing(*arguments, **settings):
+        trajectories = rollout(*arguments, **settings)
+        trained = trajectories.trained
+        return dataclasses.replace(
+            trajectories, trained=dataclasses.replace(trained, log_prob_TB=trained.log_prob_TB + 0.5)
+        )
 
     monkeypatch.setattr(trainer, "rollout", disagreeing)
     why = r"iteration 0: ratio_deviation is 0\.39 before the first optimizer step.*rollout and update disagree"

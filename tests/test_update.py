@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.objective import ClippedSurrogate
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
+from fastgrpo.runtime.batch_size import BatchSize
 from fastgrpo.types import Conditions, Prompts, Trajectories
 from fastgrpo.update import Update
 
@@ -36,6 +39,9 @@ class Recorder(torch.optim.SGD):
         self.gradients: list[list[Tensor]] = []
 
     def step(self, closure=None):
+        # what a fused optimizer skips on the device
+        if getattr(self, "found_inf", torch.zeros(())):
+            return
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         self.gradients.append([torch.zeros(()) if g is None else g.clone() for g in gradients])
 
@@ -46,6 +52,8 @@ class Iteration:
 
     model: StableDiffusion3
     dynamics: Dynamics
+    # diffusers' transformer with the weights that the model started from
+    start: SD3Transformer2DModel
     conditions_B: Conditions
     trajectories: Trajectories
 
@@ -58,17 +66,19 @@ class Iteration:
             optimizer=optimizer,
             optimizer_steps=1,
             max_grad_norm=1e9,
-            micro_batch=2,
+            batch_size=BatchSize(value=2, key="runtime.micro_batch"),
             seed=0,
         )
         return replace(update, **settings)
 
 
-def roll(model: StableDiffusion3, dynamics: Dynamics) -> Iteration:
+def roll(model: StableDiffusion3, dynamics: Dynamics, weights: Path) -> Iteration:
+    reference = SD3Transformer2DModel.from_pretrained(weights / "transformer")
     start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     conditions = model.encode(PROMPTS.texts)
-    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, micro_batch=2, seed=3)
-    return Iteration(model, dynamics, conditions.repeat(GROUP_SIZE), rollout(PROMPTS, conditions, start, STEPS))
+    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(2), seed=3)
+    trajectories = rollout(PROMPTS, conditions, start, STEPS)
+    return Iteration(model, dynamics, reference, conditions.repeat(GROUP_SIZE), trajectories)
 
 
 def make_iteration(weights: Path, dynamics: Dynamics, guidance_scale: float = 1.0, adaptation=None) -> Iteration:
@@ -81,11 +91,11 @@ def make_iteration(weights: Path, dynamics: Dynamics, guidance_scale: float = 1.
         max_sequence_length=0,
         use_t5=False,
     )
-    optimizer = torch.optim.AdamW(model.trainable.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=1e-2, fused=True)
     for count in range(2):
-        before = roll(model, dynamics)
-        before.update(optimizer)(before.trajectories, before.conditions_B, ADVANTAGES, count)
-    return roll(model, dynamics)
+        before = roll(model, dynamics, weights)
+        before.update(optimizer)(before.trajectories.trained, before.conditions_B, ADVANTAGES, count)
+    return roll(model, dynamics, weights)
 
 
 def make_recorder(model: StableDiffusion3) -> Recorder:
@@ -98,7 +108,7 @@ def test_the_ratio_is_exactly_one_before_the_first_optimizer_step(
     dynamics: Dynamics, guidance_scale: float, tiny_weights: Path
 ) -> None:
     it = make_iteration(tiny_weights, dynamics, guidance_scale)
-    stats = it.update(make_recorder(it.model))(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    stats = it.update(make_recorder(it.model))(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert stats.ratio_deviation == 0.0
     assert stats.clip_fraction == 0.0
     assert stats.kl > 0
@@ -136,7 +146,7 @@ def expected_loss(
     losses = []
     for b in samples:
         for place, step in enumerate(STEPS):
-            x, x_next = it.trajectories.x_TBCHW[place, b], it.trajectories.x_next_TBCHW[place, b]
+            x, x_next = it.trajectories.trained.x_TBCHW[place, b], it.trajectories.trained.x_next_TBCHW[place, b]
             conditions, t = it.conditions_B[b : b + 1], GRID[step]
             mean, std, scale = mean_and_scale(
                 it.dynamics, step, x, velocity(it, it.model.transformer, x, t, conditions)
@@ -145,11 +155,11 @@ def expected_loss(
                 log_prob = -(x_next - mean).square().mean()
             else:
                 log_prob = torch.distributions.Normal(mean, std).log_prob(x_next).mean()
-            with torch.no_grad(), it.model.adaptation.reference() as reference:
-                v_reference = velocity(it, reference, x, t, conditions)
+            with torch.no_grad():
+                v_reference = velocity(it, it.start, x, t, conditions)
             mean_reference, _, _ = mean_and_scale(it.dynamics, step, x, v_reference)
             kl = (mean - mean_reference).square().mean() / (2 * scale**2)
-            ratio = torch.exp(log_prob - it.trajectories.log_prob_TB[place, b])
+            ratio = torch.exp(log_prob - it.trajectories.trained.log_prob_TB[place, b])
             clipped = torch.clamp(ratio, 1 - objective.clip_range, 1 + objective.clip_range)
             surrogate = torch.maximum(-advantages[b] * ratio, -advantages[b] * clipped)
             losses.append(surrogate + objective.kl_coef * kl)
@@ -180,7 +190,7 @@ def test_the_gradient_is_that_of_the_published_objective(
     it = make_iteration(tiny_weights, dynamics, guidance_scale)
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
     norm = torch.cat([g.flatten() for g in recorder.gradients[0]]).norm().item()
     assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -191,7 +201,7 @@ def test_without_advantages_the_gradient_is_that_of_the_divergence(tiny_weights:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=100.0)
     recorder = make_recorder(it.model)
-    it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, torch.zeros(6), 2)
+    it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, torch.zeros(6), 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6), torch.zeros(6)))
 
 
@@ -202,7 +212,7 @@ def test_clipped_samples_give_no_gradient(tiny_weights: Path) -> None:
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)), alpha=3e-2)
     objective = ClippedSurrogate(clip_range=2e-3, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert 0.1 < stats.clip_fraction < 0.9
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
 
@@ -211,7 +221,7 @@ def test_full_fine_tuning_follows_the_same_gradient(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7), adaptation=FullFineTuning())
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
 
 
@@ -219,10 +229,11 @@ def test_micro_batches_of_different_sizes_count_by_their_samples(tiny_weights: P
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     results = []
-    for micro_batch in (2, 4):
+    for micro_batch in (1, 4):
         recorder = make_recorder(it.model)
-        stats = it.update(recorder, objective=objective, micro_batch=micro_batch)(
-            it.trajectories, it.conditions_B, ADVANTAGES, 2
+        batch_size = BatchSize(value=micro_batch, key="runtime.micro_batch")
+        stats = it.update(recorder, objective=objective, batch_size=batch_size)(
+            it.trajectories.trained, it.conditions_B, ADVANTAGES, 2
         )
         results.append((recorder.gradients[0], stats))
     (gradients, stats), (uneven_gradients, uneven_stats) = results
@@ -231,64 +242,100 @@ def test_micro_batches_of_different_sizes_count_by_their_samples(tiny_weights: P
     assert uneven_stats.kl == pytest.approx(stats.kl, rel=1e-3)
 
 
-def test_two_optimizer_steps_use_each_sample_once(tiny_weights: Path) -> None:
-    it = make_iteration(tiny_weights, FlowSDE(0.7))
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_two_optimizer_steps_use_each_sample_once(guidance_scale: float, tiny_weights: Path) -> None:
+    it = make_iteration(tiny_weights, FlowSDE(0.7), guidance_scale)
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    it.update(recorder, objective=objective, optimizer_steps=2)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
-    batches = [{0, 1}, {2, 3}, {4, 5}]
-    # two of the three micro-batches in the first step and the third in the second, in some order
-    alone = [expected_gradients(it, objective, sorted(samples)) for samples in batches]
-    first, second = recorder.gradients
-    fits = []
-    for left_out in range(3):
-        pair = [(a + b) / 2 for a, b in zip(*(alone[i] for i in range(3) if i != left_out), strict=True)]
-        distance = max(
-            (a - b).abs().max().item() for a, b in zip([*first, *second], [*pair, *alone[left_out]], strict=True)
+    update = it.update(recorder, objective=objective, optimizer_steps=2)
+    update(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    shares = update._shares(6, 2)
+    assert sorted(shares[0] + shares[1]) == list(range(6))
+    assert len(shares[0]) == 3
+    for gradients, share in zip(recorder.gradients, shares, strict=True):
+        assert_same_gradients(gradients, expected_gradients(it, objective, share))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5, 6])
+def test_what_an_optimizer_step_sees_does_not_depend_on_the_micro_batch(micro_batch: int, tiny_weights: Path) -> None:
+    it = make_iteration(tiny_weights, FlowSDE(0.7), guidance_scale=3.0)
+    results = []
+    for size in (3, micro_batch):
+        recorder = make_recorder(it.model)
+        batch_size = BatchSize(value=size, key="runtime.micro_batch")
+        it.update(recorder, optimizer_steps=2, batch_size=batch_size)(
+            it.trajectories.trained, it.conditions_B, ADVANTAGES, 2
         )
-        fits.append(distance)
-    largest = max(g.abs().max().item() for g in first)
-    assert sorted(fits)[0] < 1e-3 * largest < sorted(fits)[1]
+        results.append(recorder.gradients)
+    for gradients, expected in zip(*results, strict=True):
+        assert_same_gradients(gradients, expected)
+
+
+def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = make_iteration(tiny_weights, FlowSDE(0.7))
+    whole, halved = make_recorder(it.model), make_recorder(it.model)
+    it.update(whole)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    batch_size = BatchSize(value=4, key="runtime.micro_batch")
+    update = it.update(halved, batch_size=batch_size)
+    velocity_and_reference, calls = it.model.velocity_and_reference, []
+
+    def in_little_memory(x_BCHW: Tensor, *arguments):
+        calls.append(len(x_BCHW))
+        # the fourth pass comes after gradients of the first batch are there
+        if len(x_BCHW) == 4 and len(calls) == 4:
+            raise torch.OutOfMemoryError("too many samples")
+        return velocity_and_reference(x_BCHW, *arguments)
+
+    monkeypatch.setattr(it.model, "velocity_and_reference", in_little_memory)
+    update(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    assert calls == [4] * 4 + [2] * 9
+    assert batch_size.value == 2
+    assert_same_gradients(halved.gradients[0], whole.gradients[0])
 
 
 def test_the_ratio_before_the_first_step_is_not_blurred_by_later_ones(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
-    optimizer = torch.optim.AdamW(it.model.trainable.values(), lr=1e-2)
-    stats = it.update(optimizer, optimizer_steps=3)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    optimizer = torch.optim.AdamW(it.model.trainable.values(), lr=1e-2, fused=True)
+    stats = it.update(optimizer, optimizer_steps=3)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert stats.ratio_deviation == 0.0
     assert stats.clip_fraction > 0
     assert stats.approx_kl > 0
 
 
-def test_shares_are_shuffled_anew_each_iteration_and_alike_in_each_run(tiny_weights: Path) -> None:
+def test_shares_are_drawn_anew_each_iteration_and_alike_in_each_run(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     update = it.update(make_recorder(it.model), optimizer_steps=3)
-    orders = [[rows.start for share in update._shares(6, iteration) for rows in share] for iteration in range(20)]
-    assert all(sorted(order) == [0, 2, 4] for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
+    shares = [update._shares(6, iteration) for iteration in range(20)]
+    assert all(sorted(row for share in iteration for row in share) == list(range(6)) for iteration in shares)
+    assert len({str(iteration) for iteration in shares}) > 10
     again = it.update(make_recorder(it.model), optimizer_steps=3)
-    assert [[rows.start for share in again._shares(6, i) for rows in share] for i in range(20)] == orders
+    assert [again._shares(6, i) for i in range(20)] == shares
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, max_grad_norm=1e-4)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    stats = it.update(recorder, max_grad_norm=1e-4)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert stats.grad_norm > 1e-3
     assert torch.cat([g.flatten() for g in recorder.gradients[0]]).norm().item() == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
-    optimizer = torch.optim.AdamW(it.model.trainable.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(it.model.trainable.values(), lr=1e-2, fused=True)
     before = {name: weight.detach().clone() for name, weight in it.model.trainable.items()}
     advantages = ADVANTAGES.clone()
     advantages[3] = float("nan")
-    stats = it.update(optimizer)(it.trajectories, it.conditions_B, advantages, 2)
+    stats = it.update(optimizer)(it.trajectories.trained, it.conditions_B, advantages, 2)
     assert stats.skipped_steps == 1
     assert math.isnan(stats.grad_norm)
     assert all(torch.equal(weight, before[name]) for name, weight in it.model.trainable.items())
-    assert optimizer.state_dict()["state"] == {}
+    for state in optimizer.state_dict()["state"].values():
+        assert state["step"] == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
     assert all(weight.grad is None for weight in it.model.trainable.values())
 
 
@@ -297,7 +344,7 @@ def test_only_the_broken_share_is_skipped(tiny_weights: Path) -> None:
     recorder = make_recorder(it.model)
     advantages = ADVANTAGES.clone()
     advantages[3] = float("inf")
-    stats = it.update(recorder, optimizer_steps=3)(it.trajectories, it.conditions_B, advantages, 2)
+    stats = it.update(recorder, optimizer_steps=3)(it.trajectories.trained, it.conditions_B, advantages, 2)
     assert stats.skipped_steps == 1
     assert len(recorder.gradients) == 2
     assert math.isfinite(stats.grad_norm)
@@ -308,13 +355,13 @@ def test_only_the_broken_share_is_skipped(tiny_weights: Path) -> None:
     [
         ({"optimizer_steps": 0}, r"train\.optimizer_steps must be at least 1, got 0"),
         ({"max_grad_norm": 0.0}, r"train\.max_grad_norm must be positive, got 0\.0"),
-        ({"optimizer_steps": 4}, r"train\.optimizer_steps is 4 but an iteration has 3 micro-batches"),
+        ({"optimizer_steps": 7}, r"train\.optimizer_steps is 7 but an iteration has 6 samples"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, message: str, tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     with pytest.raises(ValueError, match=message):
-        it.update(make_recorder(it.model), **settings)(it.trajectories, it.conditions_B, ADVANTAGES, 0)
+        it.update(make_recorder(it.model), **settings)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 0)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=lambda d: type(d).__name__)
@@ -324,8 +371,8 @@ def test_without_a_divergence_weight_the_reference_is_never_run(
     it = make_iteration(tiny_weights, dynamics)
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.0)
     expected = expected_gradients(it, objective, range(6))
-    monkeypatch.setattr(it.model, "reference_velocity", None)
+    monkeypatch.setattr(it.model, "velocity_and_reference", None)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories, it.conditions_B, ADVANTAGES, 2)
+    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
     assert stats.kl == 0.0
     assert_same_gradients(recorder.gradients[0], expected)

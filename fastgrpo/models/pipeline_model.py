@@ -168,11 +168,12 @@ class PipelineModel(ABC):
         def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
             return self._run(transformer, t, x_BCHW, conditions)
 
-        with torch.no_grad():
-            if self.guidance_scale == 1:
+        if self.guidance_scale == 1:
+            with torch.no_grad():
                 _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
-                return self._conditional(x_BCHW, t, conditions), reference
-            without_text = self._without_text(x_BCHW)
+            return self._conditional(x_BCHW, t, conditions), reference
+        without_text = self._without_text(x_BCHW)
+        with torch.no_grad():
             v_BCHW, reference = self.adaptation.policy_and_reference(
                 run, without_text if unconditional is None else None, join((x_BCHW, conditions), without_text)
             )

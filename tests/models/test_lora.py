@@ -62,8 +62,12 @@ def train_a_little(model: StableDiffusion3, num_steps: int = 3) -> None:
 def test_new_adapters_change_no_bit(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, LoRA(rank=4))
     x, conditions = make_latents(), model.encode(TEXTS)
+    v = combined(model.velocity(x, T, conditions))
+    # merged, they add nothing to the weights and are not computed
+    with model.sampling():
+        assert torch.equal(combined(model.velocity(x, T, conditions)), v)
     base = velocity_of(load_pipeline(tiny_weights).transformer, x, conditions)
-    assert torch.equal(combined(model.velocity(x, T, conditions)), base)
+    torch.testing.assert_close(v, base, atol=1e-5, rtol=0)
 
 
 def test_the_targets_are_those_of_flow_grpo(tiny_weights: Path) -> None:
@@ -107,11 +111,79 @@ def test_the_reference_is_the_untouched_base_after_training(tiny_weights: Path) 
     x, conditions = make_latents(), model.encode(TEXTS)
     before = combined(model.velocity(x, T, conditions)).detach()
     train_a_little(model)
-    assert torch.equal(combined(model.reference_velocity(x, T, conditions)), before)
+    assert torch.equal(combined(model.velocity_and_reference(x, T, conditions)[1]), before)
     assert (combined(model.velocity(x, T, conditions)) - before).abs().max() > 1e-2
     own = {name.replace(".base.", "."): weight for name, weight in model.transformer.state_dict().items()}
     base = load_pipeline(tiny_weights).transformer.state_dict()
     assert [name for name, weight in base.items() if not torch.equal(own[name], weight)] == []
+
+
+@pytest.mark.parametrize("backup", ["device", "host"])
+def test_merged_for_sampling_the_velocity_is_the_same_and_every_bit_comes_back(backup: str, tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4, alpha=6.0, backup=backup))
+    x, conditions = make_latents(), model.encode(TEXTS)
+    for _ in range(2):
+        train_a_little(model)
+        before = {name: weight.clone() for name, weight in model.transformer.state_dict().items()}
+        unmerged = combined(model.velocity(x, T, conditions)).detach()
+        with model.sampling(), model.sampling(lossy=True):
+            merged = combined(model.velocity(x, T, conditions))
+            changed = [
+                name for name, weight in model.transformer.state_dict().items() if not torch.equal(weight, before[name])
+            ]
+        torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)
+        trained = {name.split(".lora_B")[0] for name, b in model.trainable.items() if "lora_B" in name and b.any()}
+        assert {name.removesuffix(".base.weight") for name in changed} == trained
+        assert len(trained) >= 14
+        assert all(torch.equal(weight, before[name]) for name, weight in model.transformer.state_dict().items())
+        assert torch.equal(combined(model.velocity(x, T, conditions)), unmerged)
+
+
+def test_merged_weights_are_rounded_once_to_the_type_of_the_base(tiny_weights: Path) -> None:
+    model = StableDiffusion3(
+        weights=str(tiny_weights), adaptation=LoRA(rank=4), resolution=64, max_sequence_length=0, use_t5=False,
+        dtype="bfloat16",
+    )  # fmt: skip
+    train_a_little(model)
+    layer = model.transformer.transformer_blocks[0].attn.to_q
+    before = layer.base.weight.clone()
+    exact = before.double() + layer.scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    with model.sampling():
+        # float32 sums round before bfloat16 does, which a tie can show
+        torch.testing.assert_close(layer.base.weight.double(), exact, rtol=2**-8, atol=1e-9)
+        assert (layer.base.weight == exact.bfloat16()).float().mean() > 0.999
+    assert torch.equal(layer.base.weight, before)
+
+
+def test_merging_ends_also_where_sampling_fails(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4))
+    train_a_little(model)
+    before = {name: weight.clone() for name, weight in model.transformer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="in the middle"), model.sampling():
+        raise RuntimeError("in the middle")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.transformer.state_dict().items())
+    assert model.velocity(make_latents(), T, model.encode(TEXTS)).requires_grad
+
+
+def test_policy_and_reference_in_one_batch_are_those_of_two(tiny_weights: Path) -> None:
+    model = StableDiffusion3(
+        weights=str(tiny_weights), adaptation=LoRA(rank=4), resolution=64, max_sequence_length=0, use_t5=False,
+        guidance_scale=3.0,
+    )  # fmt: skip
+    x, conditions = make_latents(), model.encode(TEXTS)
+    start = model.velocity(x, T, conditions).detach()
+    train_a_little(model)
+    policy = model.velocity(x, T, conditions).detach()
+    known = policy.unconditional
+    for unconditional in (None, known):
+        v, reference = model.velocity_and_reference(x, T, conditions, unconditional)
+        assert torch.equal(v.conditional, policy.conditional)
+        torch.testing.assert_close(v.unconditional, known, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reference.conditional, start.conditional, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reference.unconditional, start.unconditional, atol=1e-5, rtol=0)
+        assert v.conditional.requires_grad
+        assert not reference.conditional.requires_grad
+    assert (policy.unconditional - start.unconditional).abs().max() > 1e-3
 
 
 def test_saved_adapters_give_the_same_velocity_in_diffusers(tiny_weights: Path, tmp_path: Path) -> None:
@@ -144,7 +216,7 @@ def test_full_fine_tuning_trains_every_weight_and_its_reference_stays_the_start(
     assert model.trainable.keys() == weights.keys()
     train_a_little(model)
     assert [name for name, weight in model.trainable.items() if torch.equal(weight, weights[name])] == []
-    assert torch.equal(combined(model.reference_velocity(x, T, conditions)), before)
+    assert torch.equal(combined(model.velocity_and_reference(x, T, conditions)[1]), before)
     assert (combined(model.velocity(x, T, conditions)) - before).abs().max() > 1e-2
 
 
@@ -158,7 +230,7 @@ def test_full_fine_tuning_has_no_adapters_to_write(tiny_weights: Path, tmp_path:
 def test_without_a_kept_reference_there_is_none(tiny_weights: Path) -> None:
     model = make_model(tiny_weights, FullFineTuning(keep_reference=False))
     with pytest.raises(ValueError, match=r"kl_coef > 0 needs the reference policy; .*keep_reference=true"):
-        combined(model.reference_velocity(make_latents(), T, model.encode(TEXTS)))
+        model.velocity_and_reference(make_latents(), T, model.encode(TEXTS))
 
 
 @pytest.mark.parametrize(

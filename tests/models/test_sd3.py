@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Conditions, Prompts
+from fastgrpo.types import Prompts
 from fastgrpo_kernels import combined
 from tests.tiny import make_pipeline
 
@@ -67,7 +68,7 @@ def images_of_diffusers(weights: Path, components: dict, start: torch.Tensor, **
 
 
 def images_of_ours(model: StableDiffusion3, start: torch.Tensor) -> torch.Tensor:
-    rollout = Rollout(model=model, grid=SD3Schedule(10)(), dynamics=ODE(), micro_batch=2, seed=0)
+    rollout = Rollout(model=model, grid=SD3Schedule(10)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
     return rollout(Prompts(TEXTS, ids=[0, 1, 2]), model.encode(TEXTS), start, ()).images_BCHW
 
 
@@ -119,7 +120,7 @@ def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPa
     encoded: list[str] = []
     run = model._run_encoders
 
-    def counting(text: str) -> Conditions:
+    def counting(text: str) -> tuple[torch.Tensor, torch.Tensor]:
         encoded.append(text)
         return run(text)
 
