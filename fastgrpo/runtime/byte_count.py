@@ -1,0 +1,77 @@
+"""Bytes of the tensors that are alive, counted without a GPU and, over FakeTensors, without memory or arithmetic.
+
+Every storage that an operation makes is counted from then on until its last owner, the autograd graph included, lets
+go of it.  What a kernel allocates for itself and returns is not seen, nor is the rounding of an allocator.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts while it is entered: ``live`` bytes of storages that were made inside, and the ``peak`` of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # an input that is not known yet was there before, and so were the results that share its storage
+        for tensor in tree_leaves((args, kwargs)):
+            self._meet(tensor, is_new=False)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self._meet(tensor, is_new=True)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _meet(self, tensor: object, *, is_new: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes() if is_new else 0
+        if key in self._storages:
+            return
+        self._storages[key] = weakref.ref(storage, partial(self._forget, key, num_bytes))
+        self.live += num_bytes
+
+    def _forget(self, key: int, num_bytes: int, _: object) -> None:
+        del self._storages[key]
+        self.live -= num_bytes
+
+
+def peak_live_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that were alive at once of what ``function`` made."""
+    with LiveBytes() as counter:
+        function()
+    return counter.peak
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace a module's weights, which may be on ``meta``, by FakeTensors of ``mode`` that say they are on a CPU."""
+    fakes: dict[int, Any] = {}
+    for part in module.modules():
+        tensors: dict[str, Any]
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    # weights that are shared stay shared
+                    fakes[id(tensor)] = tensors[name] = fakes.get(id(tensor), _fake(tensor, mode))
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
