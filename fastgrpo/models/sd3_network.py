@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.models.attention import Attention
+from fastgrpo.models.mmdit import feed_forward, heads, modulated, normed, parts, run_block
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions
-
-_EPS = 1e-6
 
 
 class SD3Network:
@@ -42,12 +40,9 @@ class SD3Network:
         modulations = self._modulations(transformer, t, conditions, modulate)
         for block in transformer.transformer_blocks:
             inputs = (block, x_BLC, context_BMC, next(modulations), next(modulations), self._attention)
-            if self._checkpointing and torch.is_grad_enabled():
-                x_BLC, context_BMC = checkpoint(self._block, *inputs, use_reentrant=False)
-            else:
-                x_BLC, context_BMC = self._block(*inputs)
-        scale, shift = _parts(next(modulations), 2)
-        x_BLC = transformer.proj_out(_modulated(_normed(x_BLC), shift, scale))
+            x_BLC, context_BMC = run_block(self._block, self._checkpointing, *inputs)
+        scale, shift = parts(next(modulations), 2)
+        x_BLC = transformer.proj_out(modulated(normed(x_BLC), shift, scale))
         return _unpatchify(x_BLC, x_BCHW.shape[-2:], transformer.config.patch_size)
 
 
@@ -65,27 +60,27 @@ def joint_block(
     block: Any, x_BLC: Tensor, context_BMC: Tensor, image_BE: Tensor, text_BE: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor | None]:
     """One block: image and text tokens after it, the latter None after the last block."""
-    shift, scale, gate, *feed_forward = _parts(image_BE, 9 if block.use_dual_attention else 6)
-    normed_BLC = _normed(x_BLC)
+    shift, scale, gate, *rest = parts(image_BE, 9 if block.use_dual_attention else 6)
+    normed_BLC = normed(x_BLC)
     if block.context_pre_only:
-        text_scale, text_shift = _parts(text_BE, 2)
+        text_scale, text_shift = parts(text_BE, 2)
     else:
-        text_shift, text_scale, text_gate, *text_feed_forward = _parts(text_BE, 6)
+        text_shift, text_scale, text_gate, *text_rest = parts(text_BE, 6)
     seen_BLC, seen_BMC = _joint_attention(
         block.attn,
-        _modulated(normed_BLC, shift, scale),
-        _modulated(_normed(context_BMC), text_shift, text_scale),
+        modulated(normed_BLC, shift, scale),
+        modulated(normed(context_BMC), text_shift, text_scale),
         attention,
     )
     x_BLC = x_BLC + gate * seen_BLC
     if block.use_dual_attention:
-        shift, scale, gate = feed_forward[3:]
-        x_BLC = x_BLC + gate * _self_attention(block.attn2, _modulated(normed_BLC, shift, scale), attention)
-    x_BLC = _feed_forward(block.ff, x_BLC, *feed_forward[:3])
+        shift, scale, gate = rest[3:]
+        x_BLC = x_BLC + gate * _self_attention(block.attn2, modulated(normed_BLC, shift, scale), attention)
+    x_BLC = feed_forward(block.ff, x_BLC, *rest[:3])
     if block.context_pre_only:
         return x_BLC, None
     assert seen_BMC is not None
-    return x_BLC, _feed_forward(block.ff_context, context_BMC + text_gate * seen_BMC, *text_feed_forward)
+    return x_BLC, feed_forward(block.ff_context, context_BMC + text_gate * seen_BMC, *text_rest)
 
 
 def _joint_attention(
@@ -96,8 +91,8 @@ def _joint_attention(
     q, k, v = (
         torch.cat([ours, theirs], dim=1)
         for ours, theirs in zip(
-            _heads(image, attn.heads, attn.norm_q, attn.norm_k),
-            _heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k),
+            heads(image, attn.heads, attn.norm_q, attn.norm_k),
+            heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k),
             strict=True,
         )
     )
@@ -108,34 +103,8 @@ def _joint_attention(
 
 
 def _self_attention(attn: Any, x_BLC: Tensor, attention: Attention) -> Tensor:
-    q, k, v = _heads((attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC)), attn.heads, attn.norm_q, attn.norm_k)
+    q, k, v = heads((attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC)), attn.heads, attn.norm_q, attn.norm_k)
     return attn.to_out[0](attention(q, k, v).flatten(2))
-
-
-def _heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
-    """Queries, keys and values as [B, L, H, D], the first two normalized where the model does so."""
-    heads = [part.unflatten(2, (num_heads, -1)) for part in qkv]
-    return [
-        part if norm is None else F.rms_norm(part, part.shape[-1:], norm.weight, norm.eps)
-        for part, norm in zip(heads, (norm_q, norm_k, None), strict=True)
-    ]
-
-
-def _feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = F.gelu(ff.net[0].proj(_modulated(_normed(x_BLC), shift, scale)), approximate="tanh")
-    return x_BLC + gate * ff.net[2](hidden)
-
-
-def _parts(modulation_BE: Tensor, count: int) -> tuple[Tensor, ...]:
-    return modulation_BE[:, None].chunk(count, dim=2)
-
-
-def _normed(x_BLC: Tensor) -> Tensor:
-    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=_EPS)
-
-
-def _modulated(x_BLC: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x_BLC * (1 + scale) + shift
 
 
 def _unpatchify(x_BLC: Tensor, size: torch.Size, patch: int) -> Tensor:

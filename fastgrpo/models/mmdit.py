@@ -1,0 +1,50 @@
+"""What the blocks of multimodal diffusion transformers (SD3, FLUX) are made of, over diffusers' layers.
+
+    modulated(x, shift, scale) = x * (1 + scale) + shift
+    feed_forward(x)            = x + gate * W2 gelu(W1 modulated(norm(x), shift, scale))
+
+Letters: B samples, L tokens, H heads, D width of a head, E width of a modulation.  arXiv:2403.03206.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+_EPS = 1e-6
+
+
+def run_block(block: Any, checkpointing: bool, *inputs: Any) -> Any:
+    """``block(*inputs)``; with ``checkpointing`` its inputs alone are kept for the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
+    """Queries, keys and values as [B, L, H, D], the first two normalized where the model does so."""
+    parts_BLHD = [part.unflatten(2, (num_heads, -1)) for part in qkv]
+    return [
+        part if norm is None else F.rms_norm(part, part.shape[-1:], norm.weight, norm.eps)
+        for part, norm in zip(parts_BLHD, (norm_q, norm_k, None), strict=True)
+    ]
+
+
+def feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    hidden = F.gelu(ff.net[0].proj(modulated(normed(x_BLC), shift, scale)), approximate="tanh")
+    return x_BLC + gate * ff.net[2](hidden)
+
+
+def parts(modulation_BE: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The shifts, scales and gates [B, 1, C] that one modulation holds."""
+    return modulation_BE[:, None].chunk(count, dim=2)
+
+
+def normed(x_BLC: Tensor) -> Tensor:
+    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=_EPS)
+
+
+def modulated(x_BLC: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x_BLC * (1 + scale) + shift
