@@ -156,7 +156,7 @@ class PipelineModel(ABC):
             return self._conditional(x_BCHW, t, conditions)
         if self._is_sampling:
             v_BCHW = self._run(self.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
-            return GuidedVelocity(*v_BCHW.chunk(2), self.guidance_scale)
+            return self._guided(v_BCHW)
         if unconditional is None:
             with torch.no_grad():
                 unconditional = self._run(self.transformer, t, *self._without_text(x_BCHW))
@@ -181,7 +181,7 @@ class PipelineModel(ABC):
         assert unconditional is not None
         return (
             GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
-            GuidedVelocity(*reference.chunk(2), self.guidance_scale),
+            self._guided(reference),
         )
 
     def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
@@ -189,6 +189,11 @@ class PipelineModel(ABC):
         with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
             v_BCHW = self._run(self.transformer, t, x_BCHW, conditions)
         return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
+
+    def _guided(self, both_BCHW: Tensor) -> GuidedVelocity:
+        """Of a batch whose first half is conditional."""
+        conditional, unconditional = both_BCHW.chunk(2)
+        return GuidedVelocity(conditional, unconditional, self.guidance_scale)
 
     def _without_text(self, x_BCHW: Tensor) -> Inputs:
         return x_BCHW, self.encode([""]).repeat(len(x_BCHW))

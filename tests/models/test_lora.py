@@ -11,7 +11,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.types import Conditions
-from fastgrpo_kernels import combined
+from fastgrpo_kernels import GuidedVelocity, combined
 
 TEXTS = ["a red circle", "two blue squares"]
 T = 0.7
@@ -162,7 +162,7 @@ def test_merging_ends_also_where_sampling_fails(tiny_weights: Path) -> None:
     with pytest.raises(RuntimeError, match="in the middle"), model.sampling():
         raise RuntimeError("in the middle")
     assert all(torch.equal(weight, before[name]) for name, weight in model.transformer.state_dict().items())
-    assert model.velocity(make_latents(), T, model.encode(TEXTS)).requires_grad
+    assert combined(model.velocity(make_latents(), T, model.encode(TEXTS))).requires_grad
 
 
 def test_policy_and_reference_in_one_batch_are_those_of_two(tiny_weights: Path) -> None:
@@ -174,9 +174,13 @@ def test_policy_and_reference_in_one_batch_are_those_of_two(tiny_weights: Path) 
     start = model.velocity(x, T, conditions).detach()
     train_a_little(model)
     policy = model.velocity(x, T, conditions).detach()
+    assert isinstance(start, GuidedVelocity)
+    assert isinstance(policy, GuidedVelocity)
     known = policy.unconditional
     for unconditional in (None, known):
         v, reference = model.velocity_and_reference(x, T, conditions, unconditional)
+        assert isinstance(v, GuidedVelocity)
+        assert isinstance(reference, GuidedVelocity)
         assert torch.equal(v.conditional, policy.conditional)
         torch.testing.assert_close(v.unconditional, known, atol=1e-5, rtol=0)
         torch.testing.assert_close(reference.conditional, start.conditional, atol=1e-5, rtol=0)

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.batches import BatchSizes
+from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts
-from fastgrpo_kernels import combined
+from fastgrpo.types import Conditions, Prompts
+from fastgrpo_kernels import GuidedVelocity, combined
 from tests.tiny import make_pipeline
 
 # diffusers wants to be told of encoders that a directory lacks
@@ -113,6 +114,61 @@ def test_guidance_sends_no_gradient_through_the_unconditional_branch(tiny_weight
     (combined(model.velocity(x, 0.6, conditions)) * 4.5 * cotangent).sum().backward()
     for name, weight in model.trainable.items():
         torch.testing.assert_close(guided[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_conditional_branch_alone_gives_the_gradient_of_both(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, guidance_scale=4.5)
+    # float64 tells rounding from error; a few of diffusers' own operations are float32 all the same
+    model.transformer.double()
+    model._encoded = {
+        text: Conditions(c.embeds_BLC.double(), c.pooled_BC.double(), c.keys)
+        for text, c in ((text, model.encode([text])) for text in [*TEXTS, ""])
+    }
+    x, conditions, empty = make_start().double(), model.encode(TEXTS), model.encode([""] * len(TEXTS))
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    guided = model.velocity(x, 0.6, conditions)
+    assert isinstance(guided, GuidedVelocity)
+    v, v_empty = guided.conditional, guided.unconditional
+    ((v_empty + 4.5 * (v - v_empty)) * cotangent).sum().backward()
+    # the text queries of the last block lead nowhere, so their adapters have none
+    ours = {name: weight.grad for name, weight in model.trainable.items() if weight.grad is not None}
+    for weight in model.trainable.values():
+        weight.grad = None
+    # as flow_grpo does: both branches in one graph, then the unconditional one is detached
+    both = conditions.cat(empty)
+    v, v_empty = model.transformer(
+        torch.cat([x, x]), both.embeds_BLC, both.pooled_BC, torch.full((2 * len(x),), 600.0), return_dict=False
+    )[0].chunk(2)
+    v_empty = v_empty.detach()
+    ((v_empty + 4.5 * (v - v_empty)) * cotangent).sum().backward()
+    theirs = {name: weight.grad for name, weight in model.trainable.items() if weight.grad is not None}
+    assert ours.keys() == theirs.keys()
+    largest = max(grad.abs().max().item() for grad in theirs.values())
+    assert largest > 1e-3
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("adaptation", [LoRA(rank=4), FullFineTuning()], ids=lambda piece: type(piece).__name__)
+def test_checkpointing_keeps_fewer_activations_and_the_same_gradient(adaptation, tiny_weights: Path) -> None:
+    x, cotangent = make_start(), torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    results, saved = [], []
+    for checkpointing in (False, True):
+        model = make_model(tiny_weights, adaptation=adaptation, checkpointing=checkpointing)
+        kept: list[int] = []
+
+        def keep(part: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(part.nbytes)
+            return part
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+            v = combined(model.velocity(x, 0.6, model.encode(TEXTS)))
+        (v * cotangent).sum().backward()
+        results.append([v, *(weight.grad for weight in model.trainable.values() if weight.grad is not None)])
+        saved.append(sum(kept))
+    for whole, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, whole, rtol=1e-5, atol=1e-7)
+    assert saved[1] < 0.5 * saved[0]
 
 
 def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
