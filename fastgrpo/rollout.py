@@ -8,13 +8,14 @@ Letters: P prompts, G samples of each, B = P * G samples, T trained steps, C H W
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
+from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.types import Conditions, Prompts, TrainedSteps, Trajectories
@@ -23,13 +24,14 @@ from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Samples the policy.  The recipe does not depend on ``batch_sizes``."""
+    """Samples the policy.  The recipe does not depend on ``batch_sizes``; ``solver`` is that of prefix and rest."""
 
     model: FlowModel
     grid: Sequence[float]
     dynamics: Dynamics
     batch_sizes: BatchSizes
     seed: int
+    solver: Solver = field(default_factory=Euler)
 
     @torch.no_grad()
     def __call__(
@@ -135,10 +137,10 @@ class Rollout:
         return torch.cat(images)
 
     def _ode(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
-        for step in steps:
-            v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
-            x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
-        return x_BCHW
+        def velocity(x_BCHW: Tensor, t: float, unconditional: Tensor | None) -> Tensor | GuidedVelocity:
+            return self.model.velocity(x_BCHW, t, conditions, unconditional)
+
+        return self.solver(x_BCHW, self.grid, steps, velocity)
 
     def _step_noise(self, prompts: Prompts, group_size: int, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
         """The noise of each step: a function of the global prompt index and the place in the group."""

@@ -16,6 +16,7 @@ from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.lossy import Lossy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.run_directory import RunDirectory, write_whole
 from fastgrpo.rewards.self_test import GoldenScores, compare, self_test
@@ -48,7 +49,7 @@ def build_trainer(config: DictConfig) -> Trainer:
     rewards, golden_scores = build_rewards(config, prompts=texts + held_out)
     directory = RunDirectory.create(config.output, resume=config.resume)
     _hold_to_beginning(directory, golden_scores, resume=config.resume)
-    model = build_model(config)
+    model = build_model(config, lossy=build(config.lossy))
     grid = algorithm.grid
     num_samples = settings.prompts_per_iteration * settings.group_size
     batch_sizes = build_batch_sizes(config, at_most=max(1, num_samples // settings.optimizer_steps))
@@ -58,6 +59,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         dynamics=algorithm.dynamics,
         batch_sizes=batch_sizes,
         seed=config.seed,
+        solver=build(config.solver),
     )
     start_noise = StartNoise(
         algorithm=algorithm,
@@ -112,8 +114,8 @@ def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewa
     return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
 
 
-def build_model(config: DictConfig) -> FlowModel:
-    """The model of a config, on its device."""
+def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
+    """The model of a config, on its device; exact where training need not be, unless it is told how."""
     _set_threads(config)
     return build(
         config.model,
@@ -121,6 +123,7 @@ def build_model(config: DictConfig) -> FlowModel:
         device=device_of(config),
         attention=config.runtime.attention,
         checkpointing=config.runtime.checkpointing,
+        lossy=lossy,
     )
 
 

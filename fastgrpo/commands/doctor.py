@@ -64,7 +64,7 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
     texts = load_prompts(resolve_path(config.prompts.path))
     algorithm: Algorithm = build(config.algorithm)
     steps = algorithm.timesteps(len(algorithm.grid) - 1, 0, config.seed)
-    model = build_model(config)
+    model = build_model(config, lossy=build(config.lossy))
     _nudge(model, config.seed)
     batch_sizes = build_batch_sizes(config)
     common = {
@@ -83,7 +83,9 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
         device=model.device,
     )
     start_BCHW = plain_noise(draw)
-    trajectories = Rollout(**common, batch_sizes=batch_sizes)(prompts, conditions, start_BCHW, steps)
+    trajectories = Rollout(**common, batch_sizes=batch_sizes, solver=build(config.solver))(
+        prompts, conditions, start_BCHW, steps
+    )
     update = Update(
         **common,
         batch_size=batch_sizes.training,

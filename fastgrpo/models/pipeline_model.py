@@ -7,7 +7,7 @@ Letters: B samples, L text tokens, C H W latent channels, height and width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgrpo.models.adaptation import Adaptation, Inputs, join
 from fastgrpo.models.attention import Attention, attention_backend
+from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
@@ -39,7 +40,7 @@ class PipelineModel(ABC):
     attention: a name of ``fastgrpo.models.attention``.
     compile: of the repeated block and of decoding, function -> function; None runs them as they are.
     checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
-    lossy: transformer -> a context in which it is fast and slightly wrong, for steps without log_prob.
+    lossy: how it may be fast and slightly wrong, on steps without log_prob; None is not at all.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PipelineModel(ABC):
         attention: str = "sdpa",
         compile: Callable[[Any], Any] | None = None,
         checkpointing: bool = False,
-        lossy: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+        lossy: Lossy | None = None,
     ) -> None:
         for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
             if value not in _DTYPES:
@@ -88,7 +89,7 @@ class PipelineModel(ABC):
             modulations=Modulations(is_frozen=self.adaptation.is_frozen_outside_blocks),
         )
         self._is_compiled = compile is not None
-        self._lossy = lossy or _exact
+        self._lossy = (lossy or Exact())(self.transformer)
         if decode_dtype != "float32":
             self.pipeline.vae.to(memory_format=torch.channels_last)
         self._decode = (compile or _unchanged)(_decode)
@@ -141,8 +142,8 @@ class PipelineModel(ABC):
         if self._is_sampling:
             yield
             return
-        fast = self._lossy(self.transformer) if lossy else nullcontext()
-        with torch.no_grad(), self.adaptation.merged(), fast:
+        # lossy weights are made of the merged ones, so that context is the inner one
+        with torch.no_grad(), self.adaptation.merged(), self._lossy() if lossy else nullcontext():
             self._is_sampling = True
             try:
                 yield
@@ -154,7 +155,7 @@ class PipelineModel(ABC):
     ) -> Tensor | GuidedVelocity:
         if self.guidance_scale == 1:
             return self._conditional(x_BCHW, t, conditions)
-        if self._is_sampling:
+        if self._is_sampling and unconditional is None:
             v_BCHW = self._run(self.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
             return self._guided(v_BCHW)
         if unconditional is None:
@@ -233,10 +234,6 @@ def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:
 
 def _unchanged(function: Any) -> Any:
     return function
-
-
-def _exact(transformer: nn.Module) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _fingerprint(transformer: nn.Module) -> str:
