@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.models.adaptation import Adaptation, Inputs, join
+from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import Attention, attention_backend
 from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.models.modulation import Modulations
@@ -31,7 +32,8 @@ Network = Callable[[nn.Module, Tensor, float, Conditions], Tensor]
 class PipelineModel(ABC):
     """``FlowModel`` over a diffusers pipeline.
 
-    weights: a hub id, a directory, or ``pkg://package/path`` for one inside an installed package.
+    weights: a hub id, a directory, ``pkg://package/path`` for one inside an installed package, or ``random`` for random
+        weights and conditions in an ``architecture``.
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
@@ -49,6 +51,7 @@ class PipelineModel(ABC):
         weights: str,
         adaptation: Callable[[nn.Module], Adaptation],
         resolution: int,
+        architecture: Architecture | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int = 128,
         use_t5: bool = True,
@@ -70,7 +73,8 @@ class PipelineModel(ABC):
         self.use_t5 = use_t5
         self.device = torch.device(device)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
-        self.pipeline: Any = self._load(weights, _DTYPES[dtype], _DTYPES[decode_dtype]).to(self.device)
+        self._random = _architecture_of(weights, architecture)
+        self.pipeline: Any = self._make_pipeline(weights, _DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -96,6 +100,11 @@ class PipelineModel(ABC):
         self._is_sampling = False
         self._encoded: dict[str, Conditions] = {}
 
+    def _make_pipeline(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
+        if self._random is None:
+            return self._load(weights, dtype, decode_dtype).to(self.device)
+        return self._random(device=self.device, dtype=dtype, decode_dtype=decode_dtype)
+
     @abstractmethod
     def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         """The pipeline; ValueError for weights that cannot be loaded."""
@@ -115,6 +124,11 @@ class PipelineModel(ABC):
         """Embeddings [1, L, C] and pooled embeddings [1, C] of a text."""
 
     @property
+    def _has_two_branches(self) -> bool:
+        """Whether guidance is classifier-free: a velocity with and one without text."""
+        return self.guidance_scale != 1
+
+    @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
 
@@ -132,10 +146,15 @@ class PipelineModel(ABC):
             if text not in self._encoded:
                 # one text alone: a row is rounded as its batch wills, and a resumed run meets texts in other batches
                 with torch.no_grad():
-                    embeds_BLC, pooled_BC = self._run_encoders(text)
+                    embeds_BLC, pooled_BC = self._encode_one(text)
                 self._encoded[text] = Conditions(embeds_BLC, pooled_BC, (len(self._encoded),))
         first, *others = [self._encoded[text] for text in texts]
         return first.cat(*others)
+
+    def _encode_one(self, text: str) -> tuple[Tensor, Tensor]:
+        if self._random is None:
+            return self._run_encoders(text)
+        return self._random.condition(text, self.max_sequence_length, self.device, self.transformer.dtype)
 
     @contextmanager
     def sampling(self, lossy: bool = False) -> Iterator[None]:
@@ -153,7 +172,7 @@ class PipelineModel(ABC):
     def velocity(
         self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
     ) -> Tensor | GuidedVelocity:
-        if self.guidance_scale == 1:
+        if not self._has_two_branches:
             return self._conditional(x_BCHW, t, conditions)
         if self._is_sampling and unconditional is None:
             v_BCHW = self._run(self.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
@@ -169,7 +188,7 @@ class PipelineModel(ABC):
         def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
             return self._run(transformer, t, x_BCHW, conditions)
 
-        if self.guidance_scale == 1:
+        if not self._has_two_branches:
             with torch.no_grad():
                 _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
             return self._conditional(x_BCHW, t, conditions), reference
@@ -223,9 +242,23 @@ class PipelineModel(ABC):
         )
 
     def save_merged(self, directory: Path) -> None:
-        """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone."""
+        """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone.
+
+        ValueError for random weights, which have no text encoders.
+        """
+        if self._random is not None:
+            raise ValueError("a pipeline of model.weights=random has no text encoders and cannot be exported")
         self.adaptation.merge_for_good()
         self.pipeline.save_pretrained(directory)
+
+
+def _architecture_of(weights: str, architecture: Architecture | None) -> Architecture | None:
+    """The architecture to fill with random weights, or None where weights are loaded."""
+    if weights != "random":
+        return None
+    if architecture is None:
+        raise ValueError("model.weights=random needs model.architecture; take model=sd35_medium or model=flux_dev")
+    return architecture
 
 
 def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fastgrpo.models.attention import Attention
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.pipeline_model import Network, PipelineModel
 from fastgrpo.models.sd3_network import SD3Network
-from fastgrpo.models.weights import local_path, refuse_hollow_tokenizers
+from fastgrpo.models.weights import load_pipeline
 
 
 class StableDiffusion3(PipelineModel):
@@ -22,17 +22,7 @@ class StableDiffusion3(PipelineModel):
 
     def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> StableDiffusion3Pipeline:
         without_t5 = {} if self.use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        try:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                local_path(weights), dtype={"default": dtype, "vae": decode_dtype}, **without_t5
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model.weights: cannot load a StableDiffusion3Pipeline from {weights!r}: {error}"
-            ) from error
-        refuse_hollow_tokenizers(weights, pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(StableDiffusion3Pipeline, weights, dtype, decode_dtype, **without_t5)
 
     @property
     def _patch_size(self) -> int:

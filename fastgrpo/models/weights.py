@@ -3,7 +3,28 @@
 from importlib.resources import files
 from typing import Any
 
+import torch
+
 _MIN_VOCABULARY = 32
+
+
+def load_pipeline(
+    pipeline_class: Any, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype, **components: Any
+) -> Any:
+    """A diffusers pipeline with its autoencoder in ``decode_dtype``; ``components`` take the place of stored ones.
+
+    ValueError for weights that cannot be loaded or are not whole.
+    """
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            local_path(weights), dtype={"default": dtype, "vae": decode_dtype}, **components
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.weights: cannot load a {pipeline_class.__name__} from {weights!r}: {error}") from error
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+    refuse_hollow_tokenizers(weights, *tokenizers)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def local_path(weights: str) -> str:

@@ -1,0 +1,187 @@
+"""Sizes of published models, and pipelines of these sizes with random weights: what ``model.weights=random`` builds.
+
+Text encoders are left out; conditions are random too, a function of the text (``random_weights``).
+Letters: L text tokens, C width of an embedding.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from fastgrpo.models.random_weights import random_embedding, random_module
+
+# of both models' autoencoder, and of what they take for a pixel of an image
+LATENT_CHANNELS = 16
+# tokens of CLIP, before those of T5
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ABC):
+    """Called with a device and types, it is a pipeline with random weights.
+
+    text_width, pooled_width: of a token's and of a whole text's embedding.  decoder_channels: of the autoencoder, from
+    pixels to latents; each but the first halves the image.  decoder_layers: of each of its levels.  seed: of weights
+    and conditions.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_width: int
+    pooled_width: int
+    text_width: int = 4096
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_layers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoder_channels", tuple(self.decoder_channels))
+        for key in ("num_layers", "num_heads", "head_width", "pooled_width", "text_width", "decoder_layers"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.architecture.{key} must be at least 1, got {getattr(self, key)}")
+        if not self.decoder_channels or min(self.decoder_channels) < 1:
+            raise ValueError(f"model.architecture.decoder_channels must be positive, got {self.decoder_channels}")
+
+    @abstractmethod
+    def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any: ...
+
+    @abstractmethod
+    def make_transformer(self) -> Any:
+        """The transformer, with diffusers' own start."""
+
+    @abstractmethod
+    def num_text_tokens(self, max_sequence_length: int) -> int: ...
+
+    def condition(
+        self, text: str, max_sequence_length: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Random embeddings [1, L, C] and pooled embeddings [1, C] of a text."""
+        shapes = ((1, self.num_text_tokens(max_sequence_length), self.text_width), (1, self.pooled_width))
+        embeds_BLC, pooled_BC = (
+            random_embedding(text, *shape, seed=self.seed, dtype=dtype, device=device) for shape in shapes
+        )
+        return embeds_BLC, pooled_BC
+
+    def _parts(
+        self, scaling_factor: float, shift_factor: float, device: torch.device, dtype: torch.dtype, decode: torch.dtype
+    ) -> dict[str, Any]:
+        """Transformer and autoencoder, and none of the text encoders."""
+
+        def make_autoencoder() -> AutoencoderKL:
+            return self.make_autoencoder(scaling_factor, shift_factor)
+
+        return {
+            "transformer": random_module(self.make_transformer, device=device, dtype=dtype, seed=self.seed),
+            "vae": random_module(make_autoencoder, device=device, dtype=decode, seed=self.seed + 1),
+            **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+        }
+
+    def make_autoencoder(self, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+        """The autoencoder, with diffusers' own start."""
+        levels = len(self.decoder_channels)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=self.decoder_channels,
+            layers_per_block=self.decoder_layers,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=min(32, *self.decoder_channels),
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Architecture(Architecture):
+    """A StableDiffusion3Pipeline; by default SD3.5-medium's.  num_dual_layers: blocks with an image attention more."""
+
+    num_layers: int = 24
+    num_heads: int = 24
+    head_width: int = 64
+    pooled_width: int = 2048
+    num_dual_layers: int = 13
+    max_positions: int = 384
+
+    def __call__(
+        self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype
+    ) -> StableDiffusion3Pipeline:
+        return StableDiffusion3Pipeline(
+            **self._parts(1.5305, 0.0609, device, dtype, decode_dtype),
+            text_encoder_3=None,
+            tokenizer_3=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+
+    def make_transformer(self) -> SD3Transformer2DModel:
+        return SD3Transformer2DModel(
+            sample_size=128,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_width,
+            caption_projection_dim=self.num_heads * self.head_width,
+            joint_attention_dim=self.text_width,
+            pooled_projection_dim=self.pooled_width,
+            pos_embed_max_size=self.max_positions,
+            dual_attention_layers=tuple(range(self.num_dual_layers)),
+            qk_norm="rms_norm",
+        )
+
+    def num_text_tokens(self, max_sequence_length: int) -> int:
+        return _CLIP_TOKENS + max_sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxArchitecture(Architecture):
+    """A FluxPipeline; by default FLUX.1-dev's.  rotated_widths: channels of a head that each coordinate turns."""
+
+    num_layers: int = 19
+    num_heads: int = 24
+    head_width: int = 128
+    pooled_width: int = 768
+    num_single_layers: int = 38
+    rotated_widths: tuple[int, int, int] = (16, 56, 56)
+    guidance_embeds: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rotated_widths", tuple(self.rotated_widths))
+        if sum(self.rotated_widths) != self.head_width:
+            raise ValueError(
+                f"model.architecture.rotated_widths must add up to head_width: {self.rotated_widths}, {self.head_width}"
+            )
+
+    def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
+        # only FLUX.1-dev's times depend on the resolution
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=self.guidance_embeds)
+        return FluxPipeline(**self._parts(0.3611, 0.1159, device, dtype, decode_dtype), scheduler=scheduler)
+
+    def make_transformer(self) -> FluxTransformer2DModel:
+        return FluxTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=self.num_layers,
+            num_single_layers=self.num_single_layers,
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_width,
+            joint_attention_dim=self.text_width,
+            pooled_projection_dim=self.pooled_width,
+            guidance_embeds=self.guidance_embeds,
+            axes_dims_rope=self.rotated_widths,
+        )
+
+    def num_text_tokens(self, max_sequence_length: int) -> int:
+        return max_sequence_length

@@ -1,0 +1,59 @@
+"""FLUX.1, from any directory or hub id in diffusers' FluxPipeline layout.
+
+FLUX.1-dev was distilled with guidance: its scale is an input of the network, and there is no second branch.
+FLUX.1-schnell knows no guidance.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from fastgrpo.models.attention import Attention
+from fastgrpo.models.flux_network import PATCH, FluxNetwork
+from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.pipeline_model import Network, PipelineModel
+from fastgrpo.models.weights import load_pipeline
+
+
+class Flux(PipelineModel):
+    """``FlowModel`` over a FluxPipeline; latents are [B, 16, H, W] as in SD3 and packed inside the network."""
+
+    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
+        return load_pipeline(FluxPipeline, weights, dtype, decode_dtype)
+
+    @property
+    def _has_two_branches(self) -> bool:
+        return False
+
+    @property
+    def _patch_size(self) -> int:
+        return PATCH
+
+    def _make_network(
+        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
+    ) -> Network:
+        if not self.use_t5 or self.max_sequence_length < 1:
+            raise ValueError(
+                "FLUX reads texts through T5: leave out model.use_t5, set model.max_sequence_length to 128"
+            )
+        if self.guidance_scale != 1 and not self.transformer.config.guidance_embeds:
+            raise ValueError(
+                f"model.guidance_scale is {self.guidance_scale}, but this transformer was distilled without guidance; "
+                "use model.guidance_scale=1"
+            )
+        return FluxNetwork(
+            guidance_scale=self.guidance_scale,
+            attention=attention,
+            compile=compile,
+            checkpointing=checkpointing,
+            modulations=modulations,
+        )
+
+    def _run_encoders(self, text: str) -> tuple[Tensor, Tensor]:
+        embeds_BLC, pooled_BC, _ = self.pipeline.encode_prompt(
+            prompt=[text], prompt_2=None, max_sequence_length=self.max_sequence_length
+        )
+        return embeds_BLC, pooled_BC

@@ -1,0 +1,53 @@
+"""Random weights and random conditions in place of a published model's: for throughput, memory and tests.
+
+    matrices, convolutions   N(0, 1 / inputs)   so that activations keep their scale from layer to layer
+    scales of norms          1
+    biases                   0
+    tables of positions      N(0, 1 / 2)        the power of the sines and cosines that they stand for
+
+A module is made without storage, then drawn on its device in its type: nothing is computed in float32 or on the CPU.
+Letters: L text tokens, C width of an embedding.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def random_module(
+    make: Callable[[], Any], *, device: torch.device | str, dtype: torch.dtype, seed: int, gain: float = 1.0
+) -> Any:
+    """What ``make`` makes, with random weights; ``gain`` multiplies all matrices.
+
+    Equal in every process for one device, type and seed.
+    """
+    with torch.device("meta"):
+        module: nn.Module = make().to(dtype)
+    # sharing of weights would be lost; no transformer or autoencoder here has any
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            _fill(name, weight, generator, gain)
+        for buffer in module.buffers():
+            buffer.normal_(std=0.5**0.5, generator=generator)
+    return module
+
+
+def random_embedding(text: str, *shape: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """N(0, 1) of a shape, a pure function of text and seed: equal in every process and on every device."""
+    digest = hashlib.sha256(f"{seed} {shape} {text}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _fill(name: str, weight: Tensor, generator: torch.Generator, gain: float) -> None:
+    if weight.ndim > 1:
+        weight.normal_(std=gain * (weight.numel() / len(weight)) ** -0.5, generator=generator)
+    elif name.endswith("weight"):
+        weight.fill_(1)
+    else:
+        weight.zero_()
