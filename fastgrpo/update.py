@@ -23,7 +23,7 @@ from fastgrpo.types import Conditions, TrainedSteps
 from fastgrpo_kernels import GRPOStats
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class UpdateStats:
     """Means over the iteration, but ``ratio_deviation``: max |ratio - 1| before its first optimizer step."""
 
@@ -166,19 +166,26 @@ class _Seen:
 
 
 def _summarize(first: list[_Seen], others: list[_Seen], grad_norms: Tensor) -> UpdateStats:
+    """Read everything at once: the only time that an update waits for the device."""
     seen = first + others
-    num_samples = torch.tensor([s.num_samples for s in seen], dtype=torch.float64, device=grad_norms.device)
+    num_samples = torch.tensor([s.num_samples for s in seen], dtype=torch.float64)
+    weights = (num_samples / num_samples.sum()).to(grad_norms.device, non_blocking=True)
 
-    def mean(values: Iterable[Tensor]) -> float:
-        return (num_samples * torch.stack(list(values))).sum().item() / sum(s.num_samples for s in seen)
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return (weights * torch.stack(list(values))).sum()
 
     finite = grad_norms.isfinite()
-    return UpdateStats(
-        loss=mean(s.loss for s in seen),
-        kl=mean(s.stats.kl for s in seen),
-        approx_kl=mean(s.stats.approx_kl for s in seen),
-        ratio_deviation=torch.stack([s.stats.ratio_deviation for s in first]).max().item(),
-        clip_fraction=mean(s.stats.clip_fraction for s in seen),
-        grad_norm=grad_norms[finite].mean().item() if finite.any() else float("nan"),
-        skipped_steps=int((~finite).sum()),
+    values = torch.stack(
+        [
+            mean(s.loss for s in seen),
+            mean(s.stats.kl for s in seen),
+            mean(s.stats.approx_kl for s in seen),
+            torch.stack([s.stats.ratio_deviation for s in first]).max().double(),
+            mean(s.stats.clip_fraction for s in seen),
+            # 0 / 0 where no step was taken
+            torch.where(finite, grad_norms, 0.0).double().sum() / finite.sum(),
+            (~finite).sum().double(),
+        ]
     )
+    *means, skipped_steps = values.tolist()
+    return UpdateStats(*means, skipped_steps=int(skipped_steps))

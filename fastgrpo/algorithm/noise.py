@@ -78,7 +78,7 @@ class NoiseDraw:
 
     @cached_property
     def _ids_P(self) -> Tensor:
-        return torch.tensor(self.prompt_ids, dtype=torch.int64, device=self.device)
+        return torch.tensor(self.prompt_ids, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def uniform(self, stream: int) -> list[float]:
         """One number in (0, 1) for each prompt, a function of (seed, stream, prompt id, iteration)."""
