@@ -7,7 +7,7 @@ from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.noise import NoiseProposal
 from fastgrpo.algorithm.objective import ClippedSurrogate
-from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Algorithm:
     """schedule: the grid of t.  noise: what start noise the policy learns from.  dynamics: the stochastic step.
     timesteps: (num_steps, iteration, seed) -> the stochastic, trained steps.  advantage, objective: rewards -> loss."""
 
-    schedule: LinearSchedule | SD3Schedule
+    schedule: FluxSchedule | LinearSchedule | SD3Schedule
     noise: NoiseProposal
     dynamics: Dynamics
     timesteps: Callable[[int, int, int], tuple[int, ...]]

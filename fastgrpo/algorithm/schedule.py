@@ -3,14 +3,18 @@
 Grids are host floats, so no GPU ever has to be waited for to read one.
 """
 
+import math
 from dataclasses import dataclass
+
+# height and width in pixels of what becomes one token of FLUX
+_TOKEN_SIDE = 16
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
     """t_i = shift(1 - i / N) with shift(u) = shift * u / (1 + (shift - 1) * u).
 
-    With a shift this is the grid of DanceGRPO and MixGRPO (shift 3), and FLUX's with shift = exp(mu).
+    With a shift this is the grid of DanceGRPO and MixGRPO (shift 3); without, FLUX.1-schnell's.
     """
 
     num_steps: int
@@ -41,6 +45,35 @@ class SD3Schedule:
         intervals = max(self.num_steps - 1, 1)
         times = (1.0 - (1.0 - smallest) * i / intervals for i in range(self.num_steps))
         return (*(_shift(t, self.shift) for t in times), 0.0)
+
+
+@dataclass(frozen=True)
+class FluxSchedule:
+    """FLUX.1-dev's: evenly spaced times, shifted by exp(mu), where mu is linear in the number of image tokens.
+
+    mu = base_shift at 256 tokens (256x256 pixels) and max_shift at 4096 (1024x1024), as diffusers' FluxPipeline has it.
+    resolution: height and width of an image in pixels.
+    """
+
+    num_steps: int
+    resolution: int
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps, self.shift)
+        if self.resolution < _TOKEN_SIDE:
+            raise ValueError(f"schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self.resolution}")
+
+    @property
+    def shift(self) -> float:
+        """exp(mu)."""
+        num_tokens = (self.resolution // _TOKEN_SIDE) ** 2
+        slope = (self.max_shift - self.base_shift) / (4096 - 256)
+        return math.exp(self.base_shift + slope * (num_tokens - 256))
+
+    def __call__(self) -> tuple[float, ...]:
+        return LinearSchedule(self.num_steps, self.shift)()
 
 
 def _shift(u: float, shift: float) -> float:

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
 
 
 def test_sd3_grid_is_the_published_one():
@@ -22,6 +22,29 @@ def test_linear_grid_with_and_without_a_shift():
     assert LinearSchedule(4)() == pytest.approx((1, 0.75, 0.5, 0.25, 0))
     # 3 u / (1 + 2 u) at u = 3/4, 1/2, 1/4
     assert LinearSchedule(4, shift=3.0)() == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+
+
+@pytest.mark.parametrize("num_steps", [4, 28])
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+def test_flux_grid_is_that_of_diffusers(num_steps, resolution):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    mu = calculate_shift((resolution // 16) ** 2)
+    scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
+    assert FluxSchedule(num_steps, resolution)() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_flux_shifts_more_at_a_larger_resolution():
+    # exp(.5) and exp(1.15) at u = 1/2
+    assert FluxSchedule(2, 256)()[1] == pytest.approx(0.6224593)
+    assert FluxSchedule(2, 1024)()[1] == pytest.approx(0.7595109)
+
+
+def test_flux_needs_a_token():
+    with pytest.raises(ValueError, match=r"schedule\.resolution must be at least 16 pixels, got 8"):
+        FluxSchedule(4, 8)
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule, SD3Schedule])
