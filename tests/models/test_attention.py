@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from fastgrpo.models import attention
 from fastgrpo.models.attention import BACKENDS, Attention, attention_backend, why_not
