@@ -145,6 +145,6 @@ class Rollout:
     def _step_noise(self, prompts: Prompts, group_size: int, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
         """The noise of each step: a function of the global prompt index and the place in the group."""
         device = self.model.device
-        prompt_ids_B = torch.tensor(prompts.ids, device=device).repeat_interleave(group_size)
+        prompt_ids_B = torch.tensor(prompts.ids).to(device, non_blocking=True).repeat_interleave(group_size)
         sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))
         return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B) for step in steps}
