@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
@@ -33,6 +34,10 @@ class Uncompiled:
     """PyTorch's own kernels, one by one."""
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        return function
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What runs ``function`` of tensors alone, the blocks and all around them, without gradient."""
         return function
 
 
@@ -77,6 +82,10 @@ class CompiledBlocks:
                 ) from error
 
         return run
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What runs ``function`` of tensors alone, the blocks and all around them, without gradient."""
+        return function
 
 
 def num_compilations() -> int:
