@@ -1,6 +1,7 @@
 """How a run shows where it stands: one live line on a terminal, a plain line now and then in a log file."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,12 +11,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+# of a log file that says what is being compiled
+_SECONDS_BETWEEN_LINES = 30.0
+
 
 class Progress:
     """Call ``update`` once an iteration; use it as a context manager.
 
     ``first`` is the iteration that a resumed run starts after; a run ends after ``total`` iterations or ``max_seconds``
-    of training.  Without a terminal, each ``every``-th line is printed.
+    of training.  Without a terminal, each ``every``-th line is printed.  While ``num_compilations()`` grows between two
+    updates, that is shown: the first iteration of a compiled model takes minutes, and must not look like a hang.
     """
 
     def __init__(
@@ -27,6 +32,8 @@ class Progress:
         every: int = 10,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        num_compilations: Callable[[], int] = lambda: 0,
+        look_every_seconds: float = 1.0,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -36,26 +43,64 @@ class Progress:
         # the last value of each, since evaluations are rare
         self._values: dict[str, float] = {}
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._iteration = first
+        self._num_compilations, self._look_every_seconds = num_compilations, look_every_seconds
+        self._num_compiled, self._compiling_since, self._next_line = num_compilations(), math.nan, math.nan
+        self._lock, self._is_over = threading.Lock(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Progress":
         if self._live:
             self._live.start()
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._watcher.join()
         if self._live:
             self._live.stop()
 
     def update(self, iteration: int, values: Mapping[str, float]) -> None:
         """Show the state after ``iteration``; ``values`` has the keys of ``metrics.METRICS``."""
-        self._values |= values
-        line = self._line(iteration)
-        if self._live:
-            row = Table.grid(padding=(0, 1))
-            row.add_row(Text(line, no_wrap=True), ProgressBar(self._total, iteration, width=20))
-            self._live.update(row, refresh=True)
-        elif iteration % self._every == 0 or iteration in (self._first + 1, self._total) or self._seconds_left == 0:
-            self._console.out(line, highlight=False)
+        with self._lock:
+            self._iteration = iteration
+            self._num_compiled, self._compiling_since = self._num_compilations(), math.nan
+            self._values |= values
+            line = self._line(iteration)
+            if self._live:
+                self._draw(line)
+            elif iteration % self._every == 0 or iteration in (self._first + 1, self._total) or self._seconds_left == 0:
+                self._console.out(line, highlight=False)
+
+    def show_compilations(self) -> None:
+        """Show how many graphs were compiled since the last update, and for how long, if there are any."""
+        with self._lock:
+            count = self._num_compilations() - self._num_compiled
+            if count == 0:
+                return
+            now = self._clock()
+            if math.isnan(self._compiling_since):
+                self._compiling_since = self._next_line = now
+            line = (
+                f"iteration {self._iteration}/{self._total}  "
+                f"compiling: {count} graph{'s' * (count > 1)}, {_duration(now - self._compiling_since)}"
+            )
+            if self._live:
+                self._draw(line)
+            elif now >= self._next_line:
+                self._next_line = now + _SECONDS_BETWEEN_LINES
+                self._console.out(line, highlight=False)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._look_every_seconds):
+            self.show_compilations()
+
+    def _draw(self, line: str) -> None:
+        assert self._live is not None
+        row = Table.grid(padding=(0, 1))
+        row.add_row(Text(line, no_wrap=True), ProgressBar(self._total, self._iteration, width=20))
+        self._live.update(row, refresh=True)
 
     def _line(self, iteration: int) -> str:
         parts = [f"iteration {iteration}/{self._total}"]
