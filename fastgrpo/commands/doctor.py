@@ -9,12 +9,14 @@ from importlib.util import find_spec
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.config import build, resolve_path
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.attention import BACKENDS, why_not
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
@@ -131,6 +133,10 @@ def _backends() -> Table:
         ("math", sdpa.math_sdp_enabled),
     ):
         table.add_row(f"sdpa: {name}", "on" if on_gpu and is_enabled() else "off" if on_gpu else "no GPU", "attention")
+    # half precision, since that is what a GPU trains in
+    for name in BACKENDS:
+        why = why_not(name, torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
+        table.add_row(f"attention={name}", f"no: {escape(why)}" if why else "yes", "runtime.attention")
     for module, purpose, extra in _BACKENDS:
         # asked of the finder alone: importing some of these takes seconds or fails without a GPU
         is_there = find_spec(module) is not None
