@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"prompts", "start_noise", "batches", "rollout", "update", "evaluate", "checkpoint", "metrics"}
+STAGES = {
+    "prompts",
+    "start_noise",
+    "batches",
+    "memory_plan",
+    "memory_stages",
+    "rollout",
+    "update",
+    "evaluate",
+    "checkpoint",
+    "metrics",
+}
 PIECES = {"algorithm", "models", "rewards", "runtime", "records"}
 BELOW_STAGES = PIECES | {"types"}
 MAY_IMPORT: dict[str, set[str]] = {

@@ -24,7 +24,7 @@ class BatchSize:
 
     def __post_init__(self) -> None:
         if self.value < 1:
-            raise ValueError(f"{self.key} must be at least 1, got {self.value}; 0 in a config plans it from memory")
+            raise ValueError(f"{self.key} must be at least 1, got {self.value}; only train plans it from memory")
 
     def halve(self, error: torch.OutOfMemoryError) -> None:
         """Go on with half as many, and say so; DoesNotFit if it is one sample that did not fit.

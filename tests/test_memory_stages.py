@@ -1,0 +1,114 @@
+"""The planner over the model in miniature: what it predicts for many samples is what these samples then use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo.config import build
+from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, Cost, MemoryPlan, plan_memory
+from fastgrpo.memory_stages import MemoryPlanner
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.runtime.batch_size import DoesNotFit
+from fastgrpo.runtime.byte_count import LiveBytes
+from fastgrpo.runtime.memory import CountingMeter, Meter
+from fastgrpo.train import build_model, build_rewards
+from tests.tiny_config import make_config
+
+PLENTY = 2**40
+
+
+class Planned:
+    """A plan of the miniature, and how its models were built."""
+
+    def __init__(self, weights: Path, output: Path, memory: int, *overrides: str, samples: int = 24) -> None:
+        config = make_config(weights, output, *overrides)
+        self.built: list[bool] = []
+
+        def build_with(checkpointing: bool) -> FlowModel:
+            self.built.append(checkpointing)
+            config.runtime.checkpointing = checkpointing
+            return build_model(config)
+
+        self.planner = MemoryPlanner(
+            algorithm=build(config.algorithm), samples=samples, optimizer_steps=2, rewards=build_rewards(config)[0]
+        )
+        self.model, self.plan = self.planner(build_with, CountingMeter, memory, False)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_what_is_predicted_for_many_samples_is_what_they_use(
+    tiny_weights: Path, tmp_path: Path, guidance: float
+) -> None:
+    planned = Planned(tiny_weights, tmp_path / "run", PLENTY, f"model.guidance_scale={guidance}")
+    assert list(planned.plan.choices) == [SAMPLING, DECODING, REWARD, TRAINING]
+    model, num_samples = planned.model, 16
+    # the gradients of one sample are there when the next is replayed
+    planned.planner._train(model, 1)
+    with LiveBytes() as counter:
+        planned.planner._train(model, num_samples)
+    cost = planned.plan.choices[TRAINING].cost
+    gradients = sum(weight.nbytes for weight in model.trainable.values())
+    assert counter.peak == pytest.approx(num_samples * cost.per_sample, rel=0.05)
+    assert cost.bytes(num_samples) >= counter.peak + gradients
+    with torch.no_grad(), LiveBytes() as counter:
+        model.decode(torch.zeros(num_samples, *model.latent_shape))
+    assert counter.peak == pytest.approx(num_samples * planned.plan.choices[DECODING].cost.per_sample, rel=0.05)
+
+
+def batches_of(plan: MemoryPlan) -> dict[str, int]:
+    return {name: plan.batch(name) for name in plan.choices}
+
+
+def test_the_plan_shrinks_with_the_memory_and_leaves_the_recipe_and_the_weights_alone(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    roomy = Planned(tiny_weights, tmp_path / "roomy", PLENTY)
+    assert batches_of(roomy.plan) == {SAMPLING: 24, DECODING: 24, REWARD: 24, TRAINING: 12}
+    assert all(weight.grad is None for weight in roomy.model.trainable.values())
+    # room for five images at a time
+    decoding = roomy.plan.choices[DECODING]
+    memory = int((decoding.beside + decoding.cost.fixed + 5.5 * decoding.cost.per_sample) / 0.9)
+    tight = Planned(tiny_weights, tmp_path / "tight", memory).plan
+    assert tight.choices[DECODING].fitting == 5
+    assert tight.batch(DECODING) == 4, "six batches of four, as five of five would decode one image for nothing"
+    assert not tight.checkpointing
+    assert all(choice.peak_bytes <= 0.9 * memory for choice in tight.choices.values())
+    with pytest.raises(DoesNotFit, match=r"one sample of \w+ needs .* lower model\.resolution"):
+        Planned(tiny_weights, tmp_path / "none", int(roomy.plan.held / 0.9))
+
+
+class Scripted(MemoryPlanner):
+    """A planner whose update costs 100 bytes a sample, or 30 with checkpointing."""
+
+    def _plan(self, model: FlowModel, meter: Meter, memory: int, checkpointing: bool) -> MemoryPlan:
+        costs = {SAMPLING: Cost(0, 1), DECODING: Cost(0, 1), TRAINING: Cost(0, 30 if checkpointing else 100)}
+        return plan_memory(
+            costs, {SAMPLING: 8, TRAINING: 8}, held=0, memory=int(memory / 0.9) + 1, checkpointing=checkpointing
+        )
+
+
+@pytest.mark.parametrize(
+    ("memory", "asked", "built", "batch"),
+    [
+        (200, False, [False], 2),
+        (199, False, [False, True], 4),
+        (900, True, [True], 8),
+        (30, False, [False, True], 1),
+    ],
+)
+def test_checkpointing_comes_on_only_where_two_samples_do_not_fit(
+    tiny_weights: Path, tmp_path: Path, memory: int, asked: bool, built: list[bool], batch: int
+) -> None:
+    config = make_config(tiny_weights, tmp_path / "run")
+    seen: list[bool] = []
+
+    def build_with(checkpointing: bool) -> FlowModel:
+        seen.append(checkpointing)
+        return build_model(config)
+
+    planner = Scripted(algorithm=build(config.algorithm), samples=8, optimizer_steps=1)
+    _, plan = planner(build_with, CountingMeter, memory, asked)
+    assert seen == built
+    assert plan.checkpointing is built[-1]
+    assert plan.batch(TRAINING) == batch
