@@ -25,7 +25,8 @@ def random_module(
     Equal in every process for one device, type and seed.
     """
     with torch.device("meta"):
-        module: nn.Module = make().to(dtype)
+        # diffusers' own method would warn of types that from_pretrained might have chosen
+        module: nn.Module = nn.Module.to(make(), dtype)
     # sharing of weights would be lost; no transformer or autoencoder here has any
     module.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,254 @@
+"""Our FLUX is diffusers': images, velocities, gradients and LoRA files; and what guidance and adapters do to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from fastgrpo.algorithm.dynamics import ODE
+from fastgrpo.algorithm.schedule import FluxSchedule
+from fastgrpo.batches import BatchSizes
+from fastgrpo.commands.doctor import ratio_deviation
+from fastgrpo.config import load_config
+from fastgrpo.models.attention import attention_backend
+from fastgrpo.models.flux import Flux
+from fastgrpo.models.flux_network import FluxNetwork
+from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.random_weights import random_module
+from fastgrpo.rollout import Rollout
+from fastgrpo.train import build_trainer
+from fastgrpo.types import Conditions, Prompts
+from fastgrpo_kernels import combined
+from tests.tiny_config import make_overrides
+from tests.tiny_flux import PROMPTS, TEXT_WIDTH, make_pipeline, make_transformer
+
+TEXTS = list(PROMPTS[:3])
+TARGETS = (*ATTENTION, *FEED_FORWARD)
+T = 0.5
+GUIDANCE = 3.5
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pipeline(tmp_path_factory.mktemp("weights") / "flux")
+
+
+def make_model(weights: Path, **settings: Any) -> Flux:
+    defaults: dict[str, Any] = {
+        "weights": str(weights),
+        "adaptation": LoRA(rank=2, alpha=4.0, targets=TARGETS),
+        "resolution": 64,
+        "guidance_scale": GUIDANCE,
+        "max_sequence_length": 7,
+    }
+    return Flux(**defaults | settings)
+
+
+def make_start(num_samples: int = 3) -> Tensor:
+    return torch.randn(num_samples, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
+    """Adapters that matter: they start at zero."""
+    generator = torch.Generator().manual_seed(2)
+    for weight in trainable.values():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def images_of_ours(model: Flux) -> Tensor:
+    rollout = Rollout(model=model, grid=FluxSchedule(4, 64)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
+    return rollout(Prompts(TEXTS, ids=[0, 1, 2]), model.encode(TEXTS), make_start(), ()).images_BCHW
+
+
+def images_of_diffusers(pipeline: FluxPipeline, guidance_scale: float = GUIDANCE) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    packed = FluxPipeline._pack_latents(make_start(), 3, 16, 8, 8)
+    settings = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 7, "output_type": "pt"}
+    return pipeline(TEXTS, latents=packed, guidance_scale=guidance_scale, **settings).images
+
+
+def test_the_ode_gives_the_images_of_diffusers(weights: Path) -> None:
+    ours, theirs = images_of_ours(make_model(weights)), images_of_diffusers(FluxPipeline.from_pretrained(weights))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    # the images are no constant, and depend on the text and on guidance
+    assert ours.std() > 0.01
+    assert (ours - images_of_ours(make_model(weights, guidance_scale=1.0))).abs().max() > 1e-3
+
+
+def test_a_model_without_guidance_gives_the_images_of_diffusers(tmp_path: Path) -> None:
+    weights = make_pipeline(tmp_path, guidance_embeds=False)
+    ours = images_of_ours(make_model(weights, guidance_scale=1.0))
+    torch.testing.assert_close(ours, images_of_diffusers(FluxPipeline.from_pretrained(weights)), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"guidance_scale is 3\.5, but .* distilled without guidance"):
+        make_model(weights)
+
+
+def make_network(*, checkpointing: bool = False) -> FluxNetwork:
+    return FluxNetwork(
+        guidance_scale=GUIDANCE,
+        attention=attention_backend("sdpa"),
+        compile=lambda function: function,
+        checkpointing=checkpointing,
+        modulations=Modulations(is_frozen=True),
+    )
+
+
+def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Conditions]:
+    generator = torch.Generator().manual_seed(1)
+    x_BCHW, embeds_BLC, pooled_BC = (
+        torch.randn(shape, generator=generator) for shape in ((2, 16, 12, 8), (2, 5, TEXT_WIDTH), (2, TEXT_WIDTH))
+    )
+    return x_BCHW, Conditions(embeds_BLC.to(dtype), pooled_BC.to(dtype), (0, 1))
+
+
+def diffusers_velocity(transformer: FluxTransformer2DModel, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+    height, width = x_BCHW.shape[-2:]
+    x = FluxPipeline._pack_latents(x_BCHW.to(transformer.dtype), len(x_BCHW), 16, height, width)
+    v = transformer(
+        hidden_states=x,
+        encoder_hidden_states=conditions.embeds_BLC,
+        pooled_projections=conditions.pooled_BC,
+        timestep=torch.full((len(x),), T),
+        guidance=torch.full((len(x),), GUIDANCE) if transformer.config.guidance_embeds else None,
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(conditions.embeds_BLC.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return FluxPipeline._unpack_latents(v, 8 * height, 8 * width, 8)
+
+
+def make_random_transformer(dtype: torch.dtype = torch.float32, *, guidance_embeds: bool = True) -> Any:
+    def make() -> FluxTransformer2DModel:
+        return make_transformer(guidance_embeds=guidance_embeds)
+
+    return random_module(make, device="cpu", dtype=dtype, seed=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=str)
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_the_velocity_is_that_of_diffusers(guidance_embeds: bool, dtype: torch.dtype, tolerance: float) -> None:
+    transformer, (x, conditions) = make_random_transformer(dtype, guidance_embeds=guidance_embeds), make_inputs(dtype)
+    ours, theirs = make_network()(transformer, x, T, conditions), diffusers_velocity(transformer, x, conditions)
+    assert ours.dtype == theirs.dtype == dtype
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
+    # in double precision, which rounding does not blur
+    transformer, (x, conditions) = make_random_transformer(torch.float64), make_inputs(torch.float64)
+    adaptation = LoRA(rank=2, targets=TARGETS)(transformer)
+    nudge(adaptation.trainable)
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights = list(adaptation.trainable.values())
+    network = make_network(checkpointing=checkpointing)
+    ours = torch.autograd.grad(network(transformer, x, T, conditions), weights, cotangent)
+    # diffusers' blocks take the same layers, adapters and all
+    theirs = torch.autograd.grad(diffusers_velocity(transformer, x, conditions), weights, cotangent)
+    for name, our, their in zip(adaptation.trainable, ours, theirs, strict=True):
+        assert their.any(), name
+        assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
+
+
+def test_the_targets_are_those_of_flow_grpo(weights: Path) -> None:
+    attention = {f"attn.{name}" for name in ("to_q", "to_k", "to_v")}
+    text = {f"attn.{name}" for name in ("to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+    both = attention | text | {f"{ff}.{name}" for ff in ("ff", "ff_context") for name in ("net.0.proj", "net.2")}
+    assert set(make_model(weights).adaptation.lora_config["target_modules"]) == {
+        *(f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in both),
+        *(f"single_transformer_blocks.{block}.{name}" for block in (0, 1) for name in attention),
+    }
+
+
+@torch.no_grad()
+def test_merged_adapters_compute_what_they_do_apart_and_leave_no_trace(weights: Path) -> None:
+    model = make_model(weights)
+    nudge(model.trainable)
+    x, conditions = make_start(), model.encode(TEXTS)
+    frozen = {name: weight.clone() for name, weight in model.transformer.state_dict().items()}
+    apart = model.velocity(x, T, conditions)
+    with model.sampling():
+        merged = model.velocity(x, T, conditions)
+    assert isinstance(apart, Tensor)
+    assert isinstance(merged, Tensor)
+    torch.testing.assert_close(merged, apart, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(weight, frozen[name]) for name, weight in model.transformer.state_dict().items())
+
+
+def test_the_reference_is_the_base_model_to_the_bit_and_the_policy_keeps_its_gradient(weights: Path) -> None:
+    base, model = make_model(weights), make_model(weights)
+    nudge(model.trainable)
+    x, conditions = make_start(), model.encode(TEXTS)
+    velocity, reference = model.velocity_and_reference(x, T, conditions)
+    assert torch.equal(combined(reference), combined(base.velocity(x, T, conditions)).detach())
+    assert (combined(velocity) - combined(reference)).abs().max() > 1e-3
+    weights_ = list(model.trainable.values())
+    alone = torch.autograd.grad(combined(model.velocity(x, T, conditions)).square().sum(), weights_)
+    for ours, expected in zip(torch.autograd.grad(combined(velocity).square().sum(), weights_), alone, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_saved_adapters_load_in_diffusers(weights: Path, tmp_path: Path) -> None:
+    model = make_model(weights)
+    nudge(model.trainable)
+    model.save_lora(tmp_path)
+    pipeline = FluxPipeline.from_pretrained(weights)
+    before = images_of_diffusers(pipeline)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    theirs = images_of_diffusers(pipeline)
+    torch.testing.assert_close(images_of_ours(model), theirs, atol=1e-4, rtol=0)
+    assert (theirs - before).abs().max() > 1e-3
+
+
+def test_the_merged_pipeline_gives_the_images_of_the_policy(weights: Path, tmp_path: Path) -> None:
+    model = make_model(weights)
+    nudge(model.trainable)
+    ours = images_of_ours(model)
+    model.save_merged(tmp_path)
+    torch.testing.assert_close(ours, images_of_diffusers(FluxPipeline.from_pretrained(tmp_path)), atol=1e-4, rtol=0)
+
+
+TINY = [
+    "model=flux_dev",
+    "algorithm/schedule=flux",
+    "algorithm.schedule.num_steps=4",
+    "model.resolution=64",
+    "model.dtype=float32",
+    "model.decode_dtype=float32",
+    "model.max_sequence_length=7",
+    f"+adaptation.targets=[{','.join(TARGETS)}]",
+]
+RECIPES = [
+    pytest.param(["algorithm=flow_grpo"], id="flow_grpo"),
+    pytest.param(
+        ["algorithm=flow_grpo_fast", "algorithm.timesteps.size=2", "algorithm.timesteps.high=3"], id="flow_grpo_fast"
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_trains_with_a_ratio_of_exactly_one(recipe: list[str], weights: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(load_config("train", make_overrides(weights, tmp_path / "run", *TINY, *recipe)))
+    start = {name: weight.detach().clone() for name, weight in trainer.model.trainable.items()}
+    for _ in range(2):
+        assert trainer.step()["ratio_deviation"] == 0
+    assert not [name for name, weight in trainer.model.trainable.items() if torch.equal(weight, start[name])]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_doctor_finds_a_ratio_of_exactly_one(recipe: list[str], weights: Path) -> None:
+    config = load_config("doctor", [*TINY, *recipe, f"model.weights={weights}", "runtime.device=cpu"])
+    assert ratio_deviation(config)[0] == 0
+
+
+@pytest.mark.parametrize("setting", [{"use_t5": False}, {"max_sequence_length": 0}])
+def test_texts_need_t5(setting: dict[str, Any], weights: Path) -> None:
+    with pytest.raises(ValueError, match="FLUX reads texts through T5"):
+        make_model(weights, **setting)
