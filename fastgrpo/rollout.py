@@ -80,7 +80,7 @@ class Rollout:
         """Latents after the window, and what is stored of its trained steps."""
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
-            return x_BCHW, TrainedSteps(none_TBCHW, none_TBCHW, x_BCHW.new_empty(0, len(x_BCHW)), none_TBCHW, ())
+            return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, x_BCHW.new_empty(0, len(x_BCHW)), none_TBCHW)
 
         def run(batch: Batch) -> tuple[Tensor, TrainedSteps]:
             step_noise = {
@@ -110,11 +110,11 @@ class Rollout:
             if isinstance(v_BCHW, GuidedVelocity):
                 unconditional.append(v_BCHW.unconditional)
         return x_BCHW, TrainedSteps(
+            tuple(noise),
             torch.stack(x),
             torch.stack(x_next),
             torch.stack(log_prob),
             torch.stack(unconditional) if unconditional else x_BCHW.new_empty(0, *x_BCHW.shape),
-            tuple(noise),
         )
 
     def _images(

@@ -94,11 +94,11 @@ class TrainedSteps:
     ``unconditional_TBCHW`` is the old policy's other branch of guidance; T is 0 there without guidance.
     """
 
+    steps: tuple[int, ...]
     x_TBCHW: Tensor
     x_next_TBCHW: Tensor
     log_prob_TB: Tensor
     unconditional_TBCHW: Tensor
-    steps: tuple[int, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,12 +107,12 @@ class TrainedSteps:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TrainedSteps":
         """A function of each tensor."""
-        return TrainedSteps(*map(function, self.tensors), self.steps)
+        return TrainedSteps(self.steps, *map(function, self.tensors))
 
     def cat(self, *others: "TrainedSteps") -> "TrainedSteps":
         """The samples of all, of the same steps."""
         columns = zip(self.tensors, *(other.tensors for other in others), strict=True)
-        return TrainedSteps(*(torch.cat(column, dim=1) for column in columns), self.steps)
+        return TrainedSteps(self.steps, *(torch.cat(column, dim=1) for column in columns))
 
 
 @dataclass(frozen=True)

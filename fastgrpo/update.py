@@ -188,4 +188,5 @@ def _summarize(first: list[_Seen], others: list[_Seen], grad_norms: Tensor) -> U
         ]
     )
     *means, skipped_steps = values.tolist()
-    return UpdateStats(*means, skipped_steps=int(skipped_steps))
+    loss, kl, approx_kl, ratio_deviation, clip_fraction, grad_norm = means
+    return UpdateStats(loss, kl, approx_kl, ratio_deviation, clip_fraction, grad_norm, int(skipped_steps))

@@ -7,7 +7,6 @@ FLUX.1-schnell knows no guidance.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
@@ -15,14 +14,14 @@ from fastgrpo.models.attention import Attention
 from fastgrpo.models.flux_network import PATCH, FluxNetwork
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.pipeline_model import Network, PipelineModel
-from fastgrpo.models.weights import load_pipeline
 
 
 class Flux(PipelineModel):
     """``FlowModel`` over a FluxPipeline; latents are [B, 16, H, W] as in SD3 and packed inside the network."""
 
-    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
-        return load_pipeline(FluxPipeline, weights, dtype, decode_dtype)
+    pipeline_class = FluxPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+    t5 = ("text_encoder_2", "tokenizer_2")
 
     @property
     def _has_two_branches(self) -> bool:

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from fastgrpo.models.adaptation import Adaptation, Inputs, join
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import Attention, attention_backend
+from fastgrpo.models.condition_cache import ConditionCache
+from fastgrpo.models.encoder_identity import encoder_identity
 from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.text_encoders import TextEncoders
+from fastgrpo.models.weights import load_pipeline, pipeline_directory
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
 
@@ -42,8 +46,14 @@ class PipelineModel(ABC):
     attention: a name of ``fastgrpo.models.attention``.
     compile: of the repeated block and of decoding, function -> function; None runs them as they are.
     checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
+    condition_cache: a directory for conditions, which later runs then need not encode; None keeps them in memory.
     lossy: how it may be fast and slightly wrong, on steps without log_prob; None is not at all.
     """
+
+    pipeline_class: Any
+    # names of its components: those that encode text, and of these T5 with its tokenizer
+    text_encoders: tuple[str, ...]
+    t5: tuple[str, ...]
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class PipelineModel(ABC):
         compile: Callable[[Any], Any] | None = None,
         checkpointing: bool = False,
         lossy: Lossy | None = None,
+        condition_cache: str | None = None,
     ) -> None:
         for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
             if value not in _DTYPES:
@@ -98,16 +109,45 @@ class PipelineModel(ABC):
             self.pipeline.vae.to(memory_format=torch.channels_last)
         self._decode = (compile or _unchanged)(_decode)
         self._is_sampling = False
-        self._encoded: dict[str, Conditions] = {}
+        self._conditions = self._make_conditions(weights, _DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
 
     def _make_pipeline(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
-        if self._random is None:
-            return self._load(weights, dtype, decode_dtype).to(self.device)
-        return self._random(device=self.device, dtype=dtype, decode_dtype=decode_dtype)
+        if self._random is not None:
+            return self._random(device=self.device, dtype=dtype, decode_dtype=decode_dtype)
+        return self._load(weights, dtype, decode_dtype, without=self.text_encoders).to(self.device)
 
-    @abstractmethod
-    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
-        """The pipeline; ValueError for weights that cannot be loaded."""
+    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
+        without += () if self.use_t5 else self.t5
+        return load_pipeline(self.pipeline_class, weights, dtype, decode_dtype, **dict.fromkeys(without))
+
+    def _make_conditions(
+        self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype, directory: str | None
+    ) -> ConditionCache:
+        random, length = self._random, self.max_sequence_length
+        if random is not None:
+            return ConditionCache(
+                encode=lambda texts: (
+                    Conditions(*random.condition(text, length, self.device, dtype)) for text in texts
+                ),
+                encoders="random",
+                directory=None,
+                device=self.device,
+            )
+
+        def load() -> list[nn.Module]:
+            loaded = self._load(weights, dtype, decode_dtype, without=("transformer", "vae")).components
+            encoders = {name: loaded[name] for name in self.text_encoders}
+            self.pipeline.register_modules(**encoders)
+            return [module for module in encoders.values() if module is not None]
+
+        self._text_encoders = encoders = TextEncoders(load, self._run_encoders, self.device)
+        settings = {"pipeline": self.pipeline_class.__name__, "dtype": str(dtype), "length": length, "t5": self.use_t5}
+        return ConditionCache(
+            encode=encoders,
+            encoders=encoder_identity(pipeline_directory(self.pipeline_class, weights), settings),
+            directory=None if directory is None else Path(directory).expanduser(),
+            device=self.device,
+        )
 
     @property
     @abstractmethod
@@ -141,20 +181,8 @@ class PipelineModel(ABC):
         return bool(self.adaptation.lora_config)
 
     def encode(self, texts: Sequence[str]) -> Conditions:
-        """Each distinct text goes through the encoders once in the life of the model."""
-        for text in texts:
-            if text not in self._encoded:
-                # one text alone: a row is rounded as its batch wills, and a resumed run meets texts in other batches
-                with torch.no_grad():
-                    embeds_BLC, pooled_BC = self._encode_one(text)
-                self._encoded[text] = Conditions(embeds_BLC, pooled_BC, (len(self._encoded),))
-        first, *others = [self._encoded[text] for text in texts]
-        return first.cat(*others)
-
-    def _encode_one(self, text: str) -> tuple[Tensor, Tensor]:
-        if self._random is None:
-            return self._run_encoders(text)
-        return self._random.condition(text, self.max_sequence_length, self.device, self.transformer.dtype)
+        """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""
+        return self._conditions.get(texts)
 
     @contextmanager
     def sampling(self, lossy: bool = False) -> Iterator[None]:
@@ -249,6 +277,7 @@ class PipelineModel(ABC):
         if self._random is not None:
             raise ValueError("a pipeline of model.weights=random has no text encoders and cannot be exported")
         self.adaptation.merge_for_good()
+        self._text_encoders.make()
         self.pipeline.save_pretrained(directory)
 
 

@@ -6,7 +6,6 @@ The embedded model is such a directory too, so what trains on a laptop is the co
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
@@ -14,15 +13,14 @@ from fastgrpo.models.attention import Attention
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.pipeline_model import Network, PipelineModel
 from fastgrpo.models.sd3_network import SD3Network
-from fastgrpo.models.weights import load_pipeline
 
 
 class StableDiffusion3(PipelineModel):
     """``FlowModel`` over a StableDiffusion3Pipeline; without T5, zeros are in the place of its embeddings."""
 
-    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> StableDiffusion3Pipeline:
-        without_t5 = {} if self.use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        return load_pipeline(StableDiffusion3Pipeline, weights, dtype, decode_dtype, **without_t5)
+    pipeline_class = StableDiffusion3Pipeline
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    t5 = ("text_encoder_3", "tokenizer_3")
 
     @property
     def _patch_size(self) -> int:

@@ -1,6 +1,7 @@
 """Where the weights of a pipeline are, and whether what was loaded of them is whole."""
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ def load_pipeline(
     refuse_hollow_tokenizers(weights, *tokenizers)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def pipeline_directory(pipeline_class: Any, weights: str) -> Path:
+    """The directory of a pipeline; of a hub id the one that it was downloaded to."""
+    path = Path(local_path(weights)).expanduser()
+    return path if path.is_dir() else Path(pipeline_class.download(weights))
 
 
 def local_path(weights: str) -> str:

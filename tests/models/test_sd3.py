@@ -1,5 +1,6 @@
 """Our rollout of Stable Diffusion 3 is diffusers' own pipeline, and what a wrong setting answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,19 @@ def test_guidance_sends_no_gradient_through_the_unconditional_branch(tiny_weight
         torch.testing.assert_close(guided[name], weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_conditional_branch_alone_gives_the_gradient_of_both(tiny_weights: Path) -> None:
+def test_the_conditional_branch_alone_gives_the_gradient_of_both(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(tiny_weights, guidance_scale=4.5)
     # float64 tells rounding from error; a few of diffusers' own operations are float32 all the same
     model.transformer.double()
-    model._encoded = {
-        text: Conditions(c.embeds_BLC.double(), c.pooled_BC.double(), c.keys)
-        for text, c in ((text, model.encode([text])) for text in [*TEXTS, ""])
-    }
+    encode = model.encode
+
+    def encode_in_float64(texts: Sequence[str]) -> Conditions:
+        rows = encode(texts)
+        return Conditions(rows.embeds_BLC.double(), rows.pooled_BC.double(), rows.keys)
+
+    monkeypatch.setattr(model, "encode", encode_in_float64)
     x, conditions, empty = make_start().double(), model.encode(TEXTS), model.encode([""] * len(TEXTS))
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
     guided = model.velocity(x, 0.6, conditions)
@@ -172,15 +178,15 @@ def test_checkpointing_keeps_fewer_activations_and_the_same_gradient(adaptation,
 
 
 def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(tiny_weights)
     encoded: list[str] = []
-    run = model._run_encoders
+    run = StableDiffusion3._run_encoders
 
-    def counting(text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def counting(model: StableDiffusion3, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         encoded.append(text)
-        return run(text)
+        return run(model, text)
 
-    monkeypatch.setattr(model, "_run_encoders", counting)
+    monkeypatch.setattr(StableDiffusion3, "_run_encoders", counting)
+    model = make_model(tiny_weights)
     first = model.encode(TEXTS)
     again = model.encode(["two blue squares", "a red circle", "a green circle"])
     assert encoded == ["a red circle", "two blue squares", "a green circle"]
@@ -215,3 +221,32 @@ def test_the_fingerprint_tells_base_weights_and_adapters_apart(tiny_weights: Pat
     assert make_model(tiny_weights).fingerprint == fingerprint
     assert make_model(tiny_weights, adaptation=LoRA(rank=5)).fingerprint != fingerprint
     assert make_model(make_pipeline(tmp_path, seed=1)).fingerprint != fingerprint
+
+
+def test_with_conditions_on_disk_text_encoders_are_never_loaded(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"guidance_scale": 2.0, "condition_cache": str(tmp_path / "conditions")}
+    first = make_model(tiny_weights, **settings)
+    assert first.pipeline.text_encoder is None
+    encoded = first.encode([*TEXTS, ""])
+    assert first.pipeline.text_encoder is not None
+    again = make_model(tiny_weights, **settings)
+    found = again.encode([*TEXTS, ""])
+    assert torch.equal(found.embeds_BLC, encoded.embeds_BLC)
+    assert torch.equal(found.pooled_BC, encoded.pooled_BC)
+    assert found.keys == encoded.keys
+    assert len(set(found.keys)) == 3
+    again.velocity(make_start(), 0.5, again.encode(TEXTS))
+    assert again.pipeline.text_encoder is None
+    # an export wants them all the same
+    again.save_merged(tmp_path / "merged")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged", **WITHOUT_T5)
+    assert torch.equal(pipeline.text_encoder.text_projection.weight, first.pipeline.text_encoder.text_projection.weight)
+
+
+def test_other_encoders_do_not_find_each_others_conditions(tiny_weights: Path, tmp_path: Path) -> None:
+    directory = str(tmp_path / "conditions")
+    one = make_model(tiny_weights, condition_cache=directory)
+    other = make_model(make_pipeline(tmp_path / "other", seed=1), condition_cache=directory)
+    assert (one.encode(TEXTS).embeds_BLC - other.encode(TEXTS).embeds_BLC).abs().max() > 1e-3
