@@ -24,7 +24,10 @@ from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Samples the policy.  The recipe does not depend on ``batch_sizes``; ``solver`` is that of prefix and rest."""
+    """Samples the policy.  The recipe does not depend on ``batch_sizes``; ``solver`` is that of prefix and rest.
+
+    ``with_gradients``: of each sample's log_prob, taken while it is made, so that update need not replay it.
+    """
 
     model: FlowModel
     grid: Sequence[float]
@@ -32,6 +35,7 @@ class Rollout:
     batch_sizes: BatchSizes
     seed: int
     solver: Solver = field(default_factory=Euler)
+    with_gradients: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -59,9 +63,9 @@ class Rollout:
         else:
             x_BCHW = self._deterministic(start_BCHW, samples, range(first))
         step_noise = self._step_noise(prompts, group_size, steps)
-        x_BCHW, trained = self._window(x_BCHW, samples, range(first, last), step_noise)
+        x_BCHW, trained, gradients = self._window(x_BCHW, samples, range(first, last), step_noise)
         images_BCHW = self._images(x_BCHW, samples, range(last, end), hand_on)
-        return Trajectories(images_BCHW, start_BCHW, trained)
+        return Trajectories(images_BCHW, start_BCHW, trained, gradients)
 
     def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
         """Latents after some steps of the ODE."""
@@ -76,46 +80,71 @@ class Rollout:
 
     def _window(
         self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
-    ) -> tuple[Tensor, TrainedSteps]:
-        """Latents after the window, and what is stored of its trained steps."""
+    ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
+        """Latents after the window, what is stored of its trained steps, and the gradients that were taken."""
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
-            return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, x_BCHW.new_empty(0, len(x_BCHW)), none_TBCHW)
+            none_TB = x_BCHW.new_empty(0, len(x_BCHW))
+            return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, none_TB, none_TBCHW), []
 
-        def run(batch: Batch) -> tuple[Tensor, TrainedSteps]:
+        def run(batch: Batch) -> tuple[Tensor, TrainedSteps, list[Tensor]]:
             step_noise = {
                 step: replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
                 for step, n in noise.items()
             }
-            x, trained = self._stochastic(batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise)
-            return x[: batch.count], trained.map(lambda part_TB: part_TB[:, : batch.count])
+            x, trained, gradients = self._stochastic(batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise)
+            kept = slice(batch.count)
+            return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), [gradient[kept] for gradient in gradients]
 
-        parts = [part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run)]
-        x, (trained, *others) = torch.cat([x for x, _ in parts]), [trained for _, trained in parts]
-        return x, trained.cat(*others)
+        x, trained, gradients = zip(
+            *(part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run)), strict=True
+        )
+        return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if self.with_gradients else []
 
     def _stochastic(
         self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
-    ) -> tuple[Tensor, TrainedSteps]:
+    ) -> tuple[Tensor, TrainedSteps, list[Tensor]]:
         x, x_next, log_prob, unconditional = [], [], [], []
+        gradients: list[Tensor] = []
         for step in steps:
-            v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
             if step not in noise:
+                v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
                 x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
                 continue
             x.append(x_BCHW)
-            x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, noise[step])
+            if self.with_gradients:
+                x_BCHW, log_prob_B, v_BCHW = self._differentiated(x_BCHW, conditions, step, noise[step], gradients)
+            else:
+                v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
+                x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, noise[step])
             x_next.append(x_BCHW)
             log_prob.append(log_prob_B)
             if isinstance(v_BCHW, GuidedVelocity):
                 unconditional.append(v_BCHW.unconditional)
-        return x_BCHW, TrainedSteps(
+        trained = TrainedSteps(
             tuple(noise),
             torch.stack(x),
             torch.stack(x_next),
             torch.stack(log_prob),
             torch.stack(unconditional) if unconditional else x_BCHW.new_empty(0, *x_BCHW.shape),
         )
+        return x_BCHW, trained, gradients
+
+    def _differentiated(
+        self, x_BCHW: Tensor, conditions: Conditions, step: int, noise: PhiloxNoise, gradients: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | GuidedVelocity]:
+        """One step, whose gradient of log_prob by each sample's weights is added to ``gradients``, empty at first."""
+        coefficients = self.dynamics(self.grid, step)
+        with self.model.by_sample(len(x_BCHW)) as weights_B, torch.enable_grad():
+            v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
+            x_next_BCHW, log_prob_B = coefficients.step(x_BCHW, v_BCHW.detach(), noise)
+            replayed_B, _ = coefficients.log_prob(x_BCHW, v_BCHW, x_next_BCHW, None)
+            found = torch.autograd.grad(replayed_B.sum(), weights_B, allow_unused=True, materialize_grads=True)
+        if gradients:
+            torch._foreach_add_(gradients, found)
+        else:
+            gradients.extend(found)
+        return x_next_BCHW, log_prob_B, v_BCHW.detach()
 
     def _images(
         self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None]

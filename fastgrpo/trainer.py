@@ -89,7 +89,9 @@ class Trainer:
             advantages_PG = self.algorithm.advantage(rewards.learned_PG)
         with timer("update"):
             samples = conditions.repeat(self.group_size)
-            stats = self.update(trajectories.trained, samples, advantages_PG.flatten(), self.iteration)
+            stats = self.update(
+                trajectories.trained, samples, advantages_PG.flatten(), self.iteration, trajectories.gradients
+            )
             self.ema.update()
         self._check(stats, trajectories, advantages_PG)
         self.iteration += 1

@@ -10,7 +10,7 @@ Letters, used in names throughout the package:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -117,11 +117,16 @@ class TrainedSteps:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B images (float32, in [0, 1]) and the trained steps that led to them."""
+    """B images (float32, in [0, 1]) and the trained steps that led to them.
+
+    ``gradients``, where the rollout took them: of each trained weight, by each sample, the gradient of the sum of its
+    log_prob over trained steps, [b, ...] in parts whose samples together are the B.
+    """
 
     images_BCHW: Tensor
     start_BCHW: Tensor
     trained: TrainedSteps
+    gradients: list[list[Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,20 @@ class Update:
             raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
 
     def __call__(
-        self, trained: TrainedSteps, conditions_B: Conditions, advantages_B: Tensor, iteration: int
+        self,
+        trained: TrainedSteps,
+        conditions_B: Conditions,
+        advantages_B: Tensor,
+        iteration: int,
+        gradients: Sequence[Sequence[Tensor]] = (),
     ) -> UpdateStats:
-        """``conditions_B`` and ``advantages_B`` have one row a sample."""
+        """``conditions_B`` and ``advantages_B`` have one row a sample.
+
+        With the ``gradients`` of ``Trajectories`` nothing is replayed; that takes one optimizer step and no KL.
+        """
+        if gradients:
+            seen = self._reweight(trained, advantages_B, gradients)
+            return _summarize([seen], [], self._optimizer_step()[None])
         first: list[_Seen] = []
         others: list[_Seen] = []
         grad_norms = []
@@ -84,6 +95,25 @@ class Update:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
         order = torch.randperm(num_samples, generator=generator).tolist()
         return [order[first :: self.optimizer_steps] for first in range(self.optimizer_steps)]
+
+    def _reweight(self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[Sequence[Tensor]]) -> "_Seen":
+        """Leave the gradient of the mean loss: the sum of d loss / d log_prob times d log_prob / d weights.
+
+        On the policy the ratio is 1, where the loss has one derivative a sample for all of its steps.  LeanGRPO (2026).
+        """
+        if self.optimizer_steps > 1 or self.objective.kl_coef > 0:
+            raise ValueError("train.gradients=reweight takes train.optimizer_steps=1 and algorithm.objective.kl_coef=0")
+        old_B = trained.log_prob_TB[0]
+        log_prob_B = old_B.clone().requires_grad_()
+        loss, stats = self.objective(log_prob_B, old_B, advantages_B, torch.zeros_like(old_B))
+        (factor_B,) = torch.autograd.grad(loss, log_prob_B)
+        factor_B = factor_B / len(trained.steps)
+        sizes = [len(part[0]) for part in gradients]
+        for place, weight in enumerate(self.model.trainable.values()):
+            weight.grad = torch.zeros_like(weight)
+            for factor_b, part in zip(factor_B.split(sizes), gradients, strict=True):
+                weight.grad += torch.tensordot(factor_b, part[place], dims=1)
+        return _Seen(len(advantages_B), loss.detach(), stats)
 
     def _accumulate(
         self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, *, is_on_policy: bool

@@ -38,6 +38,10 @@ class Adaptation(ABC):
     def merged(self) -> AbstractContextManager[None]:
         """Inside, adapters are part of the frozen weights, and nothing is computed for them alone.  Re-entrant."""
 
+    def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
+        """Inside, each of ``num_samples`` samples has trained weights of its own, in the order of ``trainable``."""
+        raise ValueError("gradients of single samples need adapters; use adaptation=lora, or train.gradients=replay")
+
     @abstractmethod
     def policy_and_reference(
         self, forward: Forward, policy: Inputs | None, reference: Inputs

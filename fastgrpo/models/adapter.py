@@ -56,6 +56,12 @@ class FlowModel(Protocol):
         ``lossy`` allows for more than rounding: for steps of which no log_prob is taken.
         """
 
+    def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
+        """Inside, each sample of a batch has trained weights of its own: [B, ...] each, in the order of ``trainable``.
+
+        Equal in value to the trained weights; a gradient by them is one a sample.  ValueError where there is no LoRA.
+        """
+
     @property
     def has_lora(self) -> bool:
         """Whether the trained weights are adapters, which ``save_lora`` can write on their own."""

@@ -88,12 +88,19 @@ class LoRALinear(nn.Module):
         a_RI = torch.randn(rank, base.in_features, generator=generator) / rank
         self.lora_A = nn.Parameter(a_RI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        # A and B of each sample, where a gradient is wanted of each
+        self.of_samples: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         y_BLC = self.base(x_BLC)
         if self.mode.is_merged:
             return y_BLC
-        term_BLC = self.scale * F.linear(F.linear(x_BLC, self.lora_A.to(x_BLC.dtype)), self.lora_B.to(x_BLC.dtype))
+        if self.of_samples is None:
+            low_BLR = F.linear(x_BLC, self.lora_A.to(x_BLC.dtype))
+            term_BLC = self.scale * F.linear(low_BLR, self.lora_B.to(x_BLC.dtype))
+        else:
+            a_BRI, b_BOR = (weight.to(x_BLC.dtype) for weight in self.of_samples)
+            term_BLC = self.scale * torch.bmm(torch.bmm(x_BLC, a_BRI.mT), b_BOR.mT)
         if self.mode.scale_B is not None:
             term_BLC = term_BLC * self.mode.scale_B.to(x_BLC.dtype)[:, None, None]
         return y_BLC + term_BLC
@@ -141,6 +148,17 @@ class LoRAAdaptation(Adaptation):
             self._mode.is_merged = False
             torch._foreach_copy_(weights, self._frozen, non_blocking=True)
 
+    @contextmanager
+    def by_sample(self, num_samples: int) -> Iterator[list[Tensor]]:
+        weights = [(_copies(layer.lora_A, num_samples), _copies(layer.lora_B, num_samples)) for layer in self._layers]
+        for layer, pair in zip(self._layers, weights, strict=True):
+            layer.of_samples = pair
+        try:
+            yield [weight for pair in weights for weight in pair]
+        finally:
+            for layer in self._layers:
+                layer.of_samples = None
+
     def policy_and_reference(
         self, forward: Forward, policy: Inputs | None, reference: Inputs
     ) -> tuple[Tensor | None, Tensor]:
@@ -169,3 +187,8 @@ class LoRAAdaptation(Adaptation):
             return weight.clone()
         copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
         return copy.copy_(weight)
+
+
+def _copies(weight: Tensor, count: int) -> Tensor:
+    """[count, ...] in the memory of one, which a gradient tells apart."""
+    return weight.detach().expand(count, *weight.shape).requires_grad_()

@@ -7,7 +7,7 @@ Letters: B samples, L text tokens, C H W latent channels, height and width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,9 @@ class PipelineModel(ABC):
             GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
             self._guided(reference),
         )
+
+    def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
+        return self.adaptation.by_sample(num_samples)
 
     def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
         """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""

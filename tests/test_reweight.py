@@ -1,0 +1,134 @@
+"""Gradients that the rollout takes of single samples, weighted by advantages, are those of a replay."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo.algorithm.dynamics import CPS, Dynamics, FlowSDE
+from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.batches import BatchSizes
+from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.models.lora import LoRA
+from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.rollout import Rollout
+from fastgrpo.runtime.batch_size import BatchSize
+from fastgrpo.types import Prompts
+from fastgrpo.update import Update
+
+GRID = SD3Schedule(5)()
+# a window with a deterministic step in it
+STEPS = (1, 3)
+PROMPTS = Prompts(["a red circle", "two blue squares"], ids=[0, 1])
+GROUP_SIZE = 3
+ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 2.0, -1.7, -0.3])
+
+
+def make_model(weights: Path, adaptation=None, **settings) -> StableDiffusion3:
+    model = StableDiffusion3(
+        weights=str(weights),
+        adaptation=adaptation or LoRA(rank=4),
+        resolution=64,
+        max_sequence_length=0,
+        use_t5=False,
+        **settings,
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.trainable.values():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def roll(model: StableDiffusion3, dynamics: Dynamics, *, with_gradients: bool, micro_batch: int = 4):
+    start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    rollout = Rollout(
+        model=model,
+        grid=GRID,
+        dynamics=dynamics,
+        batch_sizes=BatchSizes.of(micro_batch),
+        seed=3,
+        with_gradients=with_gradients,
+    )
+    return rollout(PROMPTS, model.encode(PROMPTS.texts), start, STEPS)
+
+
+def make_update(model: StableDiffusion3, dynamics: Dynamics) -> Update:
+    return Update(
+        model=model,
+        grid=GRID,
+        dynamics=dynamics,
+        objective=ClippedSurrogate(1e-4, 0.0),
+        optimizer=torch.optim.SGD(model.trainable.values(), lr=1.0, fused=True),
+        optimizer_steps=1,
+        max_grad_norm=1e9,
+        batch_size=BatchSize(value=3, key="runtime.micro_batch"),
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.8)], ids=lambda piece: type(piece).__name__)
+def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings: dict, tiny_weights: Path) -> None:
+    steps, stats = [], []
+    for with_gradients in (False, True):
+        model = make_model(tiny_weights, **settings)
+        before = [weight.detach().clone() for weight in model.trainable.values()]
+        rolled = roll(model, dynamics, with_gradients=with_gradients)
+        assert bool(rolled.gradients) == with_gradients
+        conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
+        stats.append(make_update(model, dynamics)(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients))
+        # plain gradient descent: the step is the gradient
+        steps.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
+    replayed, reweighted = steps
+    largest = max(step.abs().max().item() for step in replayed)
+    assert largest > 1e-5
+    for one, other in zip(replayed, reweighted, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * largest)
+    assert stats[1].grad_norm == pytest.approx(stats[0].grad_norm, rel=1e-3)
+    assert stats[1].loss == pytest.approx(stats[0].loss, abs=1e-6)
+    assert stats[1].ratio_deviation == stats[0].ratio_deviation == 0.0
+
+
+def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
+    plain, differentiated = (
+        roll(make_model(tiny_weights), FlowSDE(0.7), with_gradients=flag) for flag in (False, True)
+    )
+    torch.testing.assert_close(differentiated.images_BCHW, plain.images_BCHW, atol=1e-5, rtol=0)
+    for one, other in zip(plain.trained.tensors, differentiated.trained.tensors, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+
+
+def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights)
+    rolled = roll(model, FlowSDE(0.7), with_gradients=True)
+    assert [len(part[0]) for part in rolled.gradients] == [4, 2]
+    conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
+    for b in range(6):
+        sample = rolled.trained.map(lambda part_TB, b=b: part_TB[:, b : b + 1])
+        total = torch.zeros(())
+        for place, step in enumerate(STEPS):
+            v = model.velocity(sample.x_TBCHW[place], GRID[step], conditions[b : b + 1])
+            log_prob_B, _ = FlowSDE(0.7)(GRID, step).log_prob(
+                sample.x_TBCHW[place], v, sample.x_next_TBCHW[place], None
+            )
+            total = total + log_prob_B.sum()
+        expected = torch.autograd.grad(total, list(model.trainable.values()), allow_unused=True, materialize_grads=True)
+        found = [weight_B[b % 4] for weight_B in rolled.gradients[b // 4]]
+        largest = max(gradient.abs().max().item() for gradient in expected)
+        for ours, alone in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_where_it_would_be_wrong_it_is_refused(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights)
+    rolled = roll(model, FlowSDE(0.7), with_gradients=True)
+    conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
+    update = make_update(model, FlowSDE(0.7))
+    for wrong in (replace(update, optimizer_steps=2), replace(update, objective=ClippedSurrogate(1e-4, 0.04))):
+        with pytest.raises(ValueError, match=r"train\.gradients=reweight takes train\.optimizer_steps=1"):
+            wrong(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients)
+    with pytest.raises(ValueError, match="gradients of single samples need adapters; use adaptation=lora"):
+        roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), with_gradients=True)
