@@ -50,7 +50,9 @@ def attention_backend(
     device = torch.device(device)
     if name == "auto":
         name = _fastest(device, dtype)
-        _announce(name)
+        # on a CPU there is nothing to choose
+        if device.type == "cuda":
+            _announce(name)
     if name not in BACKENDS:
         raise ValueError(f"runtime.attention must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
     if why := why_not(name, device, dtype):

@@ -329,5 +329,7 @@ def test_auto_takes_flash3_where_it_is_and_says_so_once(
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.half)])
-def test_auto_takes_sdpa_elsewhere(device: str, dtype: torch.dtype) -> None:
+def test_auto_takes_sdpa_elsewhere(device: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     assert attention_backend("auto", device=device, dtype=dtype) is attention._sdpa
+    said = {"cpu": "", "cuda": "fastgrpo: runtime.attention=auto takes sdpa\n"}
+    assert capsys.readouterr().err == said[device]
