@@ -28,6 +28,8 @@ KEYS = {
 # the rest is for fragments, for kernels' own memory, and for rows that caches gain over a run
 SHARE = 0.9
 SMALL = 2
+# of what is free: rewards run beside the rollout, whose batches need the rest
+_REWARD_SHARE = 0.25
 
 # stage by name -> a function that runs it with so many samples
 Stages = Mapping[str, Callable[[int], object]]
@@ -136,11 +138,12 @@ def plan_memory(
     Rewards come first: they run beside the rollout, so what they use is not there for sampling and decoding.  What is
     decoded is a batch of sampling.
     """
-    beside_rollout = held
+    budget, beside_rollout = int(SHARE * memory), held
     choices: dict[str, Choice] = {}
     for name in sorted(costs, key=(REWARD, TRAINING, SAMPLING, DECODING).index):
         cost, beside = costs[name], held if name in (REWARD, TRAINING) else beside_rollout
-        fitting = cost.fitting(int(SHARE * memory) - beside)
+        free = budget - beside - cost.fixed
+        fitting = cost.fitting(cost.fixed + int(_REWARD_SHARE * free) if name == REWARD else budget - beside)
         total = choices[SAMPLING].batch if name == DECODING else totals[name]
         choices[name] = Choice(KEYS[name], cost, total, fitting, beside)
         if name == REWARD:

@@ -3,17 +3,21 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.batches import BatchSizes
 from fastgrpo.checkpoint import Checkpoint
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.evaluate import Evaluation
+from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
+from fastgrpo.memory_stages import MemoryPlanner
 from fastgrpo.metrics import Metrics
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.lossy import Lossy
@@ -23,6 +27,7 @@ from fastgrpo.rewards.self_test import GoldenScores, compare, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
+from fastgrpo.runtime.memory import meter_of, usable_bytes
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
@@ -49,9 +54,17 @@ def build_trainer(config: DictConfig) -> Trainer:
     rewards, golden_scores = build_rewards(config, prompts=texts + held_out)
     directory = RunDirectory.create(config.output, resume=config.resume)
     _hold_to_beginning(directory, golden_scores, resume=config.resume)
-    model = build_model(config, lossy=build(config.lossy))
-    grid = algorithm.grid
     num_samples = settings.prompts_per_iteration * settings.group_size
+    planner = MemoryPlanner(
+        algorithm=algorithm,
+        samples=num_samples,
+        optimizer_steps=settings.optimizer_steps,
+        rewards=rewards,
+        prompt=texts[0],
+    )
+    _cut_as_begun(config, directory)
+    model, rewards = build_planned_model(config, planner)
+    grid = algorithm.grid
     batch_sizes = build_batch_sizes(config, at_most=max(1, num_samples // settings.optimizer_steps))
     rollout = Rollout(
         model=model,
@@ -127,6 +140,39 @@ def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
     )
 
 
+def build_planned_model(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, Rewards]:
+    """The model, and the rewards in portions that fit beside it.
+
+    Where runtime.micro_batch is 0 the sizes that are 0 are planned from the memory of the device, shown, and written
+    into the config, as is checkpointing where it is needed.
+    """
+    assert planner.rewards is not None
+    if config.runtime.micro_batch != 0:
+        return build_model(config, lossy=build(config.lossy)), planner.rewards
+    model, plan = plan_device(config, planner)
+    Console().print(plan.table())
+    runtime = config.runtime
+    runtime.micro_batch = plan.batch(TRAINING)
+    runtime.sampling_batch = runtime.sampling_batch or plan.batch(SAMPLING)
+    runtime.decode_batch = runtime.decode_batch or plan.batch(DECODING)
+    runtime.checkpointing = plan.checkpointing
+    if plan.choices[REWARD].fitting >= planner.rewards.scoring.micro_batch:
+        return model, planner.rewards
+    scoring = replace(planner.rewards.scoring, micro_batch=plan.batch(REWARD))
+    return model, replace(planner.rewards, scoring=scoring)
+
+
+def plan_device(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, MemoryPlan]:
+    """The model of a config, and the plan measured with it on its device."""
+    lossy, device = build(config.lossy), torch.device(device_of(config))
+
+    def build_with(checkpointing: bool) -> FlowModel:
+        config.runtime.checkpointing = checkpointing
+        return build_model(config, lossy=lossy)
+
+    return planner(build_with, lambda: meter_of(device), usable_bytes(device), config.runtime.checkpointing)
+
+
 def build_evaluation(
     config: DictConfig, model: FlowModel, rewards: Rewards, algorithm: Algorithm, texts: list[str]
 ) -> Evaluation:
@@ -168,6 +214,14 @@ def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores],
     else:
         text = json.dumps({name: golden.scores for name, golden in tested.items()}, indent=2)
         write_whole(directory.golden, text.encode())
+
+
+def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
+    """Sizes of a resumed run that are to be planned are those that it began with: others would round differently."""
+    if config.resume and config.runtime.micro_batch == 0 and directory.config.exists():
+        begun = OmegaConf.load(directory.config).runtime
+        for key in ("micro_batch", "sampling_batch", "decode_batch", "checkpointing"):
+            config.runtime[key] = begun[key]
 
 
 def _set_threads(config: DictConfig) -> None:

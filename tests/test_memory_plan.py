@@ -100,9 +100,10 @@ def test_rewards_run_beside_the_rollout_and_take_from_it_but_not_from_the_update
         plan_memory(c, TOTALS, held=0, memory=1000, checkpointing=False)
         for c in (costs, costs | {REWARD: Cost(300, 5)})
     )
-    assert beside.batch(REWARD) == 64
+    # of the 600 that are free a quarter fits 30 of them, and 4 batches of 16 are all 64
+    assert (beside.choices[REWARD].fitting, beside.batch(REWARD)) == (30, 16)
     assert alone.choices[SAMPLING].fitting == 60
-    assert beside.choices[SAMPLING].fitting == beside.choices[DECODING].fitting == (600 - 64 * 5) // 10
+    assert beside.choices[SAMPLING].fitting == beside.choices[DECODING].fitting == (600 - 16 * 5) // 10
     assert beside.choices[TRAINING].fitting == alone.choices[TRAINING].fitting
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from fastgrpo.config import build
 from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, Cost, MemoryPlan, plan_memory
@@ -12,7 +13,7 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.runtime.batch_size import DoesNotFit
 from fastgrpo.runtime.byte_count import LiveBytes
 from fastgrpo.runtime.memory import CountingMeter, Meter
-from fastgrpo.train import build_model, build_rewards
+from fastgrpo.train import build_model, build_rewards, build_trainer, train
 from tests.tiny_config import make_config
 
 PLENTY = 2**40
@@ -66,12 +67,11 @@ def test_the_plan_shrinks_with_the_memory_and_leaves_the_recipe_and_the_weights_
     roomy = Planned(tiny_weights, tmp_path / "roomy", PLENTY)
     assert batches_of(roomy.plan) == {SAMPLING: 24, DECODING: 24, REWARD: 24, TRAINING: 12}
     assert all(weight.grad is None for weight in roomy.model.trainable.values())
-    # room for five images at a time
     decoding = roomy.plan.choices[DECODING]
-    memory = int((decoding.beside + decoding.cost.fixed + 5.5 * decoding.cost.per_sample) / 0.9)
+    memory = int((decoding.beside + decoding.cost.fixed + 5 * decoding.cost.per_sample) / 0.9)
     tight = Planned(tiny_weights, tmp_path / "tight", memory).plan
-    assert tight.choices[DECODING].fitting == 5
-    assert tight.batch(DECODING) == 4, "six batches of four, as five of five would decode one image for nothing"
+    assert tight.batch(DECODING) < roomy.plan.batch(DECODING) == 24
+    assert tight.choices[DECODING].beside < decoding.beside, "a smaller portion is scored at a time"
     assert not tight.checkpointing
     assert all(choice.peak_bytes <= 0.9 * memory for choice in tight.choices.values())
     with pytest.raises(DoesNotFit, match=r"one sample of \w+ needs .* lower model\.resolution"):
@@ -112,3 +112,32 @@ def test_checkpointing_comes_on_only_where_two_samples_do_not_fit(
     assert seen == built
     assert plan.checkpointing is built[-1]
     assert plan.batch(TRAINING) == batch
+
+
+def test_a_run_plans_shows_and_keeps_its_sizes_and_a_resumed_run_cuts_as_it_began(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("runtime.micro_batch=0", "runtime.decode_batch=5", "train.iterations=1")
+    train(make_config(tiny_weights, tmp_path / "run", *overrides))
+    shown = capsys.readouterr().out
+    assert "memory plan: 90% of" in shown
+    assert "checkpointing off" in shown
+    begun = OmegaConf.load(tmp_path / "run" / "config.yaml").runtime
+    # 2 prompts x 3 samples, all at once; what was given stays
+    assert (begun.micro_batch, begun.sampling_batch, begun.decode_batch) == (6, 6, 5)
+
+    monkeypatch.setattr("fastgrpo.train.plan_device", lambda *_: pytest.fail("a resumed run plans nothing"))
+    again = make_config(tiny_weights, tmp_path / "run", *overrides, "train.iterations=2", "resume=true")
+    trainer = build_trainer(again)
+    assert (again.runtime.micro_batch, again.runtime.sampling_batch, again.runtime.decode_batch) == (6, 6, 5)
+    assert trainer.update.batch_size.value == 6
+
+
+def test_a_planned_run_is_the_run_whose_sizes_were_given(tiny_weights: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, micro_batch in (("planned", 0), ("given", 6)):
+        config = make_config(tiny_weights, tmp_path / name, f"runtime.micro_batch={micro_batch}", "train.iterations=1")
+        trainer = build_trainer(config)
+        trainer.run()
+        weights.append({key: weight.detach().clone() for key, weight in trainer.model.trainable.items()})
+    assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
