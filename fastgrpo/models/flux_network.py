@@ -51,11 +51,19 @@ class FluxNetwork:
         self._rotations: dict[tuple[int, int, int], Rotation] = {}
 
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        modulations = self.modulations(transformer, t, conditions)
+        return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
+
+    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+        return self._modulations(transformer, t, conditions, self._modulate)
+
+    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
+        """What remains when the modulations are known: a function of tensors."""
         x_BLC = transformer.x_embedder(_pack(x_BCHW.to(transformer.dtype)))
-        context_BMC = transformer.context_embedder(conditions.embeds_BLC)
+        context_BMC = transformer.context_embedder(embeds_BMC)
         num_text, (height, width) = context_BMC.shape[1], x_BCHW.shape[-2:]
         rotation = self._rotation(transformer, num_text, height // PATCH, width // PATCH, x_BCHW.device)
-        modulations = self._modulations(transformer, t, conditions, self._modulate)
+        modulations = iter(modulations_BE)
         for block in transformer.transformer_blocks:
             inputs = (block, x_BLC, context_BMC, next(modulations), next(modulations), rotation, self._attention)
             x_BLC, context_BMC = run_block(self._double_block, self._checkpointing, *inputs)

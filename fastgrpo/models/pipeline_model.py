@@ -8,9 +8,10 @@ Letters: B samples, L text tokens, C H W latent channels, height and width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,36 @@ from fastgrpo_kernels import GuidedVelocity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# (transformer, x_BCHW, t, conditions) -> v_BCHW
-Network = Callable[[nn.Module, Tensor, float, Conditions], Tensor]
+
+class Network(Protocol):
+    """The forward pass over a transformer's weights."""
+
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """v [B, C, H, W] in the transformer's type."""
+
+    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+        """What depends on (t, prompt) alone."""
+
+    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
+        """The rest, a function of tensors."""
+
+
+class Compile(Protocol):
+    """How blocks and decoding run: see ``fastgrpo.runtime.block_compile``."""
+
+    def __call__(self, function: Any) -> Any:
+        """What runs a function that is called often, or the function itself."""
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What runs a function of tensors alone, without gradient."""
+
+
+class _Uncompiled:
+    def __call__(self, function: Any) -> Any:
+        return function
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return function
 
 
 class PipelineModel(ABC):
@@ -44,7 +73,7 @@ class PipelineModel(ABC):
     max_sequence_length: tokens of the T5 encoder.  use_t5: whether to load it.
     dtype, decode_dtype: float32, bfloat16 or float16, of the frozen weights and of the autoencoder.
     attention: a name of ``fastgrpo.models.attention``.
-    compile: of the repeated block and of decoding, function -> function; None runs them as they are.
+    compile: of the repeated block and of decoding; None runs them as they are.
     checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
     condition_cache: a directory for conditions, which later runs then need not encode; None keeps them in memory.
     lossy: how it may be fast and slightly wrong, on steps without log_prob; None is not at all.
@@ -69,7 +98,7 @@ class PipelineModel(ABC):
         decode_dtype: str = "float32",
         device: str = "cpu",
         attention: str = "sdpa",
-        compile: Callable[[Any], Any] | None = None,
+        compile: Compile | None = None,
         checkpointing: bool = False,
         lossy: Lossy | None = None,
         condition_cache: str | None = None,
@@ -79,6 +108,7 @@ class PipelineModel(ABC):
                 raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
         if guidance_scale < 1:
             raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
+        compile = compile or _Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
@@ -94,22 +124,25 @@ class PipelineModel(ABC):
             raise ValueError(f"model.resolution must be a positive multiple of {step}, got {resolution}")
         side = resolution // self.pipeline.vae_scale_factor
         self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
-        start = _fingerprint(self.transformer)
+        # random weights are a function of these, and over FakeTensors there is nothing to read
+        start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
         self.adaptation = adaptation(self.transformer)
         self.fingerprint = f"{start} {self.adaptation.description}"
         self._network = self._make_network(
             attention=backend,
-            compile=compile or _unchanged,
+            compile=compile,
             checkpointing=checkpointing,
             modulations=Modulations(is_frozen=self.adaptation.is_frozen_outside_blocks),
         )
-        self._is_compiled = compile is not None
         self._lossy = (lossy or Exact())(self.transformer)
         if decode_dtype != "float32":
             self.pipeline.vae.to(memory_format=torch.channels_last)
-        self._decode = (compile or _unchanged)(_decode)
-        self._is_sampling = False
-        self._conditions = self._make_conditions(weights, _DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
+        self._decode = compile(_decode)
+        self._is_compiled = self._decode is not _decode
+        # two, since what is lossy computes something else with the same shapes
+        self._sampled = [compile.forward(partial(self._network.forward, self.transformer)) for _ in range(2)]
+        self._is_sampling = self._is_lossy = False
+        self.conditions = self._make_conditions(weights, _DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
 
     def _make_pipeline(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
@@ -156,7 +189,7 @@ class PipelineModel(ABC):
 
     @abstractmethod
     def _make_network(
-        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
+        self, *, attention: Attention, compile: Compile, checkpointing: bool, modulations: Modulations
     ) -> Network: ...
 
     @abstractmethod
@@ -182,7 +215,7 @@ class PipelineModel(ABC):
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""
-        return self._conditions.get(texts)
+        return self.conditions.get(texts)
 
     @contextmanager
     def sampling(self, lossy: bool = False) -> Iterator[None]:
@@ -191,11 +224,11 @@ class PipelineModel(ABC):
             return
         # lossy weights are made of the merged ones, so that context is the inner one
         with torch.no_grad(), self.adaptation.merged(), self._lossy() if lossy else nullcontext():
-            self._is_sampling = True
+            self._is_sampling, self._is_lossy = True, lossy
             try:
                 yield
             finally:
-                self._is_sampling = False
+                self._is_sampling = self._is_lossy = False
 
     def velocity(
         self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
@@ -250,7 +283,10 @@ class PipelineModel(ABC):
         return x_BCHW, self.encode([""]).repeat(len(x_BCHW))
 
     def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-        return self._network(transformer, x_BCHW, t, conditions)
+        if not self._is_sampling:
+            return self._network(transformer, x_BCHW, t, conditions)
+        modulations = self._network.modulations(transformer, t, conditions)
+        return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, *modulations)
 
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:
@@ -295,10 +331,6 @@ def _architecture_of(weights: str, architecture: Architecture | None) -> Archite
 
 def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:
     return vae.decode(z_BCHW, return_dict=False)[0]
-
-
-def _unchanged(function: Any) -> Any:
-    return function
 
 
 def _fingerprint(transformer: nn.Module) -> str:

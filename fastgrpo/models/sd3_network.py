@@ -35,9 +35,17 @@ class SD3Network:
         self._modulations = modulations
 
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        modulations = self.modulations(transformer, t, conditions)
+        return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
+
+    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+        return self._modulations(transformer, t, conditions, modulate)
+
+    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
+        """What remains when the modulations are known: a function of tensors."""
         x_BLC = transformer.pos_embed(x_BCHW.to(transformer.dtype)).contiguous()
-        context_BMC = transformer.context_embedder(conditions.embeds_BLC)
-        modulations = self._modulations(transformer, t, conditions, modulate)
+        context_BMC = transformer.context_embedder(embeds_BMC)
+        modulations = iter(modulations_BE)
         for block in transformer.transformer_blocks:
             inputs = (block, x_BLC, context_BMC, next(modulations), next(modulations), self._attention)
             x_BLC, context_BMC = run_block(self._block, self._checkpointing, *inputs)
