@@ -73,6 +73,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         batch_sizes=batch_sizes,
         seed=config.seed,
         solver=build(config.solver),
+        with_gradients=_takes_gradients(config, algorithm),
     )
     start_noise = StartNoise(
         algorithm=algorithm,
@@ -135,6 +136,7 @@ def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
         adaptation=build(config.adaptation),
         device=device_of(config),
         attention=config.runtime.attention,
+        compile=build(config.compile),
         checkpointing=config.runtime.checkpointing,
         lossy=lossy,
     )
@@ -227,6 +229,19 @@ def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
 def _set_threads(config: DictConfig) -> None:
     if config.runtime.threads > 0:
         torch.set_num_threads(config.runtime.threads)
+
+
+def _takes_gradients(config: DictConfig, algorithm: Algorithm) -> bool:
+    """Whether train.gradients is reweight; ValueError where that would be wrong."""
+    chosen = config.train.gradients
+    if chosen not in ("replay", "reweight"):
+        raise ValueError(f"train.gradients must be replay or reweight, got {chosen!r}")
+    if chosen == "reweight" and (config.train.optimizer_steps > 1 or algorithm.objective.kl_coef > 0):
+        raise ValueError(
+            "train.gradients=reweight needs train.optimizer_steps=1, got "
+            f"{config.train.optimizer_steps}, and algorithm.objective.kl_coef=0, got {algorithm.objective.kl_coef}"
+        )
+    return chosen == "reweight"
 
 
 def _check_positive(config: DictConfig, *keys: str) -> None:

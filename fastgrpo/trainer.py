@@ -25,6 +25,7 @@ from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
+from fastgrpo.runtime.block_compile import num_compilations
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
 from fastgrpo.runtime.timing import StageTimer
@@ -73,7 +74,7 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One iteration; its metrics."""
-        timer = StageTimer(self.model.device)
+        timer, compiled = StageTimer(self.model.device), num_compilations()
         with timer("encode"):
             prompts = self.prompts.at(self.iteration)
             conditions = self.model.encode(prompts.texts)
@@ -95,11 +96,17 @@ class Trainer:
             self.ema.update()
         self._check(stats, trajectories, advantages_PG)
         self.iteration += 1
-        return self._measured(noise, rewards, stats, timer.seconds())
+        measured = self._measured(noise, rewards, stats, timer.seconds())
+        return measured | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; on SIGTERM, or if a reward fails, save and stop."""
-        progress = Progress(self.num_iterations, first=self.iteration, max_seconds=self.max_seconds)
+        progress = Progress(
+            self.num_iterations,
+            first=self.iteration,
+            max_seconds=self.max_seconds,
+            num_compilations=num_compilations,
+        )
         with self._stopped_by_sigterm(), self._saved_if_a_reward_fails(), self.metrics, progress:
             if self.iteration == 0:
                 self._record(self._evaluate(), progress)
