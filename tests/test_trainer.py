@@ -307,3 +307,32 @@ def test_another_model_does_not_resume(tiny_weights: Path, tmp_path: Path) -> No
     train(make_config(tiny_weights, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"is of model .*; use the model and LoRA settings it was saved with"):
         train(make_config(tiny_weights, tmp_path / "run", "adaptation.rank=5", "resume=true"))
+
+
+def test_reweighted_training_is_replayed_training(tiny_weights: Path, tmp_path: Path) -> None:
+    settings = ("algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=7")
+    runs = []
+    for gradients in ("replay", "reweight"):
+        trainer = make_trainer(tiny_weights, tmp_path / gradients, *settings, f"train.gradients={gradients}")
+        runs.append([trainer.step() for _ in range(3)])
+        assert runs[-1][-1]["ratio_deviation"] == 0.0
+    for replayed, reweighted in zip(*runs, strict=True):
+        assert reweighted["reward/total"] == pytest.approx(replayed["reward/total"], rel=1e-3)
+    # later ones differ more: AdamW makes a step of each rounding error where a gradient is zero
+    assert runs[1][0]["grad_norm"] == pytest.approx(runs[0][0]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.gradients=both", r"train\.gradients must be replay or reweight, got 'both'"),
+        ("train.optimizer_steps=2", r"train\.gradients=reweight needs train\.optimizer_steps=1, got 2"),
+        ("algorithm.objective.kl_coef=0.1", r"and algorithm\.objective\.kl_coef=0, got 0\.1"),
+    ],
+)
+def test_reweighting_is_refused_where_it_would_be_wrong(
+    override: str, message: str, tiny_weights: Path, tmp_path: Path
+) -> None:
+    settings = ["algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=7", "train.gradients=reweight"]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_weights, tmp_path / "run", *settings, override)
