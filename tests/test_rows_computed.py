@@ -1,0 +1,129 @@
+"""How many rows pass through the network in an iteration, against numbers by hand: nothing is computed twice.
+
+Letters: B samples, T trained steps of N.  Flow-GRPO's recipe has T = 9 of N = 10; with guidance it takes
+    rollout    2 N B                              both branches
+    update     T B under gradient: the conditional branch
+               T B of the unconditional branch, but not before the first optimizer step, where it is the rollout's
+               2 T B of the reference policy where kl_coef > 0
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.train import build_trainer
+from tests.tiny_config import make_config
+
+B, N, T = 8, 10, 9
+GUIDED = ("model.guidance_scale=4.5", "algorithm=flow_grpo", "algorithm.schedule.num_steps=10")
+
+
+@dataclass
+class Rows:
+    """Rows of the networks' batches, with and without gradient."""
+
+    with_gradient: int = 0
+    without: int = 0
+
+
+Iterate = Callable[..., tuple[Rows, Rows]]
+
+
+@pytest.fixture
+def iterate(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterate:
+    return partial(count_rows, tiny_weights, tmp_path / "run", monkeypatch)
+
+
+def count_rows(weights: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Rows, Rows]:
+    """The rows of one iteration of 2 prompts x 4 samples: of the rollout with its search, and of the update."""
+    recipe = ("train.group_size=4", "runtime.micro_batch=2", "reward.golden=false", *overrides)
+    trainer = build_trainer(make_config(weights, output, *recipe))
+    sampled, updated = Rows(), Rows()
+    counts = sampled
+    run, update = PipelineModel._run, trainer.update
+
+    def counting_run(self, transformer, t, x_BCHW, conditions):
+        if torch.is_grad_enabled():
+            counts.with_gradient += len(x_BCHW)
+        else:
+            counts.without += len(x_BCHW)
+        return run(self, transformer, t, x_BCHW, conditions)
+
+    def counting_update(*args):
+        nonlocal counts
+        counts = updated
+        return update(*args)
+
+    monkeypatch.setattr(PipelineModel, "_run", counting_run)
+    trainer.update = counting_update  # type: ignore[assignment]
+    assert trainer.step()["ratio_deviation"] == 0.0
+    return sampled, updated
+
+
+@pytest.mark.parametrize(
+    ("optimizer_steps", "kl_coef", "without_gradient"),
+    [
+        # the reference policy's two branches; the unconditional one comes from the rollout
+        (1, 0.04, 2 * T * B),
+        # and for the second half of the samples the policy's own, which has moved
+        (2, 0.04, 2 * T * B + T * B // 2),
+        (1, 0.0, 0),
+        (2, 0.0, T * B // 2),
+        (4, 0.0, T * B * 3 // 4),
+    ],
+)
+def test_the_full_recipe(optimizer_steps: int, kl_coef: float, without_gradient: int, iterate: Iterate) -> None:
+    sampled, updated = iterate(
+        *GUIDED,
+        f"train.optimizer_steps={optimizer_steps}", f"algorithm.objective.kl_coef={kl_coef}",
+    )  # fmt: skip
+    assert sampled == Rows(with_gradient=0, without=2 * N * B)
+    assert updated == Rows(with_gradient=T * B, without=without_gradient)
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+def test_the_fast_recipe_without_guidance(optimizer_steps: int, iterate: Iterate) -> None:
+    sampled, updated = iterate(
+        "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10",
+        f"train.optimizer_steps={optimizer_steps}",
+    )  # fmt: skip
+    # a window of 3 is trained, whose replay is all that the update computes
+    assert sampled == Rows(with_gradient=0, without=N * B)
+    assert updated == Rows(with_gradient=3 * B, without=0)
+
+
+def test_a_shared_start_is_denoised_once_a_prompt_until_the_window(iterate: Iterate) -> None:
+    sampled, updated = iterate(
+        "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10",
+        "algorithm/noise=shared", "algorithm.timesteps.low=4", "algorithm.timesteps.high=7",
+    )  # fmt: skip
+    # steps 0 to 3 of two prompts, 4 to 9 of eight samples
+    assert sampled == Rows(with_gradient=0, without=4 * 2 + 6 * B)
+    assert updated == Rows(with_gradient=3 * B, without=0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "rows"),
+    [
+        # prefix of 4 steps, window of 3, rest of 3, with guidance: 2 B rows a step
+        (("solver=euler",), 2 * 10 * B),
+        # 2 steps, 3, 2 steps
+        (("solver=adams_bashforth",), 2 * (2 + 3 + 2) * B),
+        # the unconditional branch on 2 of 4 and 2 of 3 steps
+        (("solver=cached_guidance",), 2 * 10 * B - (2 + 1) * B),
+    ],
+)
+def test_a_lossy_solver_saves_rows_outside_of_the_window_alone(
+    solver: tuple[str, ...], rows: int, iterate: Iterate
+) -> None:
+    sampled, updated = iterate(
+        "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10",
+        "model.guidance_scale=4.5", "algorithm.timesteps.low=4", "algorithm.timesteps.high=7", *solver,
+    )  # fmt: skip
+    assert sampled == Rows(with_gradient=0, without=rows)
+    assert updated == Rows(with_gradient=3 * B, without=0)
