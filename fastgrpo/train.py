@@ -28,6 +28,7 @@ from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import meter_of, usable_bytes
+from fastgrpo.runtime.profile import Profile, unprofiled
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
@@ -115,9 +116,15 @@ def build_trainer(config: DictConfig) -> Trainer:
         num_iterations=settings.iterations,
         max_seconds=60 * settings.max_minutes,
         seed=config.seed,
+        profile=_build_profile(config, directory, model) if config.runtime.profile else unprofiled,
     )
     OmegaConf.save(config, directory.config)
     return trainer
+
+
+def _build_profile(config: DictConfig, directory: RunDirectory, model: FlowModel) -> Profile:
+    dtype, iterations = getattr(torch, config.model.dtype), config.train.iterations
+    return Profile(directory=directory.path / "profile", device=model.device, dtype=dtype, num_iterations=iterations)
 
 
 def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewards, dict[str, GoldenScores]]:

@@ -4,7 +4,7 @@ Letters: P prompts, G samples of a prompt, B = P * G, K candidates of a noise se
 """
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -28,6 +28,7 @@ from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.block_compile import num_compilations
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
+from fastgrpo.runtime.profile import Step, unprofiled
 from fastgrpo.runtime.timing import StageTimer
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Noise, Trajectories
@@ -64,6 +65,7 @@ class Trainer:
     num_iterations: int
     max_seconds: float
     seed: int
+    profile: Callable[[Step], dict[str, float]] = unprofiled
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     _skipped_in_a_row: int = field(default=0, init=False)
@@ -111,7 +113,7 @@ class Trainer:
             if self.iteration == 0:
                 self._record(self._evaluate(), progress)
             while not self._is_over() or self._unrecorded:
-                self._unrecorded = self._unrecorded or self.step()
+                self._unrecorded = self._unrecorded or self.profile(self.step)
                 if self.iteration % self.evaluate_every == 0 or self._is_over():
                     self._unrecorded |= self._evaluate()
                 self._record(self._unrecorded, progress)
