@@ -4,6 +4,7 @@ Text encoders are left out; conditions are random too, a function of the text (`
 Letters: L text tokens, C width of an embedding.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -76,7 +76,7 @@ class Architecture(ABC):
     def _parts(
         self, scaling_factor: float, shift_factor: float, device: torch.device, dtype: torch.dtype, decode: torch.dtype
     ) -> dict[str, Any]:
-        """Transformer and autoencoder, and none of the text encoders."""
+        """Transformer and autoencoder, without text encoders and scheduler."""
 
         def make_autoencoder() -> AutoencoderKL:
             return self.make_autoencoder(scaling_factor, shift_factor)
@@ -84,7 +84,7 @@ class Architecture(ABC):
         return {
             "transformer": random_module(self.make_transformer, device=device, dtype=dtype, seed=self.seed),
             "vae": random_module(make_autoencoder, device=device, dtype=decode, seed=self.seed + 1),
-            **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+            **dict.fromkeys(("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
         }
 
     def make_autoencoder(self, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
@@ -96,7 +96,7 @@ class Architecture(ABC):
             block_out_channels=self.decoder_channels,
             layers_per_block=self.decoder_layers,
             latent_channels=LATENT_CHANNELS,
-            norm_num_groups=min(32, *self.decoder_channels),
+            norm_num_groups=math.gcd(32, *self.decoder_channels),
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
             use_quant_conv=False,
@@ -122,7 +122,6 @@ class SD3Architecture(Architecture):
             **self._parts(1.5305, 0.0609, device, dtype, decode_dtype),
             text_encoder_3=None,
             tokenizer_3=None,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
 
     def make_transformer(self) -> SD3Transformer2DModel:
@@ -166,9 +165,7 @@ class FluxArchitecture(Architecture):
             )
 
     def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
-        # only FLUX.1-dev's times depend on the resolution
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=self.guidance_embeds)
-        return FluxPipeline(**self._parts(0.3611, 0.1159, device, dtype, decode_dtype), scheduler=scheduler)
+        return FluxPipeline(**self._parts(0.3611, 0.1159, device, dtype, decode_dtype))
 
     def make_transformer(self) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(

@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 
 
-def random_module(
-    make: Callable[[], Any], *, device: torch.device | str, dtype: torch.dtype, seed: int, gain: float = 1.0
-) -> Any:
-    """What ``make`` makes, with random weights; ``gain`` multiplies all matrices.
-
-    Equal in every process for one device, type and seed.
-    """
+def random_module(make: Callable[[], Any], *, device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
+    """What ``make`` makes, with random weights: equal in every process for one kind of device, type and seed."""
     with torch.device("meta"):
-        # diffusers' own method would warn of types that from_pretrained might have chosen
-        module: nn.Module = nn.Module.to(make(), dtype)
+        module: nn.Module = make()
     # sharing of weights would be lost; no transformer or autoencoder here has any
-    module.to_empty(device=device)
+    for part in module.modules():
+        # one by one: Module.to_empty cannot replace FakeTensors, over which memory is counted
+        for name, weight in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(torch.empty_like(weight, device=device, dtype=dtype)))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device=device, dtype=dtype))
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
-            _fill(name, weight, generator, gain)
+            _fill(name, weight, generator)
         for buffer in module.buffers():
             buffer.normal_(std=0.5**0.5, generator=generator)
     return module
@@ -45,9 +44,9 @@ def random_embedding(text: str, *shape: int, seed: int, dtype: torch.dtype, devi
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def _fill(name: str, weight: Tensor, generator: torch.Generator, gain: float) -> None:
+def _fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
     if weight.ndim > 1:
-        weight.normal_(std=gain * (weight.numel() / len(weight)) ** -0.5, generator=generator)
+        weight.normal_(std=(weight.numel() / len(weight)) ** -0.5, generator=generator)
     elif name.endswith("weight"):
         weight.fill_(1)
     else:

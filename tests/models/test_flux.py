@@ -223,6 +223,7 @@ TINY = [
     "model.dtype=float32",
     "model.decode_dtype=float32",
     "model.max_sequence_length=7",
+    "model.condition_cache=null",
     f"+adaptation.targets=[{','.join(TARGETS)}]",
 ]
 RECIPES = [
