@@ -97,14 +97,25 @@ COMMANDS = {
             "reward.terms.http.endpoints=[http://gpu7:8000] reward.terms.http.token_env=REWARD_TOKEN",
         ),
     ),
+    "encode": Command(
+        run="fastgrpo.commands.encode.encode",
+        summary="prepare the conditions of a prompt file",
+        details="Runs the text encoders over every prompt that is not in model.condition_cache yet, and keeps the "
+        "conditions there: runs on these prompts then load no text encoder. It can be stopped and started again.",
+        examples=(
+            "fastgrpo encode model=sd35_medium prompts.path=prompts.txt",
+            "fastgrpo encode model=sd35_medium prompts.path=prompts.txt model.condition_cache=/data/conditions",
+        ),
+    ),
     "doctor": Command(
         run="fastgrpo.commands.doctor.doctor",
         summary="check that this machine computes right",
         details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
         "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
-        "fails.",
+        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there.",
         examples=(
             "fastgrpo doctor",
+            "fastgrpo doctor memory=80GiB model=sd35_medium model.weights=random num_prompts=8 group_size=24",
             "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
             "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
         ),
@@ -142,12 +153,13 @@ def _run(command: Command, config: DictConfig) -> int:
     from fastgrpo.checkpoint import CheckpointError
     from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.rewards.reward import RewardError
+    from fastgrpo.runtime.batch_size import DoesNotFit
     from fastgrpo.trainer import TrainingError
 
     hide_loading_bars()
     try:
         command(config)
-    except (TrainingError, RewardError, CheckpointError) as error:
+    except (TrainingError, RewardError, CheckpointError, DoesNotFit) as error:
         return _report(error, FAILED)
     except ValueError as error:
         return _report(error, BAD_INPUT)

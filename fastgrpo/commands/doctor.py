@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
+from fastgrpo.commands.memory import show_plan
 from fastgrpo.config import build, resolve_path
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
@@ -42,6 +43,8 @@ _NUDGE = 0.01
 def doctor(config: DictConfig) -> None:
     """Run a checked ``doctor`` config and print the findings; RewardError or TrainingError if a check fails."""
     console = Console()
+    if config.memory:
+        return show_plan(config, console)
     console.print(_machine())
     console.print(_backends())
     console.print(_golden_scores(config))

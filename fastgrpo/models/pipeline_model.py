@@ -136,7 +136,10 @@ class PipelineModel(ABC):
         )
         self._lossy = (lossy or Exact())(self.transformer)
         if decode_dtype != "float32":
-            self.pipeline.vae.to(memory_format=torch.channels_last)
+            # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
+            for weight in self.pipeline.vae.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._decode = compile(_decode)
         self._is_compiled = self._decode is not _decode
         # two, since what is lossy computes something else with the same shapes

@@ -1,0 +1,86 @@
+"""The memory plan without a run: for the device of this machine, or for a GPU of a stated size that need not be there.
+
+For a stated size the model has no data: the real architecture at full size, counted without its memory or arithmetic.
+"""
+
+import re
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fastgrpo.config import build, resolve_path
+from fastgrpo.memory_plan import MemoryPlan
+from fastgrpo.memory_stages import MemoryPlanner
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.prompts import load_prompts
+from fastgrpo.runtime.byte_count import WithoutData
+from fastgrpo.runtime.memory import CountingMeter
+from fastgrpo.train import build_model, build_rewards, plan_device
+
+_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+HERE = "here"
+
+
+def show_plan(config: DictConfig, console: Console) -> None:
+    """Print the plan of a checked ``doctor`` config for ``config.memory``; DoesNotFit if there is none."""
+    if config.num_prompts < 1 or config.group_size < 1 or config.optimizer_steps < 1:
+        raise ValueError(
+            "num_prompts, group_size and optimizer_steps must be at least 1: "
+            f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}"
+        )
+    plan = measured_plan(config) if config.memory == HERE else counted_plan(config, parse_bytes(config.memory))
+    console.print(plan.table())
+    how = "measured on this device" if config.memory == HERE else "counted without a device, and without the rewards"
+    console.print(
+        f"training on {config.num_prompts} prompts x {config.group_size} samples in {config.optimizer_steps} optimizer "
+        f"steps, {how}; runtime.micro_batch=0 plans a run like this",
+        highlight=False,
+    )
+
+
+def measured_plan(config: DictConfig) -> MemoryPlan:
+    """The plan for this machine's device, rewards included."""
+    prompts = load_prompts(resolve_path(config.prompts.path))
+    planner = MemoryPlanner(
+        algorithm=build(config.algorithm),
+        samples=config.num_prompts * config.group_size,
+        optimizer_steps=config.optimizer_steps,
+        rewards=build_rewards(config, prompts)[0],
+        prompt=prompts[0],
+    )
+    return plan_device(config, planner)[1]
+
+
+def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
+    """The plan for a GPU of ``memory`` bytes; ValueError for a model whose weights would have to be loaded."""
+    if config.model.weights != "random":
+        raise ValueError(
+            f"memory={config.memory} counts a model without its weights, and model.weights is {config.model.weights}; "
+            "add model.weights=random, for example with model=sd35_medium, or use memory=here"
+        )
+    planner = MemoryPlanner(
+        algorithm=build(config.algorithm),
+        samples=config.num_prompts * config.group_size,
+        optimizer_steps=config.optimizer_steps,
+    )
+    # where it is counted is no matter, but CUDA tensors without a GPU cannot be made
+    config.runtime.device = "cpu"
+    meter = CountingMeter()
+
+    def build_counted(checkpointing: bool) -> FlowModel:
+        nonlocal meter
+        config.runtime.checkpointing = checkpointing
+        meter, built = CountingMeter(), []
+        meter.peak(lambda: built.append(build_model(config, lossy=build(config.lossy))))
+        return built[0]
+
+    with WithoutData():
+        return planner(build_counted, lambda: meter, memory, config.runtime.checkpointing)[1]
+
+
+def parse_bytes(text: str) -> int:
+    """``80GiB``, ``24GB``, ``512MiB`` in bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM]i?B)\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"memory must be a size such as 80GiB or 24GB, or {HERE}, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
