@@ -13,7 +13,8 @@ from torch import Tensor
 from fastgrpo.models.attention import Attention
 from fastgrpo.models.flux_network import PATCH, FluxNetwork
 from fastgrpo.models.modulation import Modulations
-from fastgrpo.models.pipeline_model import Network, PipelineModel
+from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.models.policy import Network
 
 
 class Flux(PipelineModel):

@@ -1,68 +1,35 @@
 """A diffusers pipeline as the model that rollout, update and evaluation know: what SD3 and FLUX have in common.
 
-Under gradient adapters are terms of their own and only the conditional branch of guidance is differentiated; for
-sampling they are merged into the weights and both branches are one batch.
+Here is what surrounds the transformer: loading, text encoders, the autoencoder, and writing.  Its velocities are in
+policy.py.
 Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.models.adaptation import Adaptation, Inputs, join
+from fastgrpo.models.adaptation import Adaptation
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import Attention, attention_backend
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import encoder_identity
-from fastgrpo.models.lossy import Exact, Lossy
+from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.weights import load_pipeline, pipeline_directory
 from fastgrpo.types import Conditions
-from fastgrpo_kernels import GuidedVelocity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Network(Protocol):
-    """The forward pass over a transformer's weights."""
-
-    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
-        """v [B, C, H, W] in the transformer's type."""
-
-    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
-        """What depends on (t, prompt) alone."""
-
-    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
-        """The rest, a function of tensors."""
-
-
-class Compile(Protocol):
-    """How blocks and decoding run: see ``fastgrpo.runtime.block_compile``."""
-
-    def __call__(self, function: Any) -> Any:
-        """What runs a function that is called often, or the function itself."""
-
-    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """What runs a function of tensors alone, without gradient."""
-
-
-class _Uncompiled:
-    def __call__(self, function: Any) -> Any:
-        return function
-
-    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return function
-
-
-class PipelineModel(ABC):
+class PipelineModel(Policy):
     """``FlowModel`` over a diffusers pipeline.
 
     weights: a hub id, a directory, ``pkg://package/path`` for one inside an installed package, or ``random`` for random
@@ -108,7 +75,7 @@ class PipelineModel(ABC):
                 raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
         if guidance_scale < 1:
             raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
-        compile = compile or _Uncompiled()
+        compile = compile or Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
@@ -126,25 +93,28 @@ class PipelineModel(ABC):
         self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
         start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
-        self.adaptation = adaptation(self.transformer)
-        self.fingerprint = f"{start} {self.adaptation.description}"
-        self._network = self._make_network(
+        adapted = adaptation(self.transformer)
+        self.fingerprint = f"{start} {adapted.description}"
+        network = self._make_network(
             attention=backend,
             compile=compile,
             checkpointing=checkpointing,
-            modulations=Modulations(is_frozen=self.adaptation.is_frozen_outside_blocks),
+            modulations=Modulations(is_frozen=adapted.is_frozen_outside_blocks),
         )
-        self._lossy = (lossy or Exact())(self.transformer)
         if decode_dtype != "float32":
             # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
             for weight in self.pipeline.vae.parameters():
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._decode = compile(_decode)
-        self._is_compiled = self._decode is not _decode
-        # two, since what is lossy computes something else with the same shapes
-        self._sampled = [compile.forward(partial(self._network.forward, self.transformer)) for _ in range(2)]
-        self._is_sampling = self._is_lossy = False
+        super().__init__(
+            adaptation=adapted,
+            network=network,
+            guidance_scale=guidance_scale,
+            compile=compile,
+            is_compiled=self._decode is not _decode,
+            lossy=lossy,
+        )
         self.conditions = self._make_conditions(weights, _DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
 
     def _make_pipeline(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
@@ -200,96 +170,12 @@ class PipelineModel(ABC):
         """Embeddings [1, L, C] and pooled embeddings [1, C] of a text."""
 
     @property
-    def _has_two_branches(self) -> bool:
-        """Whether guidance is classifier-free: a velocity with and one without text."""
-        return self.guidance_scale != 1
-
-    @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
-
-    @property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return self.adaptation.trainable
-
-    @property
-    def has_lora(self) -> bool:
-        return bool(self.adaptation.lora_config)
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""
         return self.conditions.get(texts)
-
-    @contextmanager
-    def sampling(self, lossy: bool = False) -> Iterator[None]:
-        if self._is_sampling:
-            yield
-            return
-        # lossy weights are made of the merged ones, so that context is the inner one
-        with torch.no_grad(), self.adaptation.merged(), self._lossy() if lossy else nullcontext():
-            self._is_sampling, self._is_lossy = True, lossy
-            try:
-                yield
-            finally:
-                self._is_sampling = self._is_lossy = False
-
-    def velocity(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
-    ) -> Tensor | GuidedVelocity:
-        if not self._has_two_branches:
-            return self._conditional(x_BCHW, t, conditions)
-        if self._is_sampling and unconditional is None:
-            v_BCHW = self._run(self.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
-            return self._guided(v_BCHW)
-        if unconditional is None:
-            with torch.no_grad():
-                unconditional = self._run(self.transformer, t, *self._without_text(x_BCHW))
-        return GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale)
-
-    def velocity_and_reference(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
-    ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
-        def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-            return self._run(transformer, t, x_BCHW, conditions)
-
-        if not self._has_two_branches:
-            with torch.no_grad():
-                _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
-            return self._conditional(x_BCHW, t, conditions), reference
-        without_text = self._without_text(x_BCHW)
-        with torch.no_grad():
-            v_BCHW, reference = self.adaptation.policy_and_reference(
-                run, without_text if unconditional is None else None, join((x_BCHW, conditions), without_text)
-            )
-        unconditional = v_BCHW if unconditional is None else unconditional
-        assert unconditional is not None
-        return (
-            GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
-            self._guided(reference),
-        )
-
-    def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
-        return self.adaptation.by_sample(num_samples)
-
-    def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
-        """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""
-        with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
-            v_BCHW = self._run(self.transformer, t, x_BCHW, conditions)
-        return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
-
-    def _guided(self, both_BCHW: Tensor) -> GuidedVelocity:
-        """Of a batch whose first half is conditional."""
-        conditional, unconditional = both_BCHW.chunk(2)
-        return GuidedVelocity(conditional, unconditional, self.guidance_scale)
-
-    def _without_text(self, x_BCHW: Tensor) -> Inputs:
-        return x_BCHW, self.encode([""]).repeat(len(x_BCHW))
-
-    def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-        if not self._is_sampling:
-            return self._network(transformer, x_BCHW, t, conditions)
-        modulations = self._network.modulations(transformer, t, conditions)
-        return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, *modulations)
 
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastgrpo.models.attention import Attention
 from fastgrpo.models.modulation import Modulations
-from fastgrpo.models.pipeline_model import Network, PipelineModel
+from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.models.policy import Network
 from fastgrpo.models.sd3_network import SD3Network
 
 

@@ -1,0 +1,167 @@
+"""What a transformer with trained weights computes: velocities of the policy and of its frozen start.
+
+Under gradient adapters are terms of their own and only the conditional branch of guidance is differentiated; for
+sampling they are merged into the weights and both branches are one batch.
+Letters: B samples, C H W latent channels, height and width, M text tokens, E width of a modulation.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.models.adaptation import Adaptation, Inputs, join
+from fastgrpo.models.lossy import Exact, Lossy
+from fastgrpo.types import Conditions
+from fastgrpo_kernels import GuidedVelocity
+
+
+class Network(Protocol):
+    """The forward pass over a transformer's weights."""
+
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """v [B, C, H, W] in the transformer's type."""
+
+    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+        """What depends on (t, prompt) alone."""
+
+    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
+        """The rest, a function of tensors."""
+
+
+class Compile(Protocol):
+    """How blocks and decoding run: see ``fastgrpo.runtime.block_compile``."""
+
+    def __call__(self, function: Any) -> Any:
+        """What runs a function that is called often, or the function itself."""
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What runs a function of tensors alone, without gradient."""
+
+
+class Uncompiled:
+    """PyTorch's own kernels, one by one."""
+
+    def __call__(self, function: Any) -> Any:
+        return function
+
+    def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return function
+
+
+class Policy(ABC):
+    """The velocities of ``FlowModel``.
+
+    guidance_scale: of classifier-free guidance, with a branch that knows no text; 1 turns it off.
+    """
+
+    def __init__(
+        self,
+        *,
+        adaptation: Adaptation,
+        network: Network,
+        guidance_scale: float,
+        compile: Compile,
+        is_compiled: bool,
+        lossy: Lossy | None,
+    ) -> None:
+        self.adaptation = adaptation
+        self.guidance_scale = guidance_scale
+        self._network = network
+        self._is_compiled = is_compiled
+        self._lossy = (lossy or Exact())(adaptation.transformer)
+        # two, since what is lossy computes something else with the same shapes
+        self._sampled = [compile.forward(partial(network.forward, adaptation.transformer)) for _ in range(2)]
+        self._is_sampling = self._is_lossy = False
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Conditions:
+        """Conditions of the texts, one row a text."""
+
+    @property
+    def _has_two_branches(self) -> bool:
+        """Whether guidance is classifier-free: a velocity with and one without text."""
+        return self.guidance_scale != 1
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.adaptation.trainable
+
+    @property
+    def has_lora(self) -> bool:
+        return bool(self.adaptation.lora_config)
+
+    @contextmanager
+    def sampling(self, lossy: bool = False) -> Iterator[None]:
+        if self._is_sampling:
+            yield
+            return
+        # lossy weights are made of the merged ones, so that context is the inner one
+        with torch.no_grad(), self.adaptation.merged(), self._lossy() if lossy else nullcontext():
+            self._is_sampling, self._is_lossy = True, lossy
+            try:
+                yield
+            finally:
+                self._is_sampling = self._is_lossy = False
+
+    def velocity(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> Tensor | GuidedVelocity:
+        if not self._has_two_branches:
+            return self._conditional(x_BCHW, t, conditions)
+        if self._is_sampling and unconditional is None:
+            v_BCHW = self._run(self.adaptation.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
+            return self._guided(v_BCHW)
+        if unconditional is None:
+            with torch.no_grad():
+                unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW))
+        return GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale)
+
+    def velocity_and_reference(
+        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+    ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
+        def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+            return self._run(transformer, t, x_BCHW, conditions)
+
+        if not self._has_two_branches:
+            with torch.no_grad():
+                _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
+            return self._conditional(x_BCHW, t, conditions), reference
+        without_text = self._without_text(x_BCHW)
+        with torch.no_grad():
+            v_BCHW, reference = self.adaptation.policy_and_reference(
+                run, without_text if unconditional is None else None, join((x_BCHW, conditions), without_text)
+            )
+        unconditional = v_BCHW if unconditional is None else unconditional
+        assert unconditional is not None
+        return (
+            GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
+            self._guided(reference),
+        )
+
+    def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
+        return self.adaptation.by_sample(num_samples)
+
+    def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+        """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""
+        with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
+            v_BCHW = self._run(self.adaptation.transformer, t, x_BCHW, conditions)
+        return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
+
+    def _guided(self, both_BCHW: Tensor) -> GuidedVelocity:
+        """Of a batch whose first half is conditional."""
+        conditional, unconditional = both_BCHW.chunk(2)
+        return GuidedVelocity(conditional, unconditional, self.guidance_scale)
+
+    def _without_text(self, x_BCHW: Tensor) -> Inputs:
+        return x_BCHW, self.encode([""]).repeat(len(x_BCHW))
+
+    def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+        if not self._is_sampling:
+            return self._network(transformer, x_BCHW, t, conditions)
+        modulations = self._network.modulations(transformer, t, conditions)
+        return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, *modulations)
