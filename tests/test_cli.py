@@ -97,7 +97,7 @@ def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: p
     has_model = name != "serve-reward"
     assert ("\n  adaptation" in shown) == has_model
     assert ("full, lora" in shown) == has_model
-    assert ("smart_grpo_paper" in shown) == (has_model and name != "export")
+    assert ("smart_grpo_paper" in shown) == (has_model and name not in ("export", "encode"))
     assert ("\n  resolution: 64\n" in shown) == has_model
 
 
