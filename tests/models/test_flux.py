@@ -1,5 +1,7 @@
 """Our FLUX is diffusers': images, velocities, gradients and LoRA files; and what guidance and adapters do to it."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.schedule import FluxSchedule
+from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule
 from fastgrpo.batches import BatchSizes
 from fastgrpo.commands.doctor import ratio_deviation
-from fastgrpo.config import load_config
+from fastgrpo.config import build, load_config
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.flux_network import FluxNetwork
@@ -20,6 +23,7 @@ from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.rollout import Rollout
+from fastgrpo.runtime.block_compile import num_compilations
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Conditions, Prompts
 from fastgrpo_kernels import combined
@@ -88,13 +92,13 @@ def test_a_model_without_guidance_gives_the_images_of_diffusers(tmp_path: Path) 
         make_model(weights)
 
 
-def make_network(*, checkpointing: bool = False) -> FluxNetwork:
+def make_network(**settings: Any) -> FluxNetwork:
+    defaults: dict[str, Any] = {"compile": lambda function: function, "checkpointing": False}
     return FluxNetwork(
         guidance_scale=GUIDANCE,
         attention=attention_backend("sdpa"),
-        compile=lambda function: function,
-        checkpointing=checkpointing,
         modulations=Modulations(is_frozen=True),
+        **defaults | settings,
     )
 
 
@@ -155,6 +159,30 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
     for name, our, their in zip(adaptation.trainable, ours, theirs, strict=True):
         assert their.any(), name
         assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
+
+
+def test_each_kind_of_block_is_compiled_once_and_computes_the_same() -> None:
+    def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        # traced, guarded and differentiated as ever, and run by PyTorch's own kernels
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    transformer, (x, conditions) = make_random_transformer(), make_inputs()
+    adaptation = LoRA(rank=2, targets=TARGETS)(transformer)
+    nudge(adaptation.trainable)
+    torch._dynamo.reset()
+    before = num_compilations()
+    eager, compiled = make_network(), make_network(compile=compile)
+    with torch.no_grad(), adaptation.merged():
+        for t in (T, 0.3):
+            assert torch.equal(compiled(transformer, x, t, conditions), eager(transformer, x, t, conditions))
+    # double and single blocks
+    assert num_compilations() - before == 2
+    weights = list(adaptation.trainable.values())
+    ours, theirs = (
+        torch.autograd.grad(network(transformer, x, T, conditions).sum(), weights) for network in (compiled, eager)
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our - their).abs().max() <= 1e-5 * their.abs().max()
 
 
 def test_the_targets_are_those_of_flow_grpo(weights: Path) -> None:
@@ -226,11 +254,11 @@ TINY = [
     "model.condition_cache=null",
     f"+adaptation.targets=[{','.join(TARGETS)}]",
 ]
+SHORT_WINDOW = ["algorithm.timesteps.size=2", "algorithm.timesteps.high=3"]
 RECIPES = [
     pytest.param(["algorithm=flow_grpo"], id="flow_grpo"),
-    pytest.param(
-        ["algorithm=flow_grpo_fast", "algorithm.timesteps.size=2", "algorithm.timesteps.high=3"], id="flow_grpo_fast"
-    ),
+    pytest.param(["algorithm=flow_grpo_fast", *SHORT_WINDOW], id="flow_grpo_fast"),
+    pytest.param(["algorithm=smart_grpo", *SHORT_WINDOW], id="smart_grpo"),
 ]
 
 
@@ -247,6 +275,22 @@ def test_it_trains_with_a_ratio_of_exactly_one(recipe: list[str], weights: Path,
 def test_the_doctor_finds_a_ratio_of_exactly_one(recipe: list[str], weights: Path) -> None:
     config = load_config("doctor", [*TINY, *recipe, f"model.weights={weights}", "runtime.device=cpu"])
     assert ratio_deviation(config)[0] == 0
+
+
+def test_the_experiment_is_flow_grpos() -> None:
+    config = load_config("train", ["experiment=flow_grpo_flux", "prompts.path=a", "prompts.held_out=b"])
+    algorithm: Algorithm = build(config.algorithm)
+    # 512x512 pixels are 1024 tokens: mu = .5 + .65 * (1024 - 256) / (4096 - 256) = .63
+    assert algorithm.grid == pytest.approx(LinearSchedule(6, shift=math.exp(0.63))())
+    assert algorithm.timesteps(6, 0, 0) == (0, 1, 2, 3, 4)
+    # at t = 1/2 with steps of 1/4 and a flat grid: std = .9 sqrt(t / (1 - t)) sqrt(1/4)
+    assert algorithm.dynamics((1.0, 0.75, 0.5, 0.25, 0.0), 2).std == pytest.approx(0.45)
+    assert algorithm.objective.kl_coef == 0
+    adaptation = build(config.adaptation)(make_transformer())
+    assert adaptation.lora_config["r"] == 64
+    assert adaptation.lora_config["lora_alpha"] == 128
+    expected = LoRA(targets=TARGETS)(make_transformer()).lora_config["target_modules"]
+    assert adaptation.lora_config["target_modules"] == expected
 
 
 @pytest.mark.parametrize("setting", [{"use_t5": False}, {"max_sequence_length": 0}])
