@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from rich import box
 from rich.table import Table
 
 from fastgrpo.runtime.batch_size import DoesNotFit
@@ -118,15 +119,16 @@ class MemoryPlan:
         """The plan as a run shows it at its start, and doctor without a run."""
         switch = "on" if self.checkpointing else "off"
         table = Table(
-            *("stage", "key", "fixed", "per sample", "fit at once", "batch", "peak"),
+            *("key", "fixed", "a sample", "fit", "batch", "peak"),
+            box=box.SIMPLE,
             title=f"memory plan: {SHARE:.0%} of {gib(self.memory)}",
             caption=f"checkpointing {switch}; each peak includes {gib(self.held)} of samples and optimizer state",
         )
-        for name, choice in self.choices.items():
+        for choice in self.choices.values():
             sizes = (choice.cost.fixed, choice.cost.per_sample)
             batch = f"{choice.batch} of {choice.total}"
             fit = "all" if choice.fitting >= choice.total else str(choice.fitting)
-            table.add_row(name, choice.key, *map(gib, sizes), fit, batch, gib(choice.peak_bytes))
+            table.add_row(choice.key, *map(gib, sizes), fit, batch, gib(choice.peak_bytes))
         return table
 
 
