@@ -7,7 +7,7 @@ Letters: L text tokens, C width of an embedding.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgrpo.models.random_weights import random_embedding, random_module
 
-# of both models' autoencoder, and of what they take for a pixel of an image
+# of all these models' autoencoders
 LATENT_CHANNELS = 16
 # tokens of CLIP, before those of T5
 _CLIP_TOKENS = 77
@@ -35,6 +35,10 @@ class Architecture(ABC):
     pixels to latents; each but the first halves the image.  decoder_layers: of each of its levels.  seed: of weights
     and conditions.
     """
+
+    # what latents are shifted by, then multiplied with, after encoding
+    latent_shift: ClassVar[float]
+    latent_scale: ClassVar[float]
 
     num_layers: int
     num_heads: int
@@ -73,21 +77,7 @@ class Architecture(ABC):
         )
         return embeds_BLC, pooled_BC
 
-    def _parts(
-        self, scaling_factor: float, shift_factor: float, device: torch.device, dtype: torch.dtype, decode: torch.dtype
-    ) -> dict[str, Any]:
-        """Transformer and autoencoder, without text encoders and scheduler."""
-
-        def make_autoencoder() -> AutoencoderKL:
-            return self.make_autoencoder(scaling_factor, shift_factor)
-
-        return {
-            "transformer": random_module(self.make_transformer, device=device, dtype=dtype, seed=self.seed),
-            "vae": random_module(make_autoencoder, device=device, dtype=decode, seed=self.seed + 1),
-            **dict.fromkeys(("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
-        }
-
-    def make_autoencoder(self, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    def make_autoencoder(self) -> AutoencoderKL:
         """The autoencoder, with diffusers' own start."""
         levels = len(self.decoder_channels)
         return AutoencoderKL(
@@ -97,16 +87,28 @@ class Architecture(ABC):
             layers_per_block=self.decoder_layers,
             latent_channels=LATENT_CHANNELS,
             norm_num_groups=math.gcd(32, *self.decoder_channels),
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
+            scaling_factor=self.latent_scale,
+            shift_factor=self.latent_shift,
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
+
+    def _parts(self, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> dict[str, Any]:
+        """Transformer and autoencoder, without text encoders and scheduler."""
+        absent = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        return {
+            "transformer": random_module(self.make_transformer, device=device, dtype=dtype, seed=self.seed),
+            "vae": random_module(self.make_autoencoder, device=device, dtype=decode_dtype, seed=self.seed + 1),
+            **dict.fromkeys(absent),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SD3Architecture(Architecture):
     """A StableDiffusion3Pipeline; by default SD3.5-medium's.  num_dual_layers: blocks with an image attention more."""
+
+    latent_shift = 0.0609
+    latent_scale = 1.5305
 
     num_layers: int = 24
     num_heads: int = 24
@@ -119,7 +121,7 @@ class SD3Architecture(Architecture):
         self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype
     ) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(
-            **self._parts(1.5305, 0.0609, device, dtype, decode_dtype),
+            **self._parts(device, dtype, decode_dtype),
             text_encoder_3=None,
             tokenizer_3=None,
         )
@@ -148,6 +150,9 @@ class SD3Architecture(Architecture):
 class FluxArchitecture(Architecture):
     """A FluxPipeline; by default FLUX.1-dev's.  rotated_widths: channels of a head that each coordinate turns."""
 
+    latent_shift = 0.1159
+    latent_scale = 0.3611
+
     num_layers: int = 19
     num_heads: int = 24
     head_width: int = 128
@@ -165,7 +170,7 @@ class FluxArchitecture(Architecture):
             )
 
     def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
-        return FluxPipeline(**self._parts(0.3611, 0.1159, device, dtype, decode_dtype))
+        return FluxPipeline(**self._parts(device, dtype, decode_dtype))
 
     def make_transformer(self) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(

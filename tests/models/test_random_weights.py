@@ -52,7 +52,7 @@ def architecture_of(name: str) -> Architecture:
 def test_the_sizes_are_the_published_ones(name: str, num_parameters: int) -> None:
     with torch.device("meta"):
         transformer = architecture_of(name).make_transformer()
-        autoencoder = architecture_of(name).make_autoencoder(1.0, 0.0)
+        autoencoder = architecture_of(name).make_autoencoder()
     assert sum(weight.numel() for weight in transformer.parameters()) == num_parameters
     # as all three publish it
     assert sum(weight.numel() for weight in autoencoder.parameters()) == 83_819_683
