@@ -322,7 +322,7 @@ def test_a_run_without_a_complete_checkpoint_is_refused(
     [
         ("model", "_target_", "os.system"),
         ("model", "_target_", "fastgrpo.rewards.custom.from_path"),
-        ("model", "_target_", "fastgrpo.models.sd3.Path"),
+        ("model", "_target_", "fastgrpo.models.weights.Path"),
         ("adaptation", "_target_", "fastgrpo.config.find_target"),
         ("adaptation", "targets", [{"_target_": "os.getcwd"}]),
         ("model", "weights", "${oc.env:HOME}"),
