@@ -6,7 +6,9 @@ There is a graph for each set of shapes, since a graph is a list of kernels with
 read where they were at capture: those changed in place, as merged LoRA is, are seen; those replaced are not.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,8 +18,20 @@ from torch import Tensor
 
 from fastgrpo.runtime.block_compile import CompiledBlocks
 
+_is_eager = ContextVar("_is_eager", default=False)
 # a first call compiles, and the next ones let libraries choose their algorithms: none of it may happen in a capture
 _WARM_UPS = 3
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Inside, what was compiled and what is a graph runs as the plain function that it was made of."""
+    token = _is_eager.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _is_eager.reset(token)
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,13 @@ class Graphed:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError("a CUDA graph has no gradient; call it under torch.no_grad()")
+        if _is_eager.get():
+            return self.function(*inputs)
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         captured = self._captures.get(key)
         if captured is None:
             captured = self._captures[key] = self.capture(self.function, inputs)
-        for static, given in zip(captured.inputs, inputs, strict=True):
-            static.copy_(given, non_blocking=True)
+        torch._foreach_copy_(captured.inputs, inputs, non_blocking=True)
         captured.replay()
         # the next replay overwrites it, and graphs of other shapes share its memory
         return captured.output.clone()

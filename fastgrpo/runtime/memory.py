@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from fastgrpo.runtime.byte_count import LiveBytes
+from fastgrpo.runtime.cuda_graphs import eagerly
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -42,7 +43,7 @@ class AllocatorMeter:
 
     def peak(self, run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(self._device)
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             run()
         return torch.cuda.max_memory_allocated(self._device)
 
@@ -56,7 +57,7 @@ class CountingMeter:
 
     def peak(self, run: Callable[[], object]) -> int:
         self._counter.peak = self._counter.live
-        with self._counter, torch.compiler.set_stance("force_eager"):
+        with self._counter, eagerly():
             run()
         return self._resident + self._counter.peak
 

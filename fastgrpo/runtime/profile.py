@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastgrpo.runtime.cuda_graphs import eagerly
 from fastgrpo.runtime.flops import StageFlops, matmul_ceiling
 from fastgrpo.runtime.timing import NO_STAGE
 from fastgrpo.runtime.trace import MATRIX, MEMORY, OTHER, StageTrace, Trace, kernel_class, read_trace
@@ -66,7 +67,7 @@ class Profile:
         return metrics
 
     def _count(self, step: Step) -> dict[str, float]:
-        with torch.compiler.set_stance("force_eager"), StageFlops() as flops:
+        with eagerly(), StageFlops() as flops:
             metrics = step()
         self._flops = dict(flops.by_stage)
         return metrics

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.runtime.cuda_graphs import Capture, Graphed, GraphedForward
+from fastgrpo.runtime.cuda_graphs import Capture, Graphed, GraphedForward, eagerly
 
 
 class FakeGraphs:
@@ -61,6 +61,17 @@ def test_weights_that_are_changed_in_place_are_seen() -> None:
     weight.mul_(2)
     assert torch.equal(run(x, shift), torch.tanh(2 * x))
     assert torch.equal(before, torch.tanh(x))
+
+
+@torch.no_grad()
+def test_eagerly_nothing_is_captured() -> None:
+    graphs, function = FakeGraphs(), weighted(torch.eye(2))
+    run, x, shift = Graphed(function, graphs), torch.ones(1, 2), torch.zeros(2)
+    with eagerly():
+        assert torch.equal(run(x, shift), function(x, shift))
+    assert graphs.captured == []
+    run(x, shift)
+    assert len(graphs.captured) == 1
 
 
 def test_a_call_under_gradient_raises() -> None:
