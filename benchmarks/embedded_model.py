@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.model_on_device import build_model
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.clip_score import clip_score
@@ -19,7 +20,7 @@ from fastgrpo.runtime.compile import Eager
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene
-from fastgrpo.train import build_evaluation, build_model
+from fastgrpo.train import build_evaluation
 
 NUM_IMAGES = 1024
 

@@ -3,31 +3,26 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.batches import BatchSizes
 from fastgrpo.checkpoint import Checkpoint
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
 from fastgrpo.memory_stages import MemoryPlanner
 from fastgrpo.metrics import Metrics
+from fastgrpo.model_on_device import build_batch_sizes, build_planned_model, device_of, set_threads
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.models.lossy import Lossy
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.run_directory import RunDirectory, write_whole
 from fastgrpo.rewards.self_test import GoldenScores, compare, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.ema import EMA
-from fastgrpo.runtime.memory import meter_of, usable_bytes
 from fastgrpo.runtime.profile import Profile, unprofiled
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
@@ -129,57 +124,10 @@ def _build_profile(config: DictConfig, directory: RunDirectory, model: FlowModel
 
 def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewards, dict[str, GoldenScores]]:
     """The rewards of a config, which can judge ``prompts``, tried on golden pairs unless ``reward.golden`` is false."""
-    _set_threads(config)
+    set_threads(config)
     rewards: Rewards = build(config.reward)
     rewards.check_prompts(prompts)
     return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
-
-
-def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
-    """The model of a config, on its device; exact where training need not be, unless it is told how."""
-    _set_threads(config)
-    return build(
-        config.model,
-        adaptation=build(config.adaptation),
-        device=device_of(config),
-        attention=config.runtime.attention,
-        compile=build(config.compile),
-        checkpointing=config.runtime.checkpointing,
-        lossy=lossy,
-    )
-
-
-def build_planned_model(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, Rewards]:
-    """The model, and the rewards in portions that fit beside it.
-
-    Where runtime.micro_batch is 0 the sizes that are 0 are planned from the memory of the device, shown, and written
-    into the config, as is checkpointing where it is needed.
-    """
-    assert planner.rewards is not None
-    if config.runtime.micro_batch != 0:
-        return build_model(config, lossy=build(config.lossy)), planner.rewards
-    model, plan = plan_device(config, planner)
-    Console().print(plan.table())
-    runtime = config.runtime
-    runtime.micro_batch = plan.batch(TRAINING)
-    runtime.sampling_batch = runtime.sampling_batch or plan.batch(SAMPLING)
-    runtime.decode_batch = runtime.decode_batch or plan.batch(DECODING)
-    runtime.checkpointing = plan.checkpointing
-    if plan.choices[REWARD].fitting >= planner.rewards.scoring.micro_batch:
-        return model, planner.rewards
-    scoring = replace(planner.rewards.scoring, micro_batch=plan.batch(REWARD))
-    return model, replace(planner.rewards, scoring=scoring)
-
-
-def plan_device(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, MemoryPlan]:
-    """The model of a config, and the plan measured with it on its device."""
-    lossy, device = build(config.lossy), torch.device(device_of(config))
-
-    def build_with(checkpointing: bool) -> FlowModel:
-        config.runtime.checkpointing = checkpointing
-        return build_model(config, lossy=lossy)
-
-    return planner(build_with, lambda: meter_of(device), usable_bytes(device), config.runtime.checkpointing)
 
 
 def build_evaluation(
@@ -195,23 +143,6 @@ def build_evaluation(
         batch_sizes=build_batch_sizes(config),
         seed=0,
     )
-
-
-def build_batch_sizes(config: DictConfig, at_most: int | None = None) -> BatchSizes:
-    """How many samples run at a time; no more in training than an optimizer step has, so that rollout cuts as it."""
-    runtime = config.runtime
-    training = runtime.micro_batch if at_most is None else min(runtime.micro_batch, at_most)
-    return BatchSizes.of(training, runtime.sampling_batch, runtime.decode_batch)
-
-
-def device_of(config: DictConfig) -> str:
-    """``runtime.device``, where auto is CUDA if there is one."""
-    device = str(config.runtime.device)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
-    return device
 
 
 def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores], *, resume: bool) -> None:
@@ -231,11 +162,6 @@ def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
         begun = OmegaConf.load(directory.config).runtime
         for key in ("micro_batch", "sampling_batch", "decode_batch", "checkpointing"):
             config.runtime[key] = begun[key]
-
-
-def _set_threads(config: DictConfig) -> None:
-    if config.runtime.threads > 0:
-        torch.set_num_threads(config.runtime.threads)
 
 
 def _takes_gradients(config: DictConfig, algorithm: Algorithm) -> bool:

@@ -34,13 +34,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
     "trainer": STAGES | BELOW_STAGES,
     "config": set(),
-    "train": STAGES | BELOW_STAGES | {"trainer", "config"},
-    "commands": STAGES | BELOW_STAGES | {"trainer", "train", "config", "shapes"},
+    "model_on_device": STAGES | BELOW_STAGES | {"config"},
+    "train": STAGES | BELOW_STAGES | {"trainer", "model_on_device", "config"},
+    "commands": STAGES | BELOW_STAGES | {"trainer", "train", "model_on_device", "config", "shapes"},
     "cli": STAGES | BELOW_STAGES | {"trainer", "config", "train", "commands"},
 }
 CONFINED = {
     "hydra": ("fastgrpo/config.py",),
-    "omegaconf": ("fastgrpo/cli.py", "fastgrpo/config.py", "fastgrpo/train.py", "fastgrpo/commands/"),
+    "omegaconf": (
+        "fastgrpo/cli.py",
+        "fastgrpo/config.py",
+        "fastgrpo/train.py",
+        "fastgrpo/model_on_device.py",
+        "fastgrpo/commands/",
+    ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
     "flash_attn": ("fastgrpo/models/attention.py",),

@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from fastgrpo.config import build
 from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, Cost, MemoryPlan, plan_memory
 from fastgrpo.memory_stages import MemoryPlanner
+from fastgrpo.model_on_device import build_model
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.runtime.batch_size import DoesNotFit
 from fastgrpo.runtime.byte_count import LiveBytes
 from fastgrpo.runtime.memory import CountingMeter, Meter
-from fastgrpo.train import build_model, build_rewards, build_trainer, train
+from fastgrpo.train import build_rewards, build_trainer, train
 from tests.tiny_config import make_config
 
 PLENTY = 2**40
@@ -126,7 +127,7 @@ def test_a_run_plans_shows_and_keeps_its_sizes_and_a_resumed_run_cuts_as_it_bega
     # 2 prompts x 3 samples, all at once; what was given stays
     assert (begun.micro_batch, begun.sampling_batch, begun.decode_batch) == (6, 6, 5)
 
-    monkeypatch.setattr("fastgrpo.train.plan_device", lambda *_: pytest.fail("a resumed run plans nothing"))
+    monkeypatch.setattr("fastgrpo.model_on_device.plan_device", lambda *_: pytest.fail("a resumed run plans nothing"))
     again = make_config(tiny_weights, tmp_path / "run", *overrides, "train.iterations=2", "resume=true")
     trainer = build_trainer(again)
     assert (again.runtime.micro_batch, again.runtime.sampling_batch, again.runtime.decode_batch) == (6, 6, 5)

@@ -8,9 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from fastgrpo.model_on_device import device_of
 from fastgrpo.rewards.remote.connection import read_token
 from fastgrpo.rewards.remote.limits import Limits
-from fastgrpo.train import build_rewards, device_of
+from fastgrpo.train import build_rewards
 
 UVICORN: dict[str, Any] = {
     "http": "h11",

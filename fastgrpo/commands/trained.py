@@ -14,9 +14,9 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fastgrpo.checkpoint import Checkpoint, TrainState
 from fastgrpo.config import check, check_own
+from fastgrpo.model_on_device import build_model
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.records.run_directory import RunDirectory
-from fastgrpo.train import build_model
 
 # what a run brings along; every other key is the command's
 _OF_RUN = ("model", "adaptation")

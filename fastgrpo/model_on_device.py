@@ -1,0 +1,86 @@
+"""The model of a config on its device, in batches that fit there."""
+
+from dataclasses import replace
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from fastgrpo.batches import BatchSizes
+from fastgrpo.config import build
+from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
+from fastgrpo.memory_stages import MemoryPlanner
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.lossy import Lossy
+from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.runtime.memory import meter_of, usable_bytes
+
+
+def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
+    """The model of a config, on its device; exact where training need not be, unless it is told how."""
+    set_threads(config)
+    return build(
+        config.model,
+        adaptation=build(config.adaptation),
+        device=device_of(config),
+        attention=config.runtime.attention,
+        compile=build(config.compile),
+        checkpointing=config.runtime.checkpointing,
+        lossy=lossy,
+    )
+
+
+def build_planned_model(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, Rewards]:
+    """The model, and the rewards in portions that fit beside it.
+
+    Where runtime.micro_batch is 0 the sizes that are 0 are planned from the memory of the device, shown, and written
+    into the config, as is checkpointing where it is needed.
+    """
+    assert planner.rewards is not None
+    if config.runtime.micro_batch != 0:
+        return build_model(config, lossy=build(config.lossy)), planner.rewards
+    model, plan = plan_device(config, planner)
+    Console().print(plan.table())
+    runtime = config.runtime
+    runtime.micro_batch = plan.batch(TRAINING)
+    runtime.sampling_batch = runtime.sampling_batch or plan.batch(SAMPLING)
+    runtime.decode_batch = runtime.decode_batch or plan.batch(DECODING)
+    runtime.checkpointing = plan.checkpointing
+    if plan.choices[REWARD].fitting >= planner.rewards.scoring.micro_batch:
+        return model, planner.rewards
+    scoring = replace(planner.rewards.scoring, micro_batch=plan.batch(REWARD))
+    return model, replace(planner.rewards, scoring=scoring)
+
+
+def plan_device(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, MemoryPlan]:
+    """The model of a config, and the plan measured with it on its device."""
+    lossy, device = build(config.lossy), torch.device(device_of(config))
+
+    def build_with(checkpointing: bool) -> FlowModel:
+        config.runtime.checkpointing = checkpointing
+        return build_model(config, lossy=lossy)
+
+    return planner(build_with, lambda: meter_of(device), usable_bytes(device), config.runtime.checkpointing)
+
+
+def build_batch_sizes(config: DictConfig, at_most: int | None = None) -> BatchSizes:
+    """How many samples run at a time; no more in training than an optimizer step has, so that rollout cuts as it."""
+    runtime = config.runtime
+    training = runtime.micro_batch if at_most is None else min(runtime.micro_batch, at_most)
+    return BatchSizes.of(training, runtime.sampling_batch, runtime.decode_batch)
+
+
+def device_of(config: DictConfig) -> str:
+    """``runtime.device``, where auto is CUDA if there is one."""
+    device = str(config.runtime.device)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
+    return device
+
+
+def set_threads(config: DictConfig) -> None:
+    """As many CPU threads as ``runtime.threads`` says."""
+    if config.runtime.threads > 0:
+        torch.set_num_threads(config.runtime.threads)
