@@ -57,6 +57,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         optimizer_steps=settings.optimizer_steps,
         rewards=rewards,
         prompt=texts[0],
+        with_gradients=_takes_gradients(config, algorithm),
     )
     _cut_as_begun(config, directory)
     model, rewards = build_planned_model(config, planner)
@@ -69,7 +70,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         batch_sizes=batch_sizes,
         seed=config.seed,
         solver=build(config.solver),
-        with_gradients=_takes_gradients(config, algorithm),
+        with_gradients=planner.with_gradients,
     )
     start_noise = StartNoise(
         algorithm=algorithm,

@@ -1,5 +1,6 @@
 """The planner over the model in miniature: what it predicts for many samples is what these samples then use."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def test_what_is_predicted_for_many_samples_is_what_they_use(
     with torch.no_grad(), LiveBytes() as counter:
         model.decode(torch.zeros(num_samples, *model.latent_shape))
     assert counter.peak == pytest.approx(num_samples * planned.plan.choices[DECODING].cost.per_sample, rel=0.05)
+
+
+def test_gradients_that_wait_for_the_update_are_in_the_plan(tiny_weights: Path, tmp_path: Path) -> None:
+    planned = Planned(tiny_weights, tmp_path / "run", PLENTY)
+    waiting = replace(planned.planner, with_gradients=True)._held(planned.model) - planned.planner._held(planned.model)
+    assert waiting == 24 * sum(weight.nbytes for weight in planned.model.trainable.values())
 
 
 def batches_of(plan: MemoryPlan) -> dict[str, int]:
