@@ -97,6 +97,16 @@ def test_the_fast_recipe_without_guidance(optimizer_steps: int, iterate: Iterate
     assert updated == Rows(with_gradient=3 * B, without=0)
 
 
+def test_gradients_taken_in_the_rollout_leave_the_update_nothing_to_compute(iterate: Iterate) -> None:
+    sampled, updated = iterate(
+        "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10", "model.guidance_scale=4.5",
+        "train.gradients=reweight",
+    )  # fmt: skip
+    # both branches of all steps, the conditional ones of the window under gradient
+    assert sampled == Rows(with_gradient=3 * B, without=2 * N * B - 3 * B)
+    assert updated == Rows()
+
+
 def test_a_shared_start_is_denoised_once_a_prompt_until_the_window(iterate: Iterate) -> None:
     sampled, updated = iterate(
         "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10",
