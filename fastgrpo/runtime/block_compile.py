@@ -7,6 +7,7 @@ bfloat16 they do not, since a fused kernel keeps its own intermediate results in
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -27,6 +28,7 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 # of one function: 3 kinds of SD3.5's blocks, times sampling, lossy sampling, the branches without gradient, the first
 # block and the others under gradient, times up to 4 batch sizes; dynamo's own 8 is for one function of one shape
 MAX_VARIANTS = 64
+_LINK_SECONDS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class CompiledBlocks:
             )
         directory = Path(self.cache).expanduser().absolute()
         make_private(directory, "compile.cache")
+        _remove_unfinished(directory)
         # inductor and triton read it whenever they look something up; their own default is a guessable place in /tmp
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
@@ -86,6 +89,15 @@ class CompiledBlocks:
     def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """What runs ``function`` of tensors alone, the blocks and all around them, without gradient."""
         return function
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Empty libraries, which a process leaves that is killed while it links: they are taken for finished ones."""
+    for library in directory.rglob("*.so"):
+        status = library.stat()
+        # a younger one may still be linked by another process
+        if status.st_size == 0 and time.time() - status.st_mtime > _LINK_SECONDS:
+            library.unlink(missing_ok=True)
 
 
 def num_compilations() -> int:

@@ -119,3 +119,16 @@ def test_an_unknown_mode_is_refused() -> None:
 
 def test_uncompiled_is_the_function_itself() -> None:
     assert Uncompiled()(residual) is residual
+
+
+def test_what_a_killed_process_left_half_linked_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    empty, linking, whole = (cache / name for name in ("empty.so", "linking.so", "whole.so"))
+    for library in (empty, linking, whole):
+        library.touch()
+    whole.write_bytes(b"library")
+    for library in (empty, whole):
+        os.utime(library, (0, 0))
+    CompiledBlocks(cache=str(cache))(lambda x: x)
+    assert sorted(path.name for path in cache.iterdir()) == ["linking.so", "whole.so"]
