@@ -1,7 +1,7 @@
 """Where an iteration's time goes: ``fastgrpo train runtime.profile=true`` writes a table and a trace beside the run.
 
 iteration 1 is not looked at: it compiles
-iteration 2 counts FLOPs, eagerly, since what is compiled cannot be counted
+iteration 2 counts FLOPs, eagerly, since what is compiled or a CUDA graph cannot be counted
 iteration 3 is timed as it is
 iteration 4 is traced, which costs time: only shares, launches and host syncs are taken from it
 
@@ -95,20 +95,17 @@ def page(trace: Trace, seconds: Mapping[str, float], flops: Mapping[str, int], c
     whole = seconds["iteration"]
     stages = {name: seconds[name] for name in trace.stages if name in seconds}
     stages[NO_STAGE] = max(0.0, whole - sum(stages.values()))
-    # a replayed graph runs no operator that could be counted
-    is_counted = not any(stage.graph_launches for stage in trace.stages.values())
     rows, shares = [], dict.fromkeys((MATRIX, MEMORY, OTHER), 0.0)
     for name, taken in stages.items():
         stage = trace.stages.get(name, StageTrace())
         for kind, share in stage.shares().items():
             shares[kind] += share * taken / whole
-        counted = flops.get(name, 0) if is_counted else None
-        rows.append(_row(name, taken, whole, stage.shares(), (stage.launches, stage.host_syncs), counted, ceiling))
+        counts = (stage.launches, stage.host_syncs)
+        rows.append(_row(name, taken, whole, stage.shares(), counts, flops.get(name, 0), ceiling))
     launches, syncs = (
         sum(getattr(stage, name) for stage in trace.stages.values()) for name in ("launches", "host_syncs")
     )
-    total = sum(flops.values()) if is_counted else None
-    rows.append(_row("iteration", whole, whole, shares, (launches, syncs), total, ceiling))
+    rows.append(_row("iteration", whole, whole, shares, (launches, syncs), sum(flops.values()), ceiling))
     kernels = [
         [name, kernel_class(name), f"{trace.kernel_seconds[name]:.3f}", str(trace.kernel_calls[name])]
         for name in sorted(trace.kernel_seconds, key=lambda name: -trace.kernel_seconds[name])[:_NUM_KERNELS]
@@ -131,18 +128,17 @@ def _row(
     whole: float,
     shares: Mapping[str, float],
     counts: tuple[int, int],
-    flops: int | None,
+    flops: int,
     ceiling: float,
 ) -> list[str]:
-    rate = None if flops is None or seconds == 0 else flops / seconds / ceiling
     return [
         name,
         f"{seconds:.3f}",
         f"{seconds / whole:.1%}",
         *(f"{shares[kind]:.1%}" for kind in (MATRIX, MEMORY, OTHER)),
         *map(str, counts),
-        "-" if flops is None else f"{flops / 1e12:.4g}",
-        "-" if rate is None else f"{rate:.1%}",
+        f"{flops / 1e12:.4g}",
+        f"{flops / seconds / ceiling:.1%}" if seconds else "-",
     ]
 
 

@@ -32,7 +32,6 @@ _OTHER = (
 _CPU_KERNELS = ("aten::", "fastgrpo::", "fastgrpo_kernels::", "cpp_fused", "graph_", "mkldnn")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-_GRAPH = "cudaGraphLaunch"
 
 
 def kernel_class(name: str) -> str:
@@ -53,7 +52,6 @@ class StageTrace:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((MATRIX, MEMORY, OTHER), 0.0))
     launches: int = 0
     host_syncs: int = 0
-    graph_launches: int = 0
 
     def shares(self) -> dict[str, float]:
         """Of the stage's time; OTHER has what no kernel accounts for: the host, and a GPU that waits for it."""
@@ -97,7 +95,6 @@ def read_trace(events: Iterable[Any], *, is_cuda: bool) -> Trace:
         stage.host_syncs += int(event.name in _SYNCS)
         if is_cuda:
             stage.launches += int(event.name.startswith(_LAUNCHES))
-            stage.graph_launches += int(event.name == _GRAPH)
             _add(trace, stage, [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels])
         elif event.thread in threads and event.name.startswith(_CPU_KERNELS):
             stage.launches += int(_computes(event) and not any(map(_computes, event.cpu_children)))
