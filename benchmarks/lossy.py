@@ -184,7 +184,10 @@ def _body(data: dict[str, Any]) -> str:
         "rollout and decoding together."
     ]
     if not torch.cuda.is_available():
-        parts.append("A CPU has no fp8: its products are computed in float32, so its speed here says nothing of a GPU.")
+        parts.append(
+            "Speed is in seconds of one thread of the CPU, which has no fp8: products are computed in float32, so the speed "
+            "of lossy=fp8 says nothing of a GPU."
+        )
     for name, facts in data["rollouts"].items():
         rows = [[option, *_cells(fact)] for option, fact in facts.items()]
         header = [name, "pixel RMS x 255", "PSNR dB", "reward", "rank", "ratio_deviation", "speed"]
