@@ -185,8 +185,8 @@ def _body(data: dict[str, Any]) -> str:
     ]
     if not torch.cuda.is_available():
         parts.append(
-            "Speed is in seconds of one thread of the CPU, which has no fp8: products are computed in float32, so the speed "
-            "of lossy=fp8 says nothing of a GPU."
+            "Speed is in seconds of one thread of the CPU, which has no fp8: products are computed in float32, so the "
+            "speed of lossy=fp8 says nothing of a GPU."
         )
     for name, facts in data["rollouts"].items():
         rows = [[option, *_cells(fact)] for option, fact in facts.items()]
