@@ -66,7 +66,9 @@ def _per_sample(x: Tensor, *values: float) -> tuple[float | Tensor, ...]:
     """What the kernels take: one number a sample; a compiler fuses the fills by itself."""
     if torch.compiler.is_compiling():
         return values
-    return tuple(_constant(value, len(x), x.device) for value in values)
+    # a FakeTensor, with which memory is planned, belongs to its mode: it may not be kept
+    fill = _constant if type(x) is Tensor else _constant.__wrapped__
+    return tuple(fill(value, len(x), x.device) for value in values)
 
 
 # a step has the same few numbers in every iteration: filled once, not with a launch each

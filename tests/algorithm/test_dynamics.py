@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
@@ -143,3 +144,13 @@ def test_a_step_and_its_replay_compile_into_one_graph(dynamics):
     for result, expected in zip(compiled, step(x, v, v_uncond), strict=True):
         assert torch.equal(result, expected)
     assert torch.equal(compiled[1], compiled[2])
+
+
+def test_coefficients_of_fake_tensors_are_not_kept_for_real_ones() -> None:
+    coefficients, shape = FlowSDE(0.7)(SD3Schedule(4)(), 1), (2, 4, 3, 3)
+    for _ in range(2):
+        with FakeTensorMode():
+            fake = torch.zeros(shape)
+            assert isinstance(coefficients.mean(fake, fake), FakeTensor)
+        real = torch.ones(shape)
+        assert torch.allclose(coefficients.mean(real, real), torch.tensor(coefficients.c_x + coefficients.c_v))
