@@ -143,8 +143,8 @@ def _setting(job: Job) -> str:
     return (
         f"{job.num_images} images an iteration: {job.batches} prompts x {MICRO_BATCH}, micro-batches of {MICRO_BATCH}, "
         f"{OPTIMIZER_STEPS} optimizer steps, {job.size.resolution}x{job.size.resolution}; "
-        + ("theirs in fp16 over float32, ours in bfloat16." if job.device == "cuda" else "float32 on both sides, ")
-        + ("" if job.device == "cuda" else f"{job.threads or 'all'} CPU threads.")
+        + ("theirs in fp16 over float32, ours in bfloat16." if job.device == "cuda" else "float32 on both sides but ")
+        + ("" if job.device == "cuda" else f"for our decoding, in bfloat16, and {job.threads or 'all'} CPU threads.")
     )
 
 
