@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     where = f"{os.cpu_count()} cores of {_cpu()}" if device == "cpu" else device
-    command = " ".join(["python -m", f"benchmarks.{theme}", *sys.argv[1:]])
+    command = f"python -m benchmarks.{theme} {shlex.join(sys.argv[1:])}".strip()
     body = f"{body.strip()}\n\nCommand: `{command}`"
     text = f"# {title}\n\n{body}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"

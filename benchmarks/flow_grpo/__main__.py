@@ -144,7 +144,7 @@ def _setting(job: Job) -> str:
         f"{job.num_images} images an iteration: {job.batches} prompts x {MICRO_BATCH}, micro-batches of {MICRO_BATCH}, "
         f"{OPTIMIZER_STEPS} optimizer steps, {job.size.resolution}x{job.size.resolution}; "
         + ("theirs in fp16 over float32, ours in bfloat16." if job.device == "cuda" else "float32 on both sides but ")
-        + ("" if job.device == "cuda" else f"for our decoding, in bfloat16, and {job.threads or 'all'} CPU threads.")
+        + ("" if job.device == "cuda" else f"for our decoding, in bfloat16; CPU threads: {job.threads or 'all'}.")
     )
 
 
