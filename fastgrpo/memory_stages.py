@@ -39,7 +39,7 @@ class MemoryPlanner:
     """(build, meter, memory) -> the built model and the plan for it.
 
     samples, optimizer_steps: of an iteration.  rewards: None leaves them out of the plan.  prompt: one that they judge.
-    with_gradients: whether the rollout takes the gradients of single samples, which are kept until the update.
+    reweights: whether the rollout takes the gradients of single samples, which are kept until the update.
     """
 
     algorithm: Algorithm
@@ -47,7 +47,7 @@ class MemoryPlanner:
     optimizer_steps: int
     rewards: Rewards | None = None
     prompt: str = ""
-    with_gradients: bool = False
+    reweights: bool = False
 
     def __call__(
         self, build: Callable[[bool], FlowModel], meter: Callable[[], Meter], memory: int, checkpointing: bool
@@ -119,9 +119,8 @@ class MemoryPlanner:
         # x, x_next and the unconditional branch of each trained step; twice, as parts and joined
         per_sample = 2 * (model.decode(x_1CHW).nbytes + 3 * num_trained_steps * x_1CHW.nbytes)
         num_trained = sum(weight.numel() for weight in model.trainable.values())
-        if self.with_gradients:
-            per_sample += 4 * num_trained
-        return self.samples * per_sample + _BYTES_PER_TRAINED * num_trained
+        first_share = -(-self.samples // self.optimizer_steps) if self.reweights else 0
+        return self.samples * per_sample + (_BYTES_PER_TRAINED + 4 * first_share) * num_trained
 
 
 def _latents(model: FlowModel, num_samples: int) -> Tensor:

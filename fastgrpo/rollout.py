@@ -24,10 +24,7 @@ from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Samples the policy.  The recipe does not depend on ``batch_sizes``; ``solver`` is that of prefix and rest.
-
-    ``with_gradients``: of each sample's log_prob, taken while it is made, so that update need not replay it.
-    """
+    """Samples the policy.  The recipe does not depend on ``batch_sizes``; ``solver`` is that of prefix and rest."""
 
     model: FlowModel
     grid: Sequence[float]
@@ -35,7 +32,6 @@ class Rollout:
     batch_sizes: BatchSizes
     seed: int
     solver: Solver = field(default_factory=Euler)
-    with_gradients: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -47,11 +43,13 @@ class Rollout:
         hand_on: Callable[[Tensor], None] = lambda images_BCHW: None,
         *,
         is_shared: bool = False,
+        differentiated: Sequence[int] = (),
     ) -> Trajectories:
         """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions.
 
         ``hand_on`` is given the images of each batch as soon as they are decoded.  ``is_shared`` says that all samples
-        of a prompt start from one noise: they are one until the first stochastic step.
+        of a prompt start from one noise: they are one until the first stochastic step.  ``differentiated`` samples
+        leave the gradient of their log_prob, taken while they are made, so that update need not replay them.
         """
         group_size = len(start_BCHW) // len(prompts)
         samples = conditions.repeat(group_size)
@@ -63,7 +61,7 @@ class Rollout:
         else:
             x_BCHW = self._deterministic(start_BCHW, samples, range(first))
         step_noise = self._step_noise(prompts, group_size, steps)
-        x_BCHW, trained, gradients = self._window(x_BCHW, samples, range(first, last), step_noise)
+        x_BCHW, trained, gradients = self._window(x_BCHW, samples, range(first, last), step_noise, differentiated)
         images_BCHW = self._images(x_BCHW, samples, range(last, end), hand_on)
         return Trajectories(images_BCHW, start_BCHW, trained, gradients)
 
@@ -79,9 +77,44 @@ class Rollout:
             return torch.cat([x for _, x in in_batches(len(x_BCHW), self.batch_sizes.sampling, run)])
 
     def _window(
-        self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
+        self,
+        x_BCHW: Tensor,
+        conditions: Conditions,
+        steps: range,
+        noise: dict[int, PhiloxNoise],
+        differentiated: Sequence[int],
     ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
         """Latents after the window, what is stored of its trained steps, and the gradients that were taken."""
+        if len(differentiated) in (0, len(x_BCHW)):
+            return self._in_window(x_BCHW, conditions, steps, noise, with_gradients=len(differentiated) > 0)
+        chosen = set(differentiated)
+        others = [row for row in range(len(x_BCHW)) if row not in chosen]
+        parts = []
+        for rows in (differentiated, others):
+            index_b = torch.tensor(rows).to(x_BCHW.device, non_blocking=True)
+            of_rows = {
+                step: replace(n, prompt_ids_B=n.prompt_ids_B[index_b], sample_ids_B=n.sample_ids_B[index_b])
+                for step, n in noise.items()
+            }
+            parts.append(
+                self._in_window(
+                    x_BCHW[index_b], conditions.take(rows), steps, of_rows, with_gradients=rows is differentiated
+                )
+            )
+        (x, trained, gradients), (x_others, trained_others, _) = parts
+        back_B = torch.tensor([*differentiated, *others]).argsort().to(x_BCHW.device, non_blocking=True)
+        trained = trained.cat(trained_others).map(lambda part_TB: part_TB.index_select(1, back_B))
+        return torch.cat([x, x_others])[back_B], trained, gradients
+
+    def _in_window(
+        self,
+        x_BCHW: Tensor,
+        conditions: Conditions,
+        steps: range,
+        noise: dict[int, PhiloxNoise],
+        *,
+        with_gradients: bool,
+    ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
             none_TB = x_BCHW.new_empty(0, len(x_BCHW))
@@ -92,17 +125,24 @@ class Rollout:
                 step: replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
                 for step, n in noise.items()
             }
-            x, trained, gradients = self._stochastic(batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise)
+            x, trained, gradients = self._stochastic(
+                batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise, with_gradients
+            )
             kept = slice(batch.count)
             return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), [gradient[kept] for gradient in gradients]
 
         x, trained, gradients = zip(
             *(part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run)), strict=True
         )
-        return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if self.with_gradients else []
+        return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if with_gradients else []
 
     def _stochastic(
-        self, x_BCHW: Tensor, conditions: Conditions, steps: range, noise: dict[int, PhiloxNoise]
+        self,
+        x_BCHW: Tensor,
+        conditions: Conditions,
+        steps: range,
+        noise: dict[int, PhiloxNoise],
+        with_gradients: bool,
     ) -> tuple[Tensor, TrainedSteps, list[Tensor]]:
         x, x_next, log_prob, unconditional = [], [], [], []
         gradients: list[Tensor] = []
@@ -112,7 +152,7 @@ class Rollout:
                 x_BCHW = ODE()(self.grid, step).mean(x_BCHW, v_BCHW)
                 continue
             x.append(x_BCHW)
-            if self.with_gradients:
+            if with_gradients:
                 x_BCHW, log_prob_B, v_BCHW = self._differentiated(x_BCHW, conditions, step, noise[step], gradients)
             else:
                 v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)

@@ -57,7 +57,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         optimizer_steps=settings.optimizer_steps,
         rewards=rewards,
         prompt=texts[0],
-        with_gradients=_takes_gradients(config, algorithm),
+        reweights=_reweights(config),
     )
     _cut_as_begun(config, directory)
     model, rewards = build_planned_model(config, planner)
@@ -70,7 +70,6 @@ def build_trainer(config: DictConfig) -> Trainer:
         batch_sizes=batch_sizes,
         seed=config.seed,
         solver=build(config.solver),
-        with_gradients=planner.with_gradients,
     )
     start_noise = StartNoise(
         algorithm=algorithm,
@@ -93,6 +92,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         max_grad_norm=settings.max_grad_norm,
         batch_size=batch_sizes.training,
         seed=config.seed,
+        reweights=planner.reweights,
     )
     trainer = Trainer(
         prompts=prompts,
@@ -165,16 +165,11 @@ def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
             config.runtime[key] = begun[key]
 
 
-def _takes_gradients(config: DictConfig, algorithm: Algorithm) -> bool:
-    """Whether train.gradients is reweight; ValueError where that would be wrong."""
+def _reweights(config: DictConfig) -> bool:
+    """Whether train.gradients is reweight."""
     chosen = config.train.gradients
     if chosen not in ("replay", "reweight"):
         raise ValueError(f"train.gradients must be replay or reweight, got {chosen!r}")
-    if chosen == "reweight" and (config.train.optimizer_steps > 1 or algorithm.objective.kl_coef > 0):
-        raise ValueError(
-            "train.gradients=reweight needs train.optimizer_steps=1, got "
-            f"{config.train.optimizer_steps}, and algorithm.objective.kl_coef=0, got {algorithm.objective.kl_coef}"
-        )
     return chosen == "reweight"
 
 

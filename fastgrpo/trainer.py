@@ -85,7 +85,13 @@ class Trainer:
         with timer("rollout"):
             scores = self.rewards.begin(prompts.texts, self.group_size)
             trajectories = self.rollout(
-                prompts, conditions, noise.start_BCHW, self._trained_steps(), scores.add, is_shared=noise.is_shared
+                prompts,
+                conditions,
+                noise.start_BCHW,
+                self._trained_steps(),
+                scores.add,
+                is_shared=noise.is_shared,
+                differentiated=self.update.differentiated(len(noise.start_BCHW), self.iteration),
             )
         with timer("reward"):
             rewards = scores.collect()

@@ -49,12 +49,18 @@ class Update:
     max_grad_norm: float
     batch_size: BatchSize
     seed: int
+    reweights: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer_steps < 1:
             raise ValueError(f"train.optimizer_steps must be at least 1, got {self.optimizer_steps}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
+        if self.reweights and self.objective.kl_coef > 0:
+            raise ValueError(
+                f"train.gradients=reweight needs algorithm.objective.kl_coef=0, got {self.objective.kl_coef}: the "
+                "penalty's gradient is not one of log_prob"
+            )
 
     def __call__(
         self,
@@ -64,13 +70,7 @@ class Update:
         iteration: int,
         gradients: Sequence[Sequence[Tensor]] = (),
     ) -> UpdateStats:
-        """``conditions_B`` and ``advantages_B`` have one row a sample.
-
-        With the ``gradients`` of ``Trajectories`` nothing is replayed; that takes one optimizer step and no KL.
-        """
-        if gradients:
-            seen = self._reweight(trained, advantages_B, gradients)
-            return _summarize([seen], [], self._optimizer_step()[None])
+        """``conditions_B`` and ``advantages_B`` have one row a sample; ``gradients`` are of the ``differentiated``."""
         first: list[_Seen] = []
         others: list[_Seen] = []
         grad_norms = []
@@ -78,10 +78,19 @@ class Update:
             share = trained, conditions_B, advantages_B
             if len(rows) < len(advantages_B):
                 share = _take(rows, *share)
-            # the old policy's branch of guidance is the policy's own until the first optimizer step
-            (others if first else first).extend(self._accumulate(*share, is_on_policy=not first))
+            if first:
+                others += self._accumulate(*share, is_on_policy=False)
+            elif gradients:
+                first = [self._reweight(share[0], share[2], gradients)]
+            else:
+                # the old policy's branch of guidance is the policy's own until the first optimizer step
+                first = self._accumulate(*share, is_on_policy=True)
             grad_norms.append(self._optimizer_step())
         return _summarize(first, others, torch.stack(grad_norms))
+
+    def differentiated(self, num_samples: int, iteration: int) -> list[int]:
+        """The samples whose gradients the rollout is to take: those of the first optimizer step, if any."""
+        return self._shares(num_samples, iteration)[0] if self.reweights else []
 
     def _shares(self, num_samples: int, iteration: int) -> list[list[int]]:
         """The samples of each optimizer step, drawn anew in each iteration: whatever the micro-batch."""
@@ -101,8 +110,6 @@ class Update:
 
         On the policy the ratio is 1, where the loss has one derivative a sample for all of its steps.  LeanGRPO (2026).
         """
-        if self.optimizer_steps > 1 or self.objective.kl_coef > 0:
-            raise ValueError("train.gradients=reweight takes train.optimizer_steps=1 and algorithm.objective.kl_coef=0")
         old_B = trained.log_prob_TB[0]
         log_prob_B = old_B.clone().requires_grad_()
         loss, stats = self.objective(log_prob_B, old_B, advantages_B, torch.zeros_like(old_B))

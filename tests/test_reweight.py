@@ -1,5 +1,6 @@
 """Gradients that the rollout takes of single samples, weighted by advantages, are those of a replay."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def make_model(weights: Path, adaptation=None, **settings) -> StableDiffusion3:
     return model
 
 
-def roll(model: StableDiffusion3, dynamics: Dynamics, *, with_gradients: bool, micro_batch: int = 4):
+def roll(model: StableDiffusion3, dynamics: Dynamics, differentiated: Sequence[int] = (), micro_batch: int = 4):
     start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     rollout = Rollout(
         model=model,
@@ -50,22 +51,21 @@ def roll(model: StableDiffusion3, dynamics: Dynamics, *, with_gradients: bool, m
         dynamics=dynamics,
         batch_sizes=BatchSizes.of(micro_batch),
         seed=3,
-        with_gradients=with_gradients,
     )
-    return rollout(PROMPTS, model.encode(PROMPTS.texts), start, STEPS)
+    return rollout(PROMPTS, model.encode(PROMPTS.texts), start, STEPS, differentiated=differentiated)
 
 
-def make_update(model: StableDiffusion3, dynamics: Dynamics) -> Update:
+def make_update(model: StableDiffusion3, dynamics: Dynamics, *, learning_rate: float = 1.0, **settings) -> Update:
     return Update(
         model=model,
         grid=GRID,
         dynamics=dynamics,
         objective=ClippedSurrogate(1e-4, 0.0),
-        optimizer=torch.optim.SGD(model.trainable.values(), lr=1.0, fused=True),
-        optimizer_steps=1,
+        optimizer=torch.optim.SGD(model.trainable.values(), lr=learning_rate, fused=True),
         max_grad_norm=1e9,
         batch_size=BatchSize(value=3, key="runtime.micro_batch"),
         seed=0,
+        **{"optimizer_steps": 1} | settings,
     )
 
 
@@ -73,13 +73,14 @@ def make_update(model: StableDiffusion3, dynamics: Dynamics) -> Update:
 @pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.8)], ids=lambda piece: type(piece).__name__)
 def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings: dict, tiny_weights: Path) -> None:
     steps, stats = [], []
-    for with_gradients in (False, True):
+    for reweights in (False, True):
         model = make_model(tiny_weights, **settings)
         before = [weight.detach().clone() for weight in model.trainable.values()]
-        rolled = roll(model, dynamics, with_gradients=with_gradients)
-        assert bool(rolled.gradients) == with_gradients
+        update = make_update(model, dynamics, reweights=reweights)
+        rolled = roll(model, dynamics, update.differentiated(6, 0))
+        assert bool(rolled.gradients) == reweights
         conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
-        stats.append(make_update(model, dynamics)(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients))
+        stats.append(update(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients))
         # plain gradient descent: the step is the gradient
         steps.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
     replayed, reweighted = steps
@@ -93,17 +94,17 @@ def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings
 
 
 def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
-    plain, differentiated = (
-        roll(make_model(tiny_weights), FlowSDE(0.7), with_gradients=flag) for flag in (False, True)
-    )
-    torch.testing.assert_close(differentiated.images_BCHW, plain.images_BCHW, atol=1e-5, rtol=0)
-    for one, other in zip(plain.trained.tensors, differentiated.trained.tensors, strict=True):
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    plain = roll(make_model(tiny_weights), FlowSDE(0.7))
+    for rows in (range(6), [4, 0, 3]):
+        differentiated = roll(make_model(tiny_weights), FlowSDE(0.7), rows)
+        torch.testing.assert_close(differentiated.images_BCHW, plain.images_BCHW, atol=1e-5, rtol=0)
+        for one, other in zip(plain.trained.tensors, differentiated.trained.tensors, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 
 
 def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> None:
     model = make_model(tiny_weights)
-    rolled = roll(model, FlowSDE(0.7), with_gradients=True)
+    rolled = roll(model, FlowSDE(0.7), range(6))
     assert [len(part[0]) for part in rolled.gradients] == [4, 2]
     conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
     for b in range(6):
@@ -122,13 +123,32 @@ def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> N
             torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4 * largest)
 
 
+@pytest.mark.parametrize("optimizer_steps", [2, 3])
+def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay(
+    optimizer_steps: int, tiny_weights: Path
+) -> None:
+    moved, stats = [], []
+    for reweights in (False, True):
+        model = make_model(tiny_weights, guidance_scale=3.0)
+        before = [weight.detach().clone() for weight in model.trainable.values()]
+        settings = {"optimizer_steps": optimizer_steps, "reweights": reweights, "learning_rate": 1e-2}
+        update = make_update(model, FlowSDE(0.7), **settings)
+        rolled = roll(model, FlowSDE(0.7), update.differentiated(6, 5))
+        assert sum(len(part[0]) for part in rolled.gradients) == (6 // optimizer_steps if reweights else 0)
+        conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
+        stats.append(update(rolled.trained, conditions, ADVANTAGES, 5, rolled.gradients))
+        moved.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
+    largest = max(step.abs().max().item() for step in moved[0])
+    for one, other in zip(*moved, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * largest)
+    assert stats[0].ratio_deviation == stats[1].ratio_deviation == 0.0
+    # the later steps saw a policy that had moved
+    assert stats[0].approx_kl > 0
+    assert stats[1].approx_kl > 0
+
+
 def test_where_it_would_be_wrong_it_is_refused(tiny_weights: Path) -> None:
-    model = make_model(tiny_weights)
-    rolled = roll(model, FlowSDE(0.7), with_gradients=True)
-    conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
-    update = make_update(model, FlowSDE(0.7))
-    for wrong in (replace(update, optimizer_steps=2), replace(update, objective=ClippedSurrogate(1e-4, 0.04))):
-        with pytest.raises(ValueError, match=r"train\.gradients=reweight takes train\.optimizer_steps=1"):
-            wrong(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients)
+    with pytest.raises(ValueError, match=r"train\.gradients=reweight needs algorithm\.objective\.kl_coef=0, got 0\.04"):
+        replace(make_update(make_model(tiny_weights), FlowSDE(0.7), reweights=True), objective=ClippedSurrogate())
     with pytest.raises(ValueError, match="gradients of single samples need adapters; use adaptation=lora"):
-        roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), with_gradients=True)
+        roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), range(6))

@@ -17,6 +17,7 @@ import torch
 
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.train import build_trainer
+from fastgrpo.update import Update
 from tests.tiny_config import make_config
 
 B, N, T = 8, 10, 9
@@ -45,7 +46,7 @@ def count_rows(weights: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *ov
     trainer = build_trainer(make_config(weights, output, *recipe))
     sampled, updated = Rows(), Rows()
     counts = sampled
-    run, update = PipelineModel._run, trainer.update
+    run, update = PipelineModel._run, Update.__call__
 
     def counting_run(self, transformer, t, x_BCHW, conditions):
         if torch.is_grad_enabled():
@@ -54,13 +55,13 @@ def count_rows(weights: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *ov
             counts.without += len(x_BCHW)
         return run(self, transformer, t, x_BCHW, conditions)
 
-    def counting_update(*args):
+    def counting_update(self, *args):
         nonlocal counts
         counts = updated
-        return update(*args)
+        return update(self, *args)
 
     monkeypatch.setattr(PipelineModel, "_run", counting_run)
-    trainer.update = counting_update  # type: ignore[assignment]
+    monkeypatch.setattr(Update, "__call__", counting_update)
     assert trainer.step()["ratio_deviation"] == 0.0
     return sampled, updated
 
@@ -105,6 +106,15 @@ def test_gradients_taken_in_the_rollout_leave_the_update_nothing_to_compute(iter
     # both branches of all steps, the conditional ones of the window under gradient
     assert sampled == Rows(with_gradient=3 * B, without=2 * N * B - 3 * B)
     assert updated == Rows()
+
+
+def test_with_two_optimizer_steps_half_of_the_gradients_are_taken_in_the_rollout(iterate: Iterate) -> None:
+    sampled, updated = iterate(
+        "algorithm=flow_grpo_fast", "algorithm.schedule.num_steps=10", "train.gradients=reweight",
+        "train.optimizer_steps=2",
+    )  # fmt: skip
+    assert sampled == Rows(with_gradient=3 * B // 2, without=N * B - 3 * B // 2)
+    assert updated == Rows(with_gradient=3 * B // 2, without=0)
 
 
 def test_a_shared_start_is_denoised_once_a_prompt_until_the_window(iterate: Iterate) -> None:

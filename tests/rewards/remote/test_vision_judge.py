@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -53,7 +54,9 @@ def test_it_sends_the_image_the_filled_template_and_nothing_random() -> None:
 
 def test_every_image_gets_the_score_of_its_own_verdict() -> None:
     def by_prompt(content: Any) -> Reply:
-        return says(f"Score: {1 + len(content['messages'][0]['content'][1]['text']) % 5}")
+        verdict = says(f"Score: {1 + len(content['messages'][0]['content'][1]['text']) % 5}")
+        # long enough for the next question to come, however busy the machine is
+        return replace(verdict, seconds=0.1)
 
     prompts = ["a" * length for length in range(12)]
     with Scripted(then=by_prompt) as server:
