@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.mmdit import feed_forward, heads, modulated, normed, parts, run_block
+from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions
 
@@ -112,16 +112,7 @@ def double_block(
     text_shift, text_scale, text_gate, *text_rest = parts(text_BE, 6)
     attn, y_BLC = block.attn, modulated(normed(x_BLC), shift, scale)
     text_BMC = modulated(normed(context_BMC), text_shift, text_scale)
-    image = (attn.to_q(y_BLC), attn.to_k(y_BLC), attn.to_v(y_BLC))
-    text = (attn.add_q_proj(text_BMC), attn.add_k_proj(text_BMC), attn.add_v_proj(text_BMC))
-    q, k, v = (
-        torch.cat([theirs, ours], dim=1)
-        for ours, theirs in zip(
-            heads(image, attn.heads, attn.norm_q, attn.norm_k),
-            heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k),
-            strict=True,
-        )
-    )
+    q, k, v = (torch.cat([text, image], dim=1) for image, text in joint_heads(attn, y_BLC, text_BMC))
     seen_BNC = attention(_rotated(q, rotation), _rotated(k, rotation), v).flatten(2)
     num_text = context_BMC.shape[1]
     x_BLC = x_BLC + gate * attn.to_out[0](seen_BNC[:, num_text:])

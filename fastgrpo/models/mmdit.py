@@ -32,6 +32,14 @@ def heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_
     ]
 
 
+def joint_heads(attn: Any, x_BLC: Tensor, context_BMC: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Queries, keys and values, the image's and the text's of each, of an attention that has weights for both."""
+    image = (attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC))
+    text = (attn.add_q_proj(context_BMC), attn.add_k_proj(context_BMC), attn.add_v_proj(context_BMC))
+    image_heads = heads(image, attn.heads, attn.norm_q, attn.norm_k)
+    return list(zip(image_heads, heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k), strict=True))
+
+
 def feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     hidden = F.gelu(ff.net[0].proj(modulated(normed(x_BLC), shift, scale)), approximate="tanh")
     return x_BLC + gate * ff.net[2](hidden)

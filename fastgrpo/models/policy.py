@@ -77,6 +77,8 @@ class Policy(ABC):
         # two, since what is lossy computes something else with the same shapes
         self._sampled = [compile.forward(partial(network.forward, adaptation.transformer)) for _ in range(2)]
         self._is_sampling = self._is_lossy = False
+        # conditions of as many samples without text
+        self._empty: dict[int, Conditions] = {}
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditions:
@@ -158,7 +160,11 @@ class Policy(ABC):
         return GuidedVelocity(conditional, unconditional, self.guidance_scale)
 
     def _without_text(self, x_BCHW: Tensor) -> Inputs:
-        return x_BCHW, self.encode([""]).repeat(len(x_BCHW))
+        count = len(x_BCHW)
+        # the same in every step: neither looked up nor copied again
+        if count not in self._empty:
+            self._empty[count] = self.encode([""]).repeat(count)
+        return x_BCHW, self._empty[count]
 
     def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         if not self._is_sampling:

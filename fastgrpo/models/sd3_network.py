@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.mmdit import feed_forward, heads, modulated, normed, parts, run_block
+from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions
 
@@ -94,16 +94,7 @@ def joint_block(
 def _joint_attention(
     attn: Any, x_BLC: Tensor, context_BMC: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor | None]:
-    image = (attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC))
-    text = (attn.add_q_proj(context_BMC), attn.add_k_proj(context_BMC), attn.add_v_proj(context_BMC))
-    q, k, v = (
-        torch.cat([ours, theirs], dim=1)
-        for ours, theirs in zip(
-            heads(image, attn.heads, attn.norm_q, attn.norm_k),
-            heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k),
-            strict=True,
-        )
-    )
+    q, k, v = (torch.cat([image, text], dim=1) for image, text in joint_heads(attn, x_BLC, context_BMC))
     seen_BNC = attention(q, k, v).flatten(2)
     num_image = x_BLC.shape[1]
     seen_BLC = attn.to_out[0](seen_BNC[:, :num_image])
