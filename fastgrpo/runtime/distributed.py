@@ -1,0 +1,187 @@
+"""The ranks of a run, on torch.distributed: who this process is, and the few things that ranks tell each other.
+
+Ranks compute the same iteration on rows of their own (``spread.py``).  What travels: scores and rewards, one sum of
+gradients an optimizer step, statistics.  Each of these is a method of ``World``; a run of one process is a world of one
+rank, whose methods return at once.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgrpo.runtime.spread import Spread
+
+Result = TypeVar("Result")
+
+
+class RankFailure(RuntimeError):
+    """Another rank could not do its part; the message says which, and why."""
+
+
+@dataclass(kw_only=True, eq=False)
+class World:
+    """One rank of ``size``.  ``group`` carries tensors on ``device``, ``control`` Python objects on the host.
+
+    ``waiting_in`` is what this rank waits for the others in, while it does; ``num_exchanges`` counts how often it has.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+    waiting_in: str = ""
+    num_exchanges: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes files and talks to the user."""
+        return self.rank == 0
+
+    def gather(self, compute: Callable[[], Tensor], spread: Spread, num_columns: int, what: str) -> Tensor:
+        """All rows [B, C] in order, on every rank, of which ``compute`` returns this rank's [b, C] in float32.
+
+        Where it raises on some rank, it raises on all: there what was raised, elsewhere RankFailure.
+        """
+        order_B = torch.tensor(spread.order)
+        if self.size == 1:
+            values_BC = compute()
+            return values_BC[order_B.argsort().to(values_BC.device, non_blocking=True)]
+        # a last row says whether the others are to be believed
+        padded = torch.zeros(spread.most + 1, num_columns, device=self.device)
+        error = None
+        try:
+            values_bC = compute()
+            padded[: len(values_bC)] = values_bC
+            padded[-1] = 1.0
+        except Exception as raised:
+            error = raised
+        everyone = self._all_gather(padded, what)
+        if not bool(everyone[:, -1].all()):
+            self._raise_together(error)
+        kept = [everyone[rank, : len(rows)] for rank, rows in enumerate(spread.rows)]
+        return torch.cat(kept)[order_B.argsort().to(self.device, non_blocking=True)]
+
+    def table(self, values_C: Tensor, what: str) -> Tensor:
+        """The numbers of every rank, [ranks, C]."""
+        return values_C[None] if self.size == 1 else self._all_gather(values_C, what)
+
+    def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Replace tensors by their sums over the ranks, equal to the bit on all of them: one call, however many."""
+        if self.size == 1 or not tensors:
+            return
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        with self._exchange(what):
+            dist.all_reduce(together, group=self.group)
+        parts = together.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def to_first(self, value: Result, what: str) -> list[Result] | None:
+        """The objects of all ranks on the first one, None on the others: for what only it needs, as images to show."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] | None = [None] * self.size if self.is_first else None
+        with self._exchange(what):
+            dist.gather_object(value, everyone, group=self.control, group_dst=0)
+        return everyone
+
+    def everyones(self, value: Result, what: str) -> list[Result]:
+        """The objects of all ranks, small ones: they travel as pickles through the host."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        with self._exchange(what):
+            dist.all_gather_object(everyone, value, group=self.control)
+        return everyone
+
+    def on_first(self, run: Callable[[], Result], what: str) -> Result:
+        """What ``run`` returns on the first rank, on every rank; where it raises there, it raises on all."""
+        if self.size == 1:
+            return run()
+        box: list[Any] = [None, None]
+        error = None
+        if self.is_first:
+            try:
+                box = [run(), None]
+            except Exception as raised:
+                error, box = raised, [None, _described(0, raised)]
+        with self._exchange(what):
+            dist.broadcast_object_list(box, group=self.control, group_src=0)
+        if box[1] is not None:
+            raise error or RankFailure(box[1])
+        result: Result = box[0]
+        return result
+
+    def together(self, run: Callable[[], Result], what: str) -> Result:
+        """What ``run`` returns on this rank; where it raises on some rank, it raises on all, as ``gather`` does."""
+        if self.size == 1:
+            return run()
+        result, error = None, None
+        try:
+            result = run()
+        except Exception as raised:
+            error = raised
+        failures = self.everyones(None if error is None else _described(self.rank, error), what)
+        if any(failures):
+            raise error or RankFailure("; ".join(filter(None, failures)))
+        return result  # type: ignore[return-value]
+
+    def barrier(self, what: str) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            with self._exchange(what):
+                dist.barrier(group=self.control)
+
+    def _all_gather(self, tensor: Tensor, what: str) -> Tensor:
+        everyone = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        with self._exchange(what):
+            dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
+        return everyone.unflatten(0, (self.size, len(tensor)))
+
+    def _raise_together(self, error: Exception | None) -> None:
+        failures = self.everyones(None if error is None else _described(self.rank, error), "failures")
+        raise error or RankFailure("; ".join(filter(None, failures)))
+
+    @contextmanager
+    def _exchange(self, what: str) -> Iterator[None]:
+        # not cleared on failure: then it says where this rank stood
+        self.waiting_in = what
+        self.num_exchanges += 1
+        yield
+        self.waiting_in = ""
+
+
+def join_world(device: str, timeout_seconds: float) -> World:
+    """The world that torchrun's environment variables describe, or a world of one where there are none.
+
+    Each rank takes the CUDA device of its local rank.  Call ``leave_world`` at the end.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(device=torch.device(device))
+    own = torch.device(device)
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(own)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=own, group=dist.group.WORLD, control=control)
+
+
+def leave_world() -> None:
+    """End what ``join_world`` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _described(rank: int, error: Exception) -> str:
+    return f"rank {rank} on {socket.gethostname()}: {type(error).__name__}: {error}"

@@ -1,0 +1,81 @@
+"""What ranks tell each other, on 2, 3 and 4 processes: rows in order, sums, and failures that reach everybody."""
+
+import pytest
+import torch
+
+from fastgrpo.runtime.distributed import RankFailure, World
+from fastgrpo.runtime.spread import Spread
+from tests.ranks import on_ranks
+
+
+@pytest.mark.parametrize(("total", "num_ranks"), [(1, 4), (6, 4), (7, 2), (8, 4), (0, 3)])
+def test_rows_are_spread_evenly_and_each_once(total: int, num_ranks: int) -> None:
+    spread = Spread.evenly(total, num_ranks)
+    assert spread.order == tuple(range(total))
+    sizes = [len(rows) for rows in spread.rows]
+    assert max(sizes) - min(sizes) <= 1
+    assert spread.most == -(-total // num_ranks)
+
+
+def test_each_share_is_spread_evenly_and_a_rank_holds_the_first_share_first() -> None:
+    spread = Spread.of_shares([[1, 3, 5, 7, 9], [0, 2, 4, 6, 8]], 2)
+    assert spread.rows == ((1, 3, 0, 2), (5, 7, 9, 4, 6, 8))
+
+
+def gather_squares(world: World, spread: Spread) -> list[list[float]]:
+    rows = torch.tensor(spread.rows[world.rank], dtype=torch.float32)
+    return world.gather(lambda: torch.stack([rows, rows**2], dim=1), spread, 2, "squares").tolist()
+
+
+@pytest.mark.parametrize("spread", [Spread.evenly(5, 4), Spread(((2, 0), (), (1,))), Spread(((3, 1, 0, 2),))])
+def test_gathered_rows_are_in_order_on_every_rank(spread: Spread) -> None:
+    num_ranks = len(spread.rows)
+    found = [gather_squares(World(), spread)] if num_ranks == 1 else on_ranks(num_ranks, gather_squares, spread)
+    expected = [[float(row), float(row**2)] for row in range(spread.total)]
+    assert found == [expected] * num_ranks
+
+
+def sum_own(world: World) -> list[list[float]]:
+    tensors = [torch.full((2, 2), 1.0 + world.rank), torch.tensor([10.0 * world.rank])]
+    world.sum_(tensors, "gradients")
+    return [tensor.flatten().tolist() for tensor in tensors]
+
+
+def test_sums_are_those_of_all_ranks() -> None:
+    assert on_ranks(3, sum_own) == [[[6.0] * 4, [30.0]]] * 3
+
+
+def fail_on_rank_1(world: World) -> tuple[str, str, int]:
+    def compute() -> torch.Tensor:
+        if world.rank == 1:
+            raise ValueError("no answer")
+        return torch.ones(1, 1)
+
+    try:
+        world.gather(compute, Spread.evenly(2, 2), 1, "rewards")
+    except (ValueError, RankFailure) as error:
+        # the world is whole after it
+        return type(error).__name__, str(error), sum(world.everyones(1, "counts"))
+    raise AssertionError("nothing was raised")
+
+
+def test_what_fails_on_one_rank_is_raised_on_all_and_they_can_go_on() -> None:
+    first, second = on_ranks(2, fail_on_rank_1)
+    assert second == ("ValueError", "no answer", 2)
+    assert first[0] == "RankFailure"
+    assert first[1].startswith("rank 1 on ")
+    assert first[1].endswith("ValueError: no answer")
+    assert first[2] == 2
+
+
+def run_on_first(world: World) -> object:
+    found = world.on_first(lambda: ("made by", world.rank), "a directory")
+    try:
+        world.on_first(lambda: 1 // 0, "a mistake")
+    except (ZeroDivisionError, RankFailure) as error:
+        return found, type(error).__name__
+    raise AssertionError("nothing was raised")
+
+
+def test_what_the_first_rank_does_or_raises_reaches_all() -> None:
+    assert on_ranks(2, run_on_first) == [(("made by", 0), "ZeroDivisionError"), (("made by", 0), "RankFailure")]
