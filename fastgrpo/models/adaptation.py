@@ -19,6 +19,8 @@ from fastgrpo.types import Conditions
 Inputs = tuple[Tensor, Conditions]
 # (transformer, x_BCHW, conditions) -> v_BCHW at one time t
 Forward = Callable[[nn.Module, Tensor, Conditions], Tensor]
+# replaces tensors by their sums over the ranks
+Sum = Callable[[list[Tensor]], None]
 
 
 class Adaptation(ABC):
@@ -41,6 +43,22 @@ class Adaptation(ABC):
     def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
         """Inside, each of ``num_samples`` samples has trained weights of its own, in the order of ``trainable``."""
         raise ValueError("gradients of single samples need adapters; use adaptation=lora, or train.gradients=replay")
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, this rank has all weights of the policy.  Re-entrant."""
+        return nullcontext()
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a forward pass now waits for one of every other rank, whose weights it needs."""
+        return False
+
+    def sum_gradients(self, sum_: Sum) -> None:
+        """Replace each gradient by its sum over the ranks; one that is not there counts, and is left, as zeros."""
+        for weight in self.trainable.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        sum_([weight.grad for weight in self.trainable.values() if weight.grad is not None])
 
     @abstractmethod
     def policy_and_reference(

@@ -3,7 +3,7 @@
 Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ class FlowModel(Protocol):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained weights (float32) under names that a checkpoint keeps."""
+        """The trained weights (float32, or float64 if the model is) under names that a checkpoint keeps."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,6 +60,19 @@ class FlowModel(Protocol):
         """Inside, each sample of a batch has trained weights of its own: [B, ...] each, in the order of ``trainable``.
 
         Equal in value to the trained weights; a gradient by them is one a sample.  ValueError where there is no LoRA.
+        """
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, this rank has all weights, and may call ``velocity`` as often as it likes.  Re-entrant."""
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether every rank must call ``velocity`` equally often now: weights are spread over ranks, not gathered."""
+
+    def sum_gradients(self, sum_: Callable[[list[Tensor]], None]) -> None:
+        """Replace the gradient of each trained weight by its sum over the ranks, zeros where there is none.
+
+        ``sum_`` replaces tensors by their sums, and is called at most once.
         """
 
     @property

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _HALF = (torch.bfloat16, torch.float16)
-_ANY = (torch.float32, *_HALF)
+_ANY = (torch.float64, torch.float32, *_HALF)
 # earlier ones gave NaN gradients for lengths that 128 does not divide, such as SD3.5's 1229
 _MIN_CUDNN = 91501
 

@@ -136,9 +136,10 @@ def single_block(block: Any, x_BNC: Tensor, modulation_BE: Tensor, rotation: Rot
 def _rotated(x_BNHD: Tensor, rotation: Rotation) -> Tensor:
     """Each pair of neighbouring channels turned by its token's angle."""
     cos_N1D, sin_N1D = (part_ND[:, None] for part_ND in rotation)
-    even, odd = x_BNHD.float().unflatten(3, (-1, 2)).unbind(4)
+    exact_BNHD = x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32))
+    even, odd = exact_BNHD.unflatten(3, (-1, 2)).unbind(4)
     turned_BNHD = torch.stack([-odd, even], dim=4).flatten(3)
-    return (x_BNHD.float() * cos_N1D + turned_BNHD * sin_N1D).to(x_BNHD.dtype)
+    return (exact_BNHD * cos_N1D + turned_BNHD * sin_N1D).to(x_BNHD.dtype)
 
 
 def _clipped(x: Tensor) -> Tensor:

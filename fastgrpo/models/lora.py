@@ -1,12 +1,13 @@
 """Low-rank adaptation of a transformer's linear layers: y = W x + (alpha / rank) B A x.  arXiv:2106.09685.
 
-A starts from N(0, 1 / rank^2), B from zero, as Flow-GRPO's adapters do.  A and B are float32 whatever the base's type.
+A starts from N(0, 1 / rank^2), B from zero, as Flow-GRPO's adapters do.  Both are float32, float64 over a base that is.
 For sampling, ``merged`` adds the product to W in place; W comes back bit for bit.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +85,12 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scale = scale
         self.mode = mode
-        device = base.weight.device
+        # over half precision an optimizer step would be lost in rounding
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
         a_RI = torch.randn(rank, base.in_features, generator=generator) / rank
-        self.lora_A = nn.Parameter(a_RI.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(a_RI.to(**place))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
         # A and B of each sample, where a gradient is wanted of each
         self.of_samples: tuple[Tensor, Tensor] | None = None
 
@@ -109,7 +112,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """W <- W + scale * B A, rounded once, to the type of W."""
         weight = self.base.weight
-        weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=self.scale))
+        weight.copy_(torch.addmm(weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale))
 
 
 class LoRAAdaptation(Adaptation):

@@ -26,7 +26,14 @@ from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.weights import load_pipeline, pipeline_directory
 from fastgrpo.types import Conditions
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    # to compare runs to more than rounding; slow
+    "float64": torch.float64,
+}
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class PipelineModel(Policy):
@@ -38,7 +45,7 @@ class PipelineModel(Policy):
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
     max_sequence_length: tokens of the T5 encoder.  use_t5: whether to load it.
-    dtype, decode_dtype: float32, bfloat16 or float16, of the frozen weights and of the autoencoder.
+    dtype, decode_dtype: float32, bfloat16, float16 or float64, of the frozen weights and of the autoencoder.
     attention: a name of ``fastgrpo.models.attention``.
     compile: of the repeated block and of decoding; None runs them as they are.
     checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
@@ -101,7 +108,7 @@ class PipelineModel(Policy):
             checkpointing=checkpointing,
             modulations=Modulations(is_frozen=adapted.is_frozen_outside_blocks),
         )
-        if decode_dtype != "float32":
+        if _DTYPES[decode_dtype] in _HALF:
             # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
             for weight in self.pipeline.vae.parameters():
                 if weight.ndim == 4:
@@ -181,7 +188,7 @@ class PipelineModel(Policy):
     def decode(self, x_BCHW: Tensor) -> Tensor:
         vae = self.pipeline.vae
         z_BCHW = (x_BCHW / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        if vae.dtype != torch.float32:
+        if vae.dtype in _HALF:
             z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
         return (self._decode(vae, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.models.adaptation import Adaptation, Inputs, join
+from fastgrpo.models.adaptation import Adaptation, Inputs, Sum, join
 from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
@@ -96,6 +96,16 @@ class Policy(ABC):
     @property
     def has_lora(self) -> bool:
         return bool(self.adaptation.lora_config)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return self.adaptation.gathered()
+
+    @property
+    def in_lockstep(self) -> bool:
+        return self.adaptation.in_lockstep
+
+    def sum_gradients(self, sum_: Sum) -> None:
+        self.adaptation.sum_gradients(sum_)
 
     @contextmanager
     def sampling(self, lossy: bool = False) -> Iterator[None]:
