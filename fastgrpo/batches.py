@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastgrpo.runtime.batch_size import BatchSize
+from fastgrpo.runtime.batch_size import BatchSize, DoesNotFit
 from fastgrpo.types import Conditions
 
 Result = TypeVar("Result")
@@ -55,21 +55,45 @@ class BatchSizes:
         )
 
 
-def batches(total: int, size: int) -> Iterator[Batch]:
-    """``total`` rows in batches of ``size``, or in one of ``total`` if that is less."""
-    for first in range(0, total, size):
-        yield Batch(first, min(size, total - first), min(size, total))
+def batches(total: int, size: int, in_step_with: int = 0) -> Iterator[Batch]:
+    """``total`` rows in batches of ``size``, or in one of ``total`` if that is less.
+
+    ``in_step_with`` rows of another rank, at most twice as many, make as many batches here: the last may have no row.
+    """
+    most = max(total, in_step_with)
+    for first in range(0, most, min(size, most)):
+        yield _batch(first, total, most, size)
 
 
-def in_batches(total: int, size: BatchSize, run: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
-    """``run`` of each batch of ``total`` rows; of half the size from where it did not fit in memory."""
-    first = 0
-    while first < total:
-        batch = Batch(first, min(size.value, total - first), min(size.value, total))
+def in_batches(
+    total: int, size: BatchSize, run: Callable[[Batch], Result], in_step_with: int = 0
+) -> Iterator[tuple[Batch, Result]]:
+    """``run`` of each of the ``batches``; of half the size from where one did not fit in memory.
+
+    DoesNotFit where ranks keep step, of which none can take smaller batches alone.
+    """
+    first, most = 0, max(total, in_step_with)
+    while first < most:
+        batch = _batch(first, total, most, size.value)
         try:
             result = run(batch)
         except torch.OutOfMemoryError as error:
+            if in_step_with:
+                raise out_of_step(size, error) from error
             size.halve(error)
             continue
         yield batch, result
-        first += batch.count
+        first += batch.size
+
+
+def out_of_step(size: BatchSize, error: torch.OutOfMemoryError) -> DoesNotFit:
+    """What to raise where ranks share their weights, so that none can halve its batches alone."""
+    return DoesNotFit(
+        f"out of memory with {size.key}={size.value}: {error}; lower {size.key}, which is not halved by itself where "
+        "ranks share their weights and keep step"
+    )
+
+
+def _batch(first: int, total: int, most: int, size: int) -> Batch:
+    first = min(first, total)
+    return Batch(first, min(size, total - first), min(size, most))

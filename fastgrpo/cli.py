@@ -154,7 +154,7 @@ def _run(command: Command, config: DictConfig) -> int:
     from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.rewards.reward import RewardError
     from fastgrpo.runtime.batch_size import DoesNotFit
-    from fastgrpo.trainer import TrainingError
+    from fastgrpo.health import TrainingError
 
     hide_loading_bars()
     try:

@@ -1,10 +1,11 @@
 """Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.  Never the search: it is for learning.
 
-The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.
+The same prompts and noise each time, so that two evaluations of a run differ by the weights alone; the images are
+spread over the ranks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,14 +16,17 @@ from fastgrpo.batches import BatchSizes
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts
+from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.spread import Spread
+from fastgrpo.types import Prompts, Samples
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Each named reward: of all images, [P, G] in ``scores``, and its mean; one image of each of the first few prompts.
 
-    ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.
+    ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.  The
+    images, and ``texts`` and ``verified`` of them, are there on the first rank alone.
     """
 
     scores: dict[str, Tensor]
@@ -45,6 +49,7 @@ class Evaluation:
     batch_sizes: BatchSizes
     seed: int
     num_shown: int = 32
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
@@ -52,32 +57,62 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self) -> EvaluationResult:
-        rollout = Rollout(
-            model=self.model, grid=self.grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=self.seed
+        num_images = len(self.texts) * self.images_per_prompt
+        spread = Spread.evenly(num_images, self.world.size)
+        own = spread.rows[self.world.rank]
+        shown: dict[int, Tensor] = {}
+        rewards_BR = self.world.gather(
+            lambda: self._rewards(own, spread.most, shown)[: len(own)], spread, len(self.rewards.all), "evaluation"
         )
-        awaited = self.rewards.begin(list(self.texts), self.images_per_prompt)
-        shown: list[Tensor] = []
-        # a few prompts at a time: a full-size evaluation does not fit a GPU's memory as images
-        prompts_at_once = max(1, self.batch_sizes.sampling.value // self.images_per_prompt)
-        # without what is lossy: an evaluation judges the policy alone
-        with self.model.sampling():
-            for first in range(0, len(self.texts), prompts_at_once):
-                texts = list(self.texts[first : first + prompts_at_once])
-                ids = list(range(first, first + len(texts)))
-                draw = NoiseDraw(self.seed, ids, self.images_per_prompt, self.model.latent_shape, self.model.device)
-                start_BCHW = draw(EVALUATION_STREAM, self.images_per_prompt).flatten(0, 1)
-                images_BCHW = rollout(
-                    Prompts(texts, ids), self.model.encode(texts), start_BCHW, (), awaited.add
-                ).images_BCHW
-                shown.append(images_BCHW[:: self.images_per_prompt][: max(0, self.num_shown - first)].cpu())
-        scores = {name: scores_PG.cpu() for name, scores_PG in awaited.collect().named.items()}
+        rewards = self.rewards.of_groups(rewards_BR, self.images_per_prompt)
+        scores = {name: scores_PG.cpu() for name, scores_PG in rewards.named.items()}
+        parts = self.world.to_first(shown, "images to show") or []
+        images = {prompt: image for part in parts for prompt, image in part.items()}
+        images_BCHW = torch.stack([images[prompt] for prompt in sorted(images)]) if images else torch.empty(0)
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
-        images_BCHW = torch.cat(shown)
         return EvaluationResult(
             scores=scores,
             means={name: scores_PG.mean().item() for name, scores_PG in scores.items()},
-            num_images=len(self.texts) * self.images_per_prompt,
+            num_images=num_images,
             texts=list(self.texts[: len(images_BCHW)]),
             images_BCHW=images_BCHW,
             verified=verdict[: len(images_BCHW), 0].tolist() if verdict is not None else None,
         )
+
+    def _rewards(self, own: tuple[int, ...], most: int, shown: dict[int, Tensor]) -> Tensor:
+        """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
+        rollout = Rollout(
+            model=self.model, grid=self.grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=self.seed
+        )
+        # ranks keep step, so one with fewer images makes one more, which is thrown away
+        rows = (*own, *(own or (0,)) * (most - len(own)))
+        awaited = self.rewards.begin(self._samples(rows).texts)
+        # without what is lossy: an evaluation judges the policy alone
+        with self.model.gathered(), self.model.sampling():
+            for samples in self._portions(rows):
+                draw = NoiseDraw(
+                    self.seed,
+                    samples.prompts.ids,
+                    self.images_per_prompt,
+                    self.model.latent_shape,
+                    self.model.device,
+                    rows=samples.rows,
+                )
+                conditions = self.model.encode(samples.texts)
+                images_BCHW = rollout(samples, conditions, draw.starts(EVALUATION_STREAM), (), awaited.add).images_BCHW
+                for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
+                    prompt, place = divmod(row, self.images_per_prompt)
+                    if place == 0 and prompt < self.num_shown and row in own:
+                        shown[prompt] = image_CHW.cpu()
+        return awaited.collect()
+
+    def _portions(self, rows: tuple[int, ...]) -> Iterator[Samples]:
+        """A few at a time: a full-size evaluation does not fit a GPU's memory as images."""
+        first = 0
+        while first < len(rows):
+            size = self.batch_sizes.sampling.value
+            yield self._samples(rows[first : first + size])
+            first += size
+
+    def _samples(self, rows: tuple[int, ...]) -> Samples:
+        return Samples(Prompts(list(self.texts), list(range(len(self.texts)))), self.images_per_prompt, rows, len(rows))

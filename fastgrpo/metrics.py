@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.records.grids import draw_before_after, draw_grid, png, to_uint8
+from fastgrpo.records.json_lines import append_row, read_rows, truncate_rows
 from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.run_directory import RunDirectory, write_whole
 from fastgrpo.records.summary import summarize
@@ -37,15 +38,17 @@ METRICS = {
     "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",
     "skipped_steps": "optimizer steps skipped in this iteration because loss or gradient was not finite",
     "images_per_second": "images of the iteration divided by its seconds, over all GPUs",
-    "seconds/iteration": "wall-clock time of the iteration, without evaluation and checkpoint",
+    "seconds/iteration": "wall-clock time of the iteration, without evaluation and checkpoint; this and all that "
+    "follow are of the first rank, those of the others are in ranks.jsonl",
     "seconds/encode": "text encoding",
     "seconds/search": "noise search: estimates, decoding and their rewards",
     "seconds/rollout": "denoising and decoding of the iteration's images",
     "seconds/reward": "rewards of the iteration's images, as far as nothing else hid it",
     "seconds/update": "forward and backward passes and optimizer steps",
+    "seconds/wait": "part of these stages in which other ranks were waited for; 0 where there is one",
     "seconds/evaluate": "evaluation, in the iterations that have one",
     "seconds/checkpoint": "writing the checkpoint of the iteration before, 0 where there was none",
-    "peak_bytes": "peak memory allocated on the first GPU (on a CPU: of the process)",
+    "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
     "compilations": "graphs that torch.compile made in the iteration; 0 after the first",
     "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
@@ -145,18 +148,13 @@ class Metrics:
         row: dict[str, Any] = {"iteration": iteration} | {name: finite.get(name) for name in numbers}
         if len(finite) < len(numbers):
             row["nonfinite"] = sorted(numbers.keys() - finite.keys())
-        try:
-            with open(self._run.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-        except OSError as error:
-            raise ValueError(f"cannot write {self._run.metrics} ({error.strerror}); free space, then resume") from error
+        append_row(self._run.metrics, row)
         for sink in self._sinks:
             sink.scalars(iteration, finite)
 
     def truncate_to(self, iteration: int) -> None:
         """On resume from ``iteration``: drop later lines, and the last one if a kill left half of it."""
-        if self._run.metrics.exists():
-            _truncate(self._run.metrics, iteration)
+        truncate_rows(self._run.metrics, iteration)
         for sink in self._sinks:
             sink.truncate_to(iteration)
 
@@ -179,7 +177,7 @@ class Metrics:
 
     def finish(self) -> dict[str, Any]:
         """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``, at any time; returns the summary."""
-        rows = read_metrics(self._run.metrics)
+        rows = read_rows(self._run.metrics)
         draw_curves(rows, self._run.curves, title=self._run.path.name)
         summary = summarize(rows)
         write_whole(self._run.summary, (json.dumps(summary, indent=2) + "\n").encode())
@@ -201,34 +199,3 @@ class Metrics:
         # written last, it says that the pixels are whole
         write_whole(texts, json.dumps(list(prompts)).encode())
         return images_BHWC
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, up to the first line that is not whole."""
-    return [row for row, _ in _rows(path)] if path.exists() else []
-
-
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each row and the offset of its end in bytes, up to the first line that is not whole."""
-    end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            end += len(line)
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or "iteration" not in row or not line.endswith(b"\n"):
-                _log.warning("%s: line ending at byte %d is not whole, it and what follows is dropped", path, end)
-                return
-            yield row, end
-
-
-def _truncate(path: Path, iteration: int) -> None:
-    size = 0
-    for row, end in _rows(path):
-        if row["iteration"] > iteration:
-            break
-        size = end
-    with open(path, "r+b") as file:
-        file.truncate(size)

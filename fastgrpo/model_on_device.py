@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -74,10 +75,11 @@ def device_of(config: DictConfig) -> str:
     """``runtime.device``, where auto is CUDA if there is one."""
     device = str(config.runtime.device)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
-    return device
+    # each rank of a machine has its own; by number, since threads begin with the first one
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and dist.is_initialized() else device
 
 
 def set_threads(config: DictConfig) -> None:

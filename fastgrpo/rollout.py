@@ -4,7 +4,7 @@ Trained steps are stochastic, x_next = mean + std * noise with a log-probability
 is prefix, window and rest: the window, from the first trained step to the last, is computed as ``update`` replays it,
 by the same function on batches of the same size; what is before and after it is only sampled.  Latents stay float32
 between steps, so what is replayed is exactly what was stored.
-Letters: P prompts, G samples of each, B = P * G samples, T trained steps, C H W of a latent.
+Letters: B samples of this rank, D of them differentiated, T trained steps, C H W of a latent.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.types import Conditions, Prompts, TrainedSteps, Trajectories
+from fastgrpo.types import Conditions, Samples, TrainedSteps, Trajectories
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 
@@ -36,36 +36,59 @@ class Rollout:
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Prompts,
+        samples: Samples,
         conditions: Conditions,
         start_BCHW: Tensor,
         steps: tuple[int, ...],
         hand_on: Callable[[Tensor], None] = lambda images_BCHW: None,
         *,
         is_shared: bool = False,
-        differentiated: Sequence[int] = (),
+        num_differentiated: int = 0,
     ) -> Trajectories:
-        """One trajectory a start noise [B, C, H, W]; ``steps`` are stochastic and stored.  P rows of conditions.
+        """One trajectory a sample, from its condition and start noise; ``steps`` are stochastic and stored.
 
         ``hand_on`` is given the images of each batch as soon as they are decoded.  ``is_shared`` says that all samples
-        of a prompt start from one noise: they are one until the first stochastic step.  ``differentiated`` samples
-        leave the gradient of their log_prob, taken while they are made, so that update need not replay them.
+        of a prompt start from one noise: they are one until the first stochastic step.  The first
+        ``num_differentiated`` samples leave the gradient of their log_prob, taken while they are made, so that update
+        need not replay them.
         """
-        group_size = len(start_BCHW) // len(prompts)
-        samples = conditions.repeat(group_size)
         end = len(self.grid) - 1
         first, last = (steps[0], steps[-1] + 1) if steps else (end, end)
-        if is_shared:
-            x_BCHW = self._deterministic(start_BCHW[::group_size], conditions, range(first))
-            x_BCHW = x_BCHW.repeat_interleave(group_size, dim=0)
-        else:
-            x_BCHW = self._deterministic(start_BCHW, samples, range(first))
-        step_noise = self._step_noise(prompts, group_size, steps)
-        x_BCHW, trained, gradients = self._window(x_BCHW, samples, range(first, last), step_noise, differentiated)
-        images_BCHW = self._images(x_BCHW, samples, range(last, end), hand_on)
+        with self.model.gathered():
+            most = samples.most if self.model.in_lockstep else 0
+            x_BCHW = self._prefix(samples, conditions, start_BCHW, range(first), is_shared, most)
+            noise = self._step_noise(samples, steps)
+            x_BCHW, trained, gradients = self._window(
+                x_BCHW, conditions, range(first, last), noise, num_differentiated, most
+            )
+            images_BCHW = self._images(x_BCHW, conditions, range(last, end), hand_on, most)
         return Trajectories(images_BCHW, start_BCHW, trained, gradients)
 
-    def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
+    def _prefix(
+        self,
+        samples: Samples,
+        conditions: Conditions,
+        start_BCHW: Tensor,
+        steps: range,
+        is_shared: bool,
+        most: int,
+    ) -> Tensor:
+        """Latents after the steps of the ODE before the window, of each prompt once where its start is shared."""
+        # ranks with as many samples have not always as many prompts
+        if not is_shared or most:
+            return self._deterministic(start_BCHW, conditions, steps, most)
+        first_of: dict[int, int] = {}
+        for place, prompt_id in enumerate(samples.prompt_ids):
+            first_of.setdefault(prompt_id, place)
+        rows = list(first_of.values())
+        number = {prompt_id: p for p, prompt_id in enumerate(first_of)}
+        rows_P, prompts_B = (
+            torch.tensor(index).to(start_BCHW.device, non_blocking=True)
+            for index in (rows, [number[prompt_id] for prompt_id in samples.prompt_ids])
+        )
+        return self._deterministic(start_BCHW[rows_P], conditions.take(rows), steps, most)[prompts_B]
+
+    def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range, most: int) -> Tensor:
         """Latents after some steps of the ODE."""
         if not steps:
             return x_BCHW
@@ -74,7 +97,7 @@ class Rollout:
             return self._ode(batch.of(x_BCHW), batch.conditions(conditions), steps)[: batch.count]
 
         with self.model.sampling(lossy=True):
-            return torch.cat([x for _, x in in_batches(len(x_BCHW), self.batch_sizes.sampling, run)])
+            return torch.cat([x for _, x in in_batches(len(x_BCHW), self.batch_sizes.sampling, run, most)])
 
     def _window(
         self,
@@ -82,29 +105,25 @@ class Rollout:
         conditions: Conditions,
         steps: range,
         noise: dict[int, PhiloxNoise],
-        differentiated: Sequence[int],
+        num_differentiated: int,
+        most: int,
     ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
         """Latents after the window, what is stored of its trained steps, and the gradients that were taken."""
-        if len(differentiated) in (0, len(x_BCHW)):
-            return self._in_window(x_BCHW, conditions, steps, noise, with_gradients=len(differentiated) > 0)
-        chosen = set(differentiated)
-        others = [row for row in range(len(x_BCHW)) if row not in chosen]
-        parts = []
-        for rows in (differentiated, others):
-            index_b = torch.tensor(rows).to(x_BCHW.device, non_blocking=True)
-            of_rows = {
-                step: replace(n, prompt_ids_B=n.prompt_ids_B[index_b], sample_ids_B=n.sample_ids_B[index_b])
-                for step, n in noise.items()
-            }
-            parts.append(
-                self._in_window(
-                    x_BCHW[index_b], conditions.take(rows), steps, of_rows, with_gradients=rows is differentiated
-                )
+        if num_differentiated in (0, len(x_BCHW)):
+            return self._in_window(x_BCHW, conditions, steps, noise, num_differentiated > 0, most)
+        parts = [slice(num_differentiated), slice(num_differentiated, None)]
+        (x, trained, gradients), (x_others, trained_others, _) = (
+            self._in_window(
+                x_BCHW[rows],
+                conditions[rows],
+                steps,
+                {step: step_noise[rows] for step, step_noise in noise.items()},
+                rows.start is None,
+                most,
             )
-        (x, trained, gradients), (x_others, trained_others, _) = parts
-        back_B = torch.tensor([*differentiated, *others]).argsort().to(x_BCHW.device, non_blocking=True)
-        trained = trained.cat(trained_others).map(lambda part_TB: part_TB.index_select(1, back_B))
-        return torch.cat([x, x_others])[back_B], trained, gradients
+            for rows in parts
+        )
+        return torch.cat([x, x_others]), trained.cat(trained_others), gradients
 
     def _in_window(
         self,
@@ -112,8 +131,8 @@ class Rollout:
         conditions: Conditions,
         steps: range,
         noise: dict[int, PhiloxNoise],
-        *,
         with_gradients: bool,
+        most: int,
     ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
@@ -132,7 +151,7 @@ class Rollout:
             return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), [gradient[kept] for gradient in gradients]
 
         x, trained, gradients = zip(
-            *(part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run)), strict=True
+            *(part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run, most)), strict=True
         )
         return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if with_gradients else []
 
@@ -187,7 +206,7 @@ class Rollout:
         return x_next_BCHW, log_prob_B, v_BCHW.detach()
 
     def _images(
-        self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None]
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None], most: int
     ) -> Tensor:
         """The rest of the ODE, and what it leads to."""
 
@@ -200,7 +219,7 @@ class Rollout:
 
         images: list[Tensor] = []
         with self.model.sampling(lossy=True):
-            for _, images_BCHW in in_batches(len(x_BCHW), self.batch_sizes.sampling, run):
+            for _, images_BCHW in in_batches(len(x_BCHW), self.batch_sizes.sampling, run, most):
                 hand_on(images_BCHW)
                 images.append(images_BCHW)
         return torch.cat(images)
@@ -211,9 +230,9 @@ class Rollout:
 
         return self.solver(x_BCHW, self.grid, steps, velocity)
 
-    def _step_noise(self, prompts: Prompts, group_size: int, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
+    def _step_noise(self, samples: Samples, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
         """The noise of each step: a function of the global prompt index and the place in the group."""
-        device = self.model.device
-        prompt_ids_B = torch.tensor(prompts.ids).to(device, non_blocking=True).repeat_interleave(group_size)
-        sample_ids_B = torch.arange(group_size, device=device).repeat(len(prompts))
-        return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, sample_ids_B) for step in steps}
+        prompt_ids_B, places_B = (
+            torch.tensor(ids).to(self.model.device, non_blocking=True) for ids in (samples.prompt_ids, samples.places)
+        )
+        return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, places_B) for step in steps}

@@ -1,53 +1,70 @@
 """Where the trajectories begin: the algorithm's noise proposal, given a reward to search by.
 
-The reward of a start noise is estimated by a few ODE steps from it to an image.
-Letters: P prompts, K candidates, C H W of a latent.
+The reward of a start noise is estimated by a few ODE steps from it to an image.  The candidates of all prompts are one
+pool that is spread over the ranks; their scores are all that travels.
+Letters: P prompts, K candidates, B samples of this rank, C H W of a latent.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import NoiseDraw
+from fastgrpo.algorithm.noise import Candidates, NoiseDraw
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Conditions, Noise, Prompts
+from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.spread import Spread
+from fastgrpo.types import Noise, Prompts, Samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartNoise:
-    """(prompts, conditions, iteration) -> ``group_size`` start noises a prompt."""
+    """(samples, iteration) -> their start noises."""
 
     algorithm: Algorithm
     rollout: Rollout
     rewards: Rewards
-    group_size: int
     seed: int
     num_iterations: int = 1
+    world: World = field(default_factory=World)
 
     @torch.no_grad()
-    def __call__(self, prompts: Prompts, conditions: Conditions, iteration: int = 0) -> Noise:
+    def __call__(self, samples: Samples, iteration: int = 0) -> Noise:
+        prompts, model = samples.prompts, self.rollout.model
         draw = NoiseDraw(
             seed=self.seed,
             prompt_ids=prompts.ids,
-            group_size=self.group_size,
-            latent_shape=self.rollout.model.latent_shape,
-            device=self.rollout.model.device,
+            group_size=samples.group_size,
+            latent_shape=model.latent_shape,
+            device=model.device,
             iteration=iteration,
             num_iterations=self.num_iterations,
+            rows=samples.rows,
         )
 
-        def score(noise_PKCHW: Tensor, estimate_steps: int, prompt_ids: list[int]) -> Tensor:
-            rows = [prompts.ids.index(i) for i in prompt_ids]
-            scored = Prompts([prompts.texts[row] for row in rows], prompt_ids)
-            scores = self.rewards.begin_search([text for text in scored.texts for _ in range(noise_PKCHW.shape[1])])
-            sample = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
-            sample(scored, conditions.take(rows), noise_PKCHW.flatten(0, 1), (), scores.add)
-            return scores.collect().view(noise_PKCHW.shape[:2])
+        def score(candidates: Candidates, estimate_steps: int) -> Tensor:
+            searched = Prompts([prompts.texts[place] for place in candidates.prompts], candidates.prompt_ids)
+            return self._scores(searched, candidates, estimate_steps)
 
         # once for all rounds
-        with self.rollout.model.sampling(lossy=True):
+        with model.gathered(), model.sampling(lossy=True):
             return self.algorithm.noise(draw, score)
+
+    def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:
+        """Rewards [P, K] of all candidates, on every rank."""
+        spread = Spread.evenly(len(prompts) * candidates.num, self.world.size)
+        own = spread.rows[self.world.rank]
+        # a rank without candidates keeps step with the others on one that is thrown away
+        samples = Samples(prompts, candidates.num, own or (0,), spread.most)
+        estimate = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
+
+        def rewards() -> Tensor:
+            scores = self.rewards.begin_search(samples.texts)
+            conditions = self.rollout.model.encode(samples.texts)
+            estimate(samples, conditions, candidates.rows(samples.rows), (), scores.add)
+            return scores.collect()[: len(own), None]
+
+        return self.world.gather(rewards, spread, 1, "search").view(len(prompts), candidates.num)

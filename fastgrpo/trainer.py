@@ -1,15 +1,13 @@
 """The loop: prompts -> conditions -> start noise -> rollout -> rewards -> advantages -> update -> checkpoint.
 
-Letters: P prompts, G samples of a prompt, B = P * G, K candidates of a noise search, C H W of a latent.
+Every rank runs it on samples of its own; rewards and gradients are of all of them.
+Letters: P prompts, G samples of a prompt, B samples of this rank, R rewards, C H W of a latent.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -17,31 +15,27 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import rank_correlation
 from fastgrpo.checkpoint import Checkpoint, TrainState
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.metrics import Metrics
+from fastgrpo.health import Health, Preempted
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource
-from fastgrpo.records.progress import Progress
-from fastgrpo.records.run_directory import RunDirectory
+from fastgrpo.record import Recorder
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.block_compile import num_compilations
+from fastgrpo.runtime.distributed import RankFailure, World
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.memory import peak_bytes
 from fastgrpo.runtime.profile import Step, unprofiled
-from fastgrpo.runtime.timing import StageTimer
+from fastgrpo.runtime.signals import StopRequest
+from fastgrpo.runtime.spread import Spread
+from fastgrpo.runtime.timing import WAIT, StageTimer
 from fastgrpo.start_noise import StartNoise
-from fastgrpo.types import Noise, Trajectories
+from fastgrpo.types import Noise, Samples
 from fastgrpo.types import Rewards as NamedRewards
 from fastgrpo.update import Update, UpdateStats
 
-# float32 replays are exact and bfloat16 ones nearly: beyond this the update learns from another policy's samples
-MAX_RATIO_DEVIATION = 1e-2
-MAX_SKIPPED_IN_A_ROW = 3
-
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message says what happened, what was saved and what to try."""
+STAGES = ("encode", "search", "rollout", "reward", "update")
 
 
 @dataclass(kw_only=True)
@@ -60,16 +54,18 @@ class Trainer:
     evaluation: Evaluation
     evaluate_every: int
     checkpoint: Checkpoint
-    directory: RunDirectory
-    metrics: Metrics
+    health: Health
+    record: Recorder
     num_iterations: int
     max_seconds: float
     seed: int
+    world: World = field(default_factory=World)
     profile: Callable[[Step], dict[str, float]] = unprofiled
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
-    _skipped_in_a_row: int = field(default=0, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
+    _stop_request: StopRequest = field(default_factory=StopRequest, init=False)
+    # a signal that came to any of the ranks
     _stop_signal: int = field(default=0, init=False)
     # an iteration's metrics while they wait for its evaluation
     _unrecorded: dict[str, float] = field(default_factory=dict, init=False)
@@ -79,59 +75,58 @@ class Trainer:
         timer, compiled = StageTimer(self.model.device), num_compilations()
         with timer("encode"):
             prompts = self.prompts.at(self.iteration)
-            conditions = self.model.encode(prompts.texts)
+            shares = self.update.shares(len(prompts) * self.group_size, self.iteration)
+            spread = Spread.of_shares(shares, self.world.size)
+            samples = Samples(prompts, self.group_size, spread.rows[self.world.rank], spread.most)
+            conditions = self.model.encode(samples.texts)
         with timer("search"):
-            noise = self.start_noise(prompts, conditions, self.iteration)
+            noise = self.start_noise(samples, self.iteration)
         with timer("rollout"):
-            scores = self.rewards.begin(prompts.texts, self.group_size)
+            scores = self.rewards.begin(samples.texts)
             trajectories = self.rollout(
-                prompts,
+                samples,
                 conditions,
                 noise.start_BCHW,
                 self._trained_steps(),
                 scores.add,
                 is_shared=noise.is_shared,
-                differentiated=self.update.differentiated(len(noise.start_BCHW), self.iteration),
+                num_differentiated=self.update.num_differentiated(shares),
             )
         with timer("reward"):
-            rewards = scores.collect()
-            advantages_PG = self.algorithm.advantage(rewards.learned_PG)
+            rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
+            rewards = self.rewards.of_groups(rewards_BR, self.group_size)
+            advantages_B = _of(samples, self.algorithm.advantage(rewards.learned_PG))
         with timer("update"):
-            samples = conditions.repeat(self.group_size)
-            stats = self.update(
-                trajectories.trained, samples, advantages_PG.flatten(), self.iteration, trajectories.gradients
-            )
+            stats = self.update(trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
             self.ema.update()
-        self._check(stats, trajectories, advantages_PG)
+        self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
-        measured = self._measured(noise, rewards, stats, timer.seconds())
+        measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
         return measured | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
-        """Train to the end, evaluating and saving on the way; on SIGTERM, or if a reward fails, save and stop."""
-        progress = Progress(
-            self.num_iterations,
-            first=self.iteration,
-            max_seconds=self.max_seconds,
-            num_compilations=num_compilations,
-        )
-        with self._stopped_by_sigterm(), self._saved_if_a_reward_fails(), self.metrics, progress:
+        """Train to the end, evaluating and saving on the way; asked to stop, or if a reward fails, save and stop."""
+        opened = self.record.open(self.num_iterations, self.iteration, self.max_seconds)
+        with self._stop_request.heard(), self._saved_if_a_reward_fails(), opened:
             if self.iteration == 0:
-                self._record(self._evaluate(), progress)
+                self.record.row(0, self._evaluate())
             while not self._is_over() or self._unrecorded:
                 self._unrecorded = self._unrecorded or self.profile(self.step)
                 if self.iteration % self.evaluate_every == 0 or self._is_over():
                     self._unrecorded |= self._evaluate()
-                self._record(self._unrecorded, progress)
+                # before the checkpoint: one that outlives a kill then never lacks the lines that lead to it
+                self.record.row(self.iteration, self._unrecorded)
                 self._unrecorded = {}
                 if self.iteration % self.checkpoint.every == 0 or self._is_over() or self._stop_signal:
                     self._save()
                 if self._stop_signal:
-                    raise TrainingError(
+                    self.checkpoint.wait()
+                    raise Preempted(
                         f"stopped by signal {self._stop_signal} after iteration {self.iteration}, which is saved; "
                         "go on with resume=true"
                     )
-            self.metrics.finish()
+            self.checkpoint.wait()
+            self.record.finish()
 
     def state(self) -> TrainState:
         """All that a resumed run needs; noise and prompts are functions of the seed and the iteration."""
@@ -144,7 +139,7 @@ class Trainer:
             model=self.model.fingerprint,
             extra={
                 "ema_updates": self.ema.num_updates,
-                "skipped_in_a_row": self._skipped_in_a_row,
+                "skipped_in_a_row": self.health.skipped_in_a_row,
                 # as text, since JSON has no NaN
                 "unrecorded": {name: repr(value) for name, value in self._unrecorded.items()},
             },
@@ -154,7 +149,7 @@ class Trainer:
         """Go on from the newest complete checkpoint, or begin where there is none."""
         path = self.checkpoint.latest()
         if path is None:
-            self.metrics.truncate_to(-1)
+            self.record.truncate_to(-1, -1)
             return
         state = self.checkpoint.load_matching(path, self.state())
         self.iteration, self.seconds = state.iteration, state.seconds
@@ -166,9 +161,9 @@ class Trainer:
         for group in self.update.optimizer.param_groups:
             # update relies on it, and a checkpoint may be older
             group["fused"] = True
-        self._skipped_in_a_row = state.extra["skipped_in_a_row"]
+        self.health.skipped_in_a_row = state.extra["skipped_in_a_row"]
         self._unrecorded = {name: float(value) for name, value in state.extra.get("unrecorded", {}).items()}
-        self.metrics.truncate_to(self.iteration - bool(self._unrecorded))
+        self.record.truncate_to(self.iteration - bool(self._unrecorded), self.iteration)
 
     def _trained_steps(self) -> tuple[int, ...]:
         return self.algorithm.timesteps(len(self.algorithm.grid) - 1, self.iteration, self.seed)
@@ -193,47 +188,31 @@ class Trainer:
             **{name: value for name, value in vars(stats).items() if name != "kl" or self.algorithm.objective.kl_coef},
             **noise.metrics,
             "images_per_second": num_images / seconds["iteration"],
-            **{f"seconds/{stage}": value for stage, value in seconds.items()},
+            **{f"seconds/{stage}": seconds[stage] for stage in ("iteration", *STAGES)},
+            "seconds/wait": sum(value for stage, value in seconds.items() if stage.startswith(WAIT)),
             "seconds/checkpoint": self._take_checkpoint_seconds(),
             "peak_bytes": peak_bytes(self.model.device),
         }
 
-    def _check(self, stats: UpdateStats, trajectories: Trajectories, advantages_PG: Tensor) -> None:
-        """Stop a run whose ratio or gradients are broken; the batch at fault is saved for study."""
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if stats.skipped_steps else 0
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            why = (
-                f"{self._skipped_in_a_row} iterations in a row had gradients that are not finite; "
-                "lower train.learning_rate"
-            )
-        elif not stats.skipped_steps and stats.ratio_deviation > MAX_RATIO_DEVIATION:
-            why = (
-                f"ratio_deviation is {stats.ratio_deviation:.2g} before the first optimizer step, where the ratio must "
-                "be 1: rollout and update disagree; run fastgrpo doctor, or use model.dtype=float32"
-            )
-        else:
-            return
-        path = self.directory.path / "failed_batch.safetensors"
-        kept = vars(trajectories) | vars(trajectories.trained) | {"advantages_PG": advantages_PG}
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        safetensors.torch.save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
-        raise TrainingError(f"iteration {self.iteration}: {why}; its samples are in {path}")
+    def _agree(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
+        """Tell the other ranks how long this one took, and whether it was asked to stop; the first one's seconds."""
+        ranks = self.world.everyones((seconds, self._stop_request.number), "the end of the iteration")
+        self._stop_signal = max(number for _, number in ranks)
+        waited_R = [sum(s[stage] for stage in s if stage.startswith(WAIT)) for s, _ in ranks]
+        own = {stage: [s[stage] - s.get(WAIT + stage, 0.0) for s, _ in ranks] for stage in STAGES}
+        self.record.ranks(self.iteration, own, waited_R)
+        return ranks[0][0]
 
     def _evaluate(self) -> dict[str, float]:
         timer = StageTimer(self.model.device)
         with timer("evaluate"), self.ema.applied():
             result = self.evaluation()
-        self.metrics.evaluation_grid(self.iteration, result.images_BCHW, result.texts, result.verified)
+        self.record.evaluation(self.iteration, result)
         return {
             "seconds": self.seconds,
             **{f"eval/{name}": mean for name, mean in result.means.items()},
             "seconds/evaluate": timer.seconds()["evaluate"],
         }
-
-    def _record(self, values: Mapping[str, float], progress: Progress) -> None:
-        # before the checkpoint: one that outlives a kill then never lacks the lines that lead to it
-        self.metrics.log(self.iteration, values)
-        progress.update(self.iteration, values)
 
     def _save(self) -> None:
         timer = StageTimer(self.model.device)
@@ -253,19 +232,15 @@ class Trainer:
         """Rewards fail before the update that would learn from them, so the state is that of the last iteration."""
         try:
             yield
-        except RewardError as error:
+        except (RewardError, RankFailure) as error:
+            # all ranks are here, whichever of them it was
             if self.iteration == 0:
                 raise
             self._save()
+            self.checkpoint.wait()
             raise RewardError(f"{error}; iteration {self.iteration} is saved, go on with resume=true") from error
 
-    @contextmanager
-    def _stopped_by_sigterm(self) -> Iterator[None]:
-        def stop(signal_number: int, _: FrameType | None) -> None:
-            self._stop_signal = signal_number
 
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def _of(samples: Samples, values_PG: Tensor) -> Tensor:
+    """The values of this rank's samples."""
+    return values_PG.flatten()[torch.tensor(samples.rows).to(values_PG.device, non_blocking=True)]

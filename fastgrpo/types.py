@@ -2,7 +2,7 @@
 
 Letters, used in names throughout the package:
     P prompts of an iteration, G samples of a prompt (the group)
-    B = P * G samples, prompt-major: sample b belongs to prompt b // G
+    B = P * G samples, prompt-major: row b is sample b % G of prompt b // G; on several ranks, those of one rank
     K candidates of a noise search
     T trained steps of a trajectory, N steps of the schedule
     C, H, W channels, height and width of a latent or an image
@@ -29,6 +29,40 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of an iteration, for example those that one rank makes, by their ``rows`` among its B = P * G.
+
+    ``most`` is how many the rank has that has most.
+    """
+
+    prompts: Prompts
+    group_size: int
+    rows: tuple[int, ...]
+    most: int = 0
+
+    @classmethod
+    def all_of(cls, prompts: Prompts, group_size: int) -> "Samples":
+        """Every sample, prompt by prompt."""
+        return cls(prompts, group_size, tuple(range(len(prompts) * group_size)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompts.texts[row // self.group_size] for row in self.rows]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return [self.prompts.ids[row // self.group_size] for row in self.rows]
+
+    @property
+    def places(self) -> list[int]:
+        """The place of each sample in its group."""
+        return [row % self.group_size for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -73,7 +107,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Noise:
-    """The start noises a proposal chose, and what its search measured.
+    """The start noises a proposal chose, and what its search measured; the latter is of all samples, on every rank.
 
     ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN
     for a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.

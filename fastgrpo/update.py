@@ -5,22 +5,35 @@
 
 A replay runs the same function on the same micro-batch as the rollout did, so before the first optimizer step of an
 iteration the ratio is exactly 1 in float32.  Source: Flow-GRPO, arXiv:2505.05470.
-Letters: B samples, T trained steps, C H W of a latent.
+
+On several ranks each replays its own samples; gradients are sums over samples, added over the ranks once an optimizer
+step and then divided by the number of terms, so that nothing depends on who had how many.
+Letters: B samples of this rank, T trained steps, C H W of a latent.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.objective import ClippedSurrogate
-from fastgrpo.batches import Batch, batches
+from fastgrpo.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.runtime.batch_size import BatchSize
+from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.spread import piece
 from fastgrpo.types import Conditions, TrainedSteps
 from fastgrpo_kernels import GRPOStats
+
+# the rows of each optimizer step, ascending, among the samples of all ranks
+Shares = Sequence[Sequence[int]]
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks that have to have the same weights have not."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Update:
     batch_size: BatchSize
     seed: int
     reweights: bool = False
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if self.optimizer_steps < 1:
@@ -67,65 +81,69 @@ class Update:
         trained: TrainedSteps,
         conditions_B: Conditions,
         advantages_B: Tensor,
-        iteration: int,
+        shares: Shares,
         gradients: Sequence[Sequence[Tensor]] = (),
     ) -> UpdateStats:
-        """``conditions_B`` and ``advantages_B`` have one row a sample; ``gradients`` are of the ``differentiated``."""
+        """One row a sample of this rank, those of the first of the iteration's ``shares`` first.
+
+        ``gradients`` are those of the ``num_differentiated`` first samples.
+        """
         first: list[_Seen] = []
         others: list[_Seen] = []
         grad_norms = []
-        for rows in self._shares(len(advantages_B), iteration):
-            share = trained, conditions_B, advantages_B
-            if len(rows) < len(advantages_B):
-                share = _take(rows, *share)
+        end = 0
+        for share in shares:
+            begin, end = end, end + len(piece(share, self.world.rank, self.world.size))
+            most = -(-len(share) // self.world.size) if self.model.in_lockstep else 0
+            samples = _take(slice(begin, end), trained, conditions_B, advantages_B)
             if first:
-                others += self._accumulate(*share, is_on_policy=False)
+                others += self._accumulate(*samples, most, is_on_policy=False)
             elif gradients:
-                first = [self._reweight(share[0], share[2], gradients)]
+                first = [self._reweight(samples[0], samples[2], gradients)]
             else:
                 # the old policy's branch of guidance is the policy's own until the first optimizer step
-                first = self._accumulate(*share, is_on_policy=True)
-            grad_norms.append(self._optimizer_step())
-        return _summarize(first, others, torch.stack(grad_norms))
+                first = self._accumulate(*samples, most, is_on_policy=True)
+            grad_norms.append(self._optimizer_step(num_terms=len(share) * len(trained.steps)))
+        return self._summarize(first, others, torch.stack(grad_norms))
 
-    def differentiated(self, num_samples: int, iteration: int) -> list[int]:
-        """The samples whose gradients the rollout is to take: those of the first optimizer step, if any."""
-        return self._shares(num_samples, iteration)[0] if self.reweights else []
-
-    def _shares(self, num_samples: int, iteration: int) -> list[list[int]]:
-        """The samples of each optimizer step, drawn anew in each iteration: whatever the micro-batch."""
-        if num_samples < self.optimizer_steps:
+    def shares(self, num_samples: int, iteration: int) -> Shares:
+        """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
+        if num_samples < self.optimizer_steps * self.world.size:
             raise ValueError(
-                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {num_samples} samples; "
-                "lower it, or raise train.prompts_per_iteration or train.group_size"
+                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {num_samples} samples, less than "
+                f"one in each step for each of {self.world.size} ranks; lower it, use fewer ranks, or raise "
+                "train.prompts_per_iteration or train.group_size"
             )
         if self.optimizer_steps == 1:
             return [list(range(num_samples))]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
         order = torch.randperm(num_samples, generator=generator).tolist()
-        return [order[first :: self.optimizer_steps] for first in range(self.optimizer_steps)]
+        return [sorted(order[first :: self.optimizer_steps]) for first in range(self.optimizer_steps)]
+
+    def num_differentiated(self, shares: Shares) -> int:
+        """Of how many of this rank's first samples the rollout is to take gradients: of the first optimizer step's."""
+        return len(piece(shares[0], self.world.rank, self.world.size)) if self.reweights else 0
 
     def _reweight(self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[Sequence[Tensor]]) -> "_Seen":
-        """Leave the gradient of the mean loss: the sum of d loss / d log_prob times d log_prob / d weights.
+        """Leave the gradient of the summed loss: the sum of d loss / d log_prob times d log_prob / d weights.
 
         On the policy the ratio is 1, where the loss has one derivative a sample for all of its steps.  LeanGRPO (2026).
         """
         old_B = trained.log_prob_TB[0]
         log_prob_B = old_B.clone().requires_grad_()
         loss, stats = self.objective(log_prob_B, old_B, advantages_B, torch.zeros_like(old_B))
-        (factor_B,) = torch.autograd.grad(loss, log_prob_B)
-        factor_B = factor_B / len(trained.steps)
+        (factor_B,) = torch.autograd.grad(loss, log_prob_B, torch.full_like(loss, len(old_B)))
         sizes = [len(part[0]) for part in gradients]
         for place, weight in enumerate(self.model.trainable.values()):
             weight.grad = torch.zeros_like(weight)
             for factor_b, part in zip(factor_B.split(sizes), gradients, strict=True):
-                weight.grad += torch.tensordot(factor_b, part[place], dims=1)
+                weight.grad += torch.tensordot(factor_b.to(weight.dtype), part[place], dims=1)
         return _Seen(len(advantages_B), loss.detach(), stats)
 
     def _accumulate(
-        self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, *, is_on_policy: bool
+        self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, most: int, *, is_on_policy: bool
     ) -> list["_Seen"]:
-        """Leave the gradient of the mean loss of some samples; begun anew where a batch does not fit in memory."""
+        """Leave the gradient of the summed loss of some samples; begun anew where a batch does not fit in memory."""
 
         def run(batch: Batch) -> list[_Seen]:
             rows = trained.map(lambda part_TB: batch.of(part_TB, dim=1))
@@ -136,8 +154,11 @@ class Update:
 
         while True:
             try:
-                return [seen for batch in batches(len(advantages_B), self.batch_size.value) for seen in run(batch)]
+                cut = batches(len(advantages_B), self.batch_size.value, most)
+                return [seen for batch in cut for seen in run(batch)]
             except torch.OutOfMemoryError as error:
+                if most:
+                    raise out_of_step(self.batch_size, error) from error
                 self.optimizer.zero_grad(set_to_none=True)
                 self.batch_size.halve(error)
 
@@ -159,7 +180,8 @@ class Update:
         loss, stats = self.objective(
             log_prob_B[kept], rows.log_prob_TB[place, kept], batch.of(advantages_B)[kept], kl_B[kept]
         )
-        (loss * (batch.count / (len(advantages_B) * len(rows.steps)))).backward()
+        # a sum, whose terms do not depend on how many others there are
+        (loss * batch.count).backward()
         return _Seen(batch.count, loss.detach(), stats)
 
     def _replay(
@@ -174,9 +196,11 @@ class Update:
             v_BCHW, reference_BCHW = self.model.velocity(x_BCHW, t, conditions, unconditional), None
         return self.dynamics(self.grid, step).log_prob(x_BCHW, v_BCHW, rows.x_next_TBCHW[place], reference_BCHW)
 
-    def _optimizer_step(self) -> Tensor:
-        """Clip, step, and clear; a gradient that is not finite is dropped.  Returns its norm."""
+    def _optimizer_step(self, num_terms: int) -> Tensor:
+        """Add up over ranks, divide, clip, step, and clear; a gradient that is not finite is dropped.  Its norm."""
+        self.model.sum_gradients(lambda gradients: self.world.sum_(gradients, "gradients"))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], num_terms)
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         # a fused optimizer reads this on the device, so that nobody waits to know whether to step
         self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -184,13 +208,37 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
+    def _summarize(self, first: list["_Seen"], others: list["_Seen"], grad_norms: Tensor) -> UpdateStats:
+        """Read everything at once, of all ranks: the only time that an update waits for the device."""
+        seen = [s for s in first + others if s.num_samples]
+        deviation = torch.stack([s.stats.ratio_deviation for s in first]).max().double()
+        num_terms = torch.tensor([sum(s.num_samples for s in seen)], dtype=torch.float64)
+        num_terms = num_terms.to(grad_norms.device, non_blocking=True)
+        own = torch.cat(
+            [torch.stack([s.sums() for s in seen]).sum(dim=0), num_terms, deviation[None], grad_norms.double()]
+        )
+        rows = self.world.table(own, "statistics").tolist()
+        sums, total = [sum(row[i] for row in rows) for i in range(4)], sum(row[4] for row in rows)
+        loss, kl, approx_kl, clip_fraction = (value / total for value in sums)
+        norms = [norm for norm in rows[0][6:] if math.isfinite(norm)]
+        _check_alike([row[6:] for row in rows])
+        return UpdateStats(
+            loss=loss,
+            kl=kl,
+            approx_kl=approx_kl,
+            ratio_deviation=_largest([row[5] for row in rows]),
+            clip_fraction=clip_fraction,
+            # no number where no step was taken
+            grad_norm=sum(norms) / len(norms) if norms else math.nan,
+            skipped_steps=len(rows[0][6:]) - len(norms),
+        )
+
 
 def _take(
-    rows: list[int], trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor
+    rows: slice, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor
 ) -> tuple[TrainedSteps, Conditions, Tensor]:
     """Some of the samples."""
-    index = torch.tensor(rows).to(advantages_B.device, non_blocking=True)
-    return trained.map(lambda part_TB: part_TB.index_select(1, index)), conditions.take(rows), advantages_B[index]
+    return trained.map(lambda part_TB: part_TB[:, rows]), conditions[rows], advantages_B[rows]
 
 
 @dataclass(frozen=True)
@@ -201,29 +249,21 @@ class _Seen:
     loss: Tensor
     stats: GRPOStats
 
+    def sums(self) -> Tensor:
+        """Of loss, KL, approximate KL and clipped share over samples."""
+        means = torch.stack([self.loss, self.stats.kl, self.stats.approx_kl, self.stats.clip_fraction])
+        return means.double() * self.num_samples
 
-def _summarize(first: list[_Seen], others: list[_Seen], grad_norms: Tensor) -> UpdateStats:
-    """Read everything at once: the only time that an update waits for the device."""
-    seen = first + others
-    num_samples = torch.tensor([s.num_samples for s in seen], dtype=torch.float64)
-    weights = (num_samples / num_samples.sum()).to(grad_norms.device, non_blocking=True)
 
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return (weights * torch.stack(list(values))).sum()
+def _largest(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
-    finite = grad_norms.isfinite()
-    values = torch.stack(
-        [
-            mean(s.loss for s in seen),
-            mean(s.stats.kl for s in seen),
-            mean(s.stats.approx_kl for s in seen),
-            torch.stack([s.stats.ratio_deviation for s in first]).max().double(),
-            mean(s.stats.clip_fraction for s in seen),
-            # 0 / 0 where no step was taken
-            torch.where(finite, grad_norms, 0.0).double().sum() / finite.sum(),
-            (~finite).sum().double(),
-        ]
-    )
-    *means, skipped_steps = values.tolist()
-    loss, kl, approx_kl, ratio_deviation, clip_fraction, grad_norm = means
-    return UpdateStats(loss, kl, approx_kl, ratio_deviation, clip_fraction, grad_norm, int(skipped_steps))
+
+def _check_alike(grad_norms: list[list[float]]) -> None:
+    """Ranks have the same weights only as long as they take the same steps: their gradients have the same norm."""
+    for rank, norms in enumerate(grad_norms):
+        if any(a != b and not (math.isnan(a) and math.isnan(b)) for a, b in zip(norms, grad_norms[0], strict=True)):
+            raise RanksDiffer(
+                f"rank {rank} took steps of gradients of norm {norms}, rank 0 of {grad_norms[0]}: their weights are no "
+                "longer the same; check that all GPUs and libraries are of one kind, and resume from a checkpoint"
+            )

@@ -17,8 +17,11 @@ STAGES = {
     "rollout",
     "update",
     "evaluate",
+    "train_state",
     "checkpoint",
     "metrics",
+    "health",
+    "record",
 }
 PIECES = {"algorithm", "models", "rewards", "runtime", "records"}
 BELOW_STAGES = PIECES | {"types"}

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastgrpo.metrics import METRICS, Metrics, explain, read_metrics
+from fastgrpo.metrics import METRICS, Metrics, explain
 from fastgrpo.records.grids import cell_origin, enlargement
+from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.progress import Progress
 from fastgrpo.records.run_directory import RunDirectory
@@ -67,7 +68,7 @@ def test_numbers_that_are_not_finite_are_null_and_named(run: RunDirectory, metri
     assert "NaN" not in text
     assert "Infinity" not in text
     row = {"iteration": 1, "loss": None, "grad_norm": None, "kl": 0.0, "nonfinite": ["grad_norm", "loss"]}
-    assert read_metrics(run.metrics) == [row]
+    assert read_rows(run.metrics) == [row]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_resumed_run_continues_the_rows_without_a_seam(run: RunDirectory, metr
         file.write(tail)
     metrics.truncate_to(3)
     metrics.log(4, {"loss": 4.5})
-    assert [(row["iteration"], row["loss"]) for row in read_metrics(run.metrics)] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
+    assert [(row["iteration"], row["loss"]) for row in read_rows(run.metrics)] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
 
 
 def test_a_half_written_last_line_alone_is_dropped_with_a_warning(
@@ -97,7 +98,7 @@ def test_a_half_written_last_line_alone_is_dropped_with_a_warning(
 
 def test_truncating_before_anything_was_written_is_no_error(run: RunDirectory, metrics: Metrics) -> None:
     metrics.truncate_to(0)
-    assert read_metrics(run.metrics) == []
+    assert read_rows(run.metrics) == []
 
 
 def test_a_file_that_cannot_be_written_is_named(run: RunDirectory, metrics: Metrics) -> None:

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 
 from fastgrpo.config import load_config
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 from fastgrpo.train import train
 from tests import resume_child
 from tests.tiny_config import make_overrides
@@ -76,7 +76,7 @@ def lasting_metrics(output: Path) -> list[dict]:
     varying = ("seconds", "images_per_second", "peak_bytes")
     return [
         {key: value for key, value in row.items() if not key.startswith(varying)}
-        for row in read_metrics(output / "metrics.jsonl")
+        for row in read_rows(output / "metrics.jsonl")
     ]
 
 

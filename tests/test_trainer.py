@@ -9,12 +9,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastgrpo.health import TrainingError
 from fastgrpo.metrics import METRICS, explain
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.train import build_trainer, train
-from fastgrpo.trainer import Trainer, TrainingError
+from fastgrpo.trainer import Trainer
 from tests.tiny_config import make_config
 
 SEARCH = (
@@ -34,8 +35,8 @@ def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
 
 def release(trainer: Trainer) -> None:
     """Let go of the run directory, as the end of a process does."""
-    assert trainer.directory._lock is not None
-    trainer.directory._lock.close()
+    assert trainer.record.directory._lock is not None
+    trainer.record.directory._lock.close()
 
 
 def rows_of(output: Path) -> list[dict]:

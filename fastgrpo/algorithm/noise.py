@@ -1,11 +1,13 @@
 """Start noise: where the trajectories of an iteration begin.
 
 A proposal is called with a ``NoiseDraw``, its only source of randomness, and with a function ``score`` that estimates
-the reward of noises; it hands on G start noises a prompt.  Searching where to start leaves every log_prob untouched.
-The searches are in ``search.py``.  Letters: P prompts, G samples of a prompt, K candidates, B = P * G.
+the reward of candidates; it hands on the start noise of each sample.  On several ranks every rank asks for the same
+scores, which they compute together, and hands on the noises of its own samples: noise is drawn again, never sent.
+Searching where to start leaves every log_prob untouched.  The searches are in ``search.py``.
+Letters: P prompts, G samples of a prompt, K candidates, B samples of this rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,13 +25,13 @@ STEP_STREAM = 1000
 DECISION_STREAM = 2000
 EVALUATION_STREAM = 3000
 
-# (noise_PKCHW, estimate_steps, prompt_ids) -> rewards_PK; the P prompts may be some of the iteration's
-Score = Callable[[Tensor, int, list[int]], Tensor]
-
 
 @dataclass(frozen=True)
 class NoiseDraw:
-    """Standard normal noise as a function of global indices, so any number of GPUs draws the same for a prompt."""
+    """Standard normal noise as a function of global indices, so any number of GPUs draws the same for a prompt.
+
+    ``rows`` are the samples, of all P * G, whose start noise is wanted; None is all of them.
+    """
 
     seed: int
     prompt_ids: list[int]
@@ -38,46 +40,48 @@ class NoiseDraw:
     device: torch.device | str = "cpu"
     iteration: int = 0
     num_iterations: int = 1
+    rows: tuple[int, ...] | None = None
+
+    def starts(self, stream: int, *, is_shared: bool = False) -> Tensor:
+        """One noise for each of ``rows``, float32 [B, C, H, W]; all of a prompt its first one if ``is_shared``."""
+        places_B = torch.zeros_like(self.places_B) if is_shared else self.places_B
+        return self.of_pairs(stream, self.prompts_B, places_B)
+
+    def of_pairs(self, stream: int, prompts_B: Tensor, ids_B: Tensor) -> Tensor:
+        """Noise ``ids_B[b]`` of the prompt at place ``prompts_B[b]``, float32 [B, C, H, W]."""
+        numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
+        noise = philox_normal(self.seed, stream, self.ids_P[prompts_B], ids_B[:, None], numel)
+        return noise.view(-1, *self.latent_shape)
+
+    @cached_property
+    def prompts_B(self) -> Tensor:
+        """For each of ``rows``, which of the P prompts it belongs to."""
+        return self._rows_B // self.group_size
+
+    @cached_property
+    def places_B(self) -> Tensor:
+        """The place of each of ``rows`` in its group."""
+        return self._rows_B % self.group_size
+
+    @cached_property
+    def _rows_B(self) -> Tensor:
+        return torch.tensor(self.own_rows, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @property
+    def own_rows(self) -> tuple[int, ...]:
+        """``rows``, or all."""
+        return tuple(range(len(self.prompt_ids) * self.group_size)) if self.rows is None else self.rows
 
     def __call__(self, stream: int, num: int, first: int = 0) -> Tensor:
         """Noises ``first`` ... ``first + num - 1`` of a stream, float32 [P, num, C, H, W]."""
         channels, height, width = self.latent_shape
         ids_K = torch.arange(first, first + num, dtype=torch.int64, device=self.device)
-        noise = philox_normal(self.seed, stream, self._ids_P, ids_K, channels * height * width)
+        noise = philox_normal(self.seed, stream, self.ids_P, ids_K, channels * height * width)
         return noise.view(len(self.prompt_ids), num, channels, height, width)
 
-    def candidates(self, mean_PCHW: Tensor, std_PCHW: Tensor, stream: int, ids: Tensor) -> Tensor:
-        """Draws from N(mean, std^2) by their ids, [K] for all prompts or [P, K]: float32 [P, K, C, H, W]."""
-        return sample_candidates(mean_PCHW, std_PCHW, self.seed, stream, self._ids_P, ids)
-
-    def refit(
-        self,
-        mean_PCHW: Tensor,
-        std_PCHW: Tensor,
-        stream: int,
-        elites_PT: Tensor,
-        weights_PT: Tensor,
-        *,
-        momentum: float,
-        std_floor: float,
-        project: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and std of the elites of a stream's candidates, which are drawn again for it."""
-        return refit_moments(
-            mean_PCHW,
-            std_PCHW,
-            self.seed,
-            stream,
-            self._ids_P,
-            elites_PT,
-            weights_PT,
-            momentum=momentum,
-            std_floor=std_floor,
-            project=project,
-        )
-
     @cached_property
-    def _ids_P(self) -> Tensor:
+    def ids_P(self) -> Tensor:
+        """The global ids of the prompts."""
         return torch.tensor(self.prompt_ids, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def uniform(self, stream: int) -> list[float]:
@@ -87,9 +91,79 @@ class NoiseDraw:
         return torch.special.ndtr(philox_normal(self.seed, stream, ids, iteration, 1)[:, 0, 0].double()).tolist()
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """K noises of each of some prompts of a draw, not drawn yet: N(mean, std^2), or N(0, 1) where these are None.
+
+    ``prompts`` are places among the draw's prompts; moments have a row each.
+    """
+
+    draw: NoiseDraw
+    stream: int
+    num: int
+    prompts: Sequence[int]
+    moments: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return [self.draw.prompt_ids[place] for place in self.prompts]
+
+    def at(self, prompts_B: Tensor, ids_B: Tensor) -> Tensor:
+        """Candidate ``ids_B[b]`` of the prompt ``prompts_B[b]``, counted among ``prompts``: float32 [B, C, H, W]."""
+        if len(prompts_B) == 0:
+            return torch.empty(0, *self.draw.latent_shape, device=self.draw.device)
+        places_B = self._prompts_P[prompts_B]
+        if self.moments is None:
+            return self.draw.of_pairs(self.stream, places_B, ids_B)
+        mean_PCHW, std_PCHW = self.moments
+        drawn = sample_candidates(
+            mean_PCHW[prompts_B],
+            std_PCHW[prompts_B],
+            self.draw.seed,
+            self.stream,
+            self.draw.ids_P[places_B],
+            ids_B[:, None],
+        )
+        return drawn[:, 0]
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """Some of the P * K, prompt by prompt."""
+        rows_B = torch.tensor(list(rows), dtype=torch.int64).to(self.draw.device, non_blocking=True)
+        return self.at(rows_B // self.num, rows_B % self.num)
+
+    def all(self) -> Tensor:
+        """Every one, float32 [P, K, C, H, W]."""
+        return self.rows(range(len(self.prompts) * self.num)).unflatten(0, (len(self.prompts), self.num))
+
+    def refit(
+        self, elites_PT: Tensor, weights_PT: Tensor, *, momentum: float, std_floor: float, project: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and std of the elites, which are drawn again for it."""
+        assert self.moments is not None
+        return refit_moments(
+            *self.moments,
+            self.draw.seed,
+            self.stream,
+            self.draw.ids_P[self._prompts_P],
+            elites_PT,
+            weights_PT,
+            momentum=momentum,
+            std_floor=std_floor,
+            project=project,
+        )
+
+    @cached_property
+    def _prompts_P(self) -> Tensor:
+        return torch.tensor(list(self.prompts), dtype=torch.int64).to(self.draw.device, non_blocking=True)
+
+
+# (candidates, estimate_steps) -> rewards_PK
+Score = Callable[[Candidates, int], Tensor]
+
+
 def plain_noise(draw: NoiseDraw) -> Tensor:
     """N(0, I) for every sample: float32 [B, C, H, W]."""
-    return draw(START_STREAM, draw.group_size).flatten(0, 1)
+    return draw.starts(START_STREAM)
 
 
 NoiseProposal = Callable[[NoiseDraw, Score], Noise]
@@ -108,8 +182,7 @@ class SharedNoise:
     """All samples of a prompt start from one N(0, I): DanceGRPO, arXiv:2505.07818."""
 
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
-        start_PGCHW = draw(START_STREAM, 1).repeat_interleave(draw.group_size, dim=1)
-        return Noise(start_PGCHW.flatten(0, 1), metrics={}, num_scored=0, is_shared=True)
+        return Noise(draw.starts(START_STREAM, is_shared=True), metrics={}, num_scored=0, is_shared=True)
 
 
 def rank_correlation(a_PG: Tensor, b_PG: Tensor) -> float:

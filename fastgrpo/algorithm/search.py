@@ -2,17 +2,19 @@
 
 Smart-GRPO (arXiv:2510.02654) fits N(mean, std^2), per prompt and latent element, to the best candidates of each round:
 the cross-entropy method.  Candidates are functions of their ids and are drawn again where they are needed again.
-Letters: P prompts, G samples of a prompt, K candidates, T elites, C, H, W a latent, d = C * H * W.
+Letters: P prompts, S of them that are searched, G samples of a prompt, K candidates, T elites, B samples of this rank,
+C, H, W a latent, d = C * H * W.
 """
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.noise import DECISION_STREAM, SEARCH_STREAM, START_STREAM, NoiseDraw, Score
+from fastgrpo.algorithm.noise import DECISION_STREAM, SEARCH_STREAM, START_STREAM, Candidates, NoiseDraw, Score
 from fastgrpo.types import Noise
 from fastgrpo_kernels import elite_weights
 
@@ -77,70 +79,65 @@ class EliteSearch:
                 f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
             )
         share = self.searched_share(draw.iteration, draw.num_iterations)
-        rows = [row for row, u in enumerate(draw.uniform(DECISION_STREAM)) if u < share]
-        start_PGCHW = draw(START_STREAM, draw.group_size)
-        metrics = {"search/share": len(rows) / len(start_PGCHW)}
-        if not rows:
-            return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored=0)
         # plain prompts are not even scored
-        searched = replace(draw, prompt_ids=[draw.prompt_ids[row] for row in rows])
-        start_PGCHW[rows], found_PG, gain_P = self._search(searched, score)
+        searched = [place for place, u in enumerate(draw.uniform(DECISION_STREAM)) if u < share]
+        num_prompts = len(draw.prompt_ids)
+        start_BCHW = draw.starts(START_STREAM)
+        metrics = {"search/share": len(searched) / num_prompts}
+        if not searched:
+            return Noise(start_BCHW, metrics, num_scored=0)
+        rounds, rounds_SK, fitted = self._search(draw, searched, score)
+        metrics["search/gain"] = self._gain(rounds_SK).mean().item()
+        samples = _Searched(draw, searched, rounds)
+        rows_B, prompts_B, places_B = samples.indices
         estimates_PG = None
-        if found_PG is not None:
-            estimates_PG = found_PG.new_full(start_PGCHW.shape[:2], math.nan)
-            estimates_PG[rows] = found_PG
-        metrics["search/gain"] = gain_P.mean().item()
-        num_scored = len(rows) * self.rounds * self.candidates
-        is_shared = self.start == "mean" and len(rows) == len(start_PGCHW)
-        return Noise(start_PGCHW.flatten(0, 1), metrics, num_scored, estimates_PG, is_shared)
+        if self.fresh:
+            refitted = replace(rounds[-1], stream=SEARCH_STREAM + self.rounds, moments=fitted)
+            found_BCHW = refitted.at(prompts_B, places_B)
+        elif self.start == "mean" and self.project != "best":
+            found_BCHW = fitted[0][prompts_B]
+        else:
+            seen_SK = torch.cat(rounds_SK, dim=1)
+            picked_SG = self._pick(_best_first(seen_SK), draw.group_size)
+            found_BCHW = samples.picked(picked_SG)
+            estimates_PG = seen_SK.new_full((num_prompts, draw.group_size), math.nan)
+            estimates_PG[searched] = seen_SK.gather(1, picked_SG)
+        start_BCHW[rows_B] = found_BCHW
+        num_scored = len(searched) * self.rounds * self.candidates
+        is_shared = self.start == "mean" and len(searched) == num_prompts
+        return Noise(start_BCHW, metrics, num_scored, estimates_PG, is_shared)
 
     def searched_share(self, iteration: int, num_iterations: int) -> float:
         """The expected share of prompts that are searched: from 1 - mix down to anneal * (1 - mix)."""
         progress = min(iteration / max(num_iterations - 1, 1), 1.0)
         return (1.0 - self.mix) * (1.0 + (self.anneal - 1.0) * progress)
 
-    def _search(self, draw: NoiseDraw, score: Score) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Noises to start from, their estimates where they were scored, and the gain of the elites."""
-        mean_PCHW = torch.zeros(len(draw.prompt_ids), *draw.latent_shape, device=draw.device)
-        std_PCHW = torch.ones_like(mean_PCHW)
-        moments, rounds_PK = [], []
+    def _search(
+        self, draw: NoiseDraw, searched: list[int], score: Score
+    ) -> tuple[list[Candidates], list[Tensor], tuple[Tensor, Tensor]]:
+        """The candidates of each round, their rewards [S, K], and the moments fitted to the last."""
+        mean_SCHW = torch.zeros(len(searched), *draw.latent_shape, device=draw.device)
+        std_SCHW = torch.ones_like(mean_SCHW)
+        rounds, rounds_SK = [], []
         for r in range(self.rounds):
-            moments.append((mean_PCHW, std_PCHW))
-            ids_K = torch.arange(self.candidates, device=draw.device)
-            candidates_PKCHW = draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + r, ids_K)
-            rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
-            rounds_PK.append(rewards_PK)
-            elites_PT = _best_first(rewards_PK)[:, : self.elites]
-            mean_PCHW, std_PCHW = draw.refit(
-                mean_PCHW,
-                std_PCHW,
-                SEARCH_STREAM + r,
-                elites_PT,
-                elite_weights(rewards_PK.gather(1, elites_PT), self.weights, self.temperature),
+            candidates = Candidates(draw, SEARCH_STREAM + r, self.candidates, searched, (mean_SCHW, std_SCHW))
+            rewards_SK = _estimate(score, candidates, self.estimate_steps)
+            rounds.append(candidates)
+            rounds_SK.append(rewards_SK)
+            elites_ST = _best_first(rewards_SK)[:, : self.elites]
+            mean_SCHW, std_SCHW = candidates.refit(
+                elites_ST,
+                elite_weights(rewards_SK.gather(1, elites_ST), self.weights, self.temperature),
                 momentum=self.momentum,
                 std_floor=self.std_floor,
                 # between rounds the mean stays where it is: with the std that was fitted beside it, candidates have the
                 # norm of the elites
                 project=self.project == "sphere" and self.start == "mean" and r == self.rounds - 1,
             )
-        gain_P = rounds_PK[-1].topk(self.elites, dim=1).values.mean(dim=1) - rounds_PK[0].mean(dim=1)
-        if self.fresh:
-            ids_G = torch.arange(draw.group_size, device=draw.device)
-            return draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + self.rounds, ids_G), None, gain_P
-        if self.start == "mean" and self.project != "best":
-            return mean_PCHW[:, None].expand(-1, draw.group_size, -1, -1, -1), None, gain_P
-        seen_PK = torch.cat(rounds_PK, dim=1)
-        picked_PG = self._pick(_best_first(seen_PK), draw.group_size)
-        return self._draw_again(draw, moments, picked_PG), seen_PK.gather(1, picked_PG), gain_P
+        return rounds, rounds_SK, (mean_SCHW, std_SCHW)
 
-    def _draw_again(self, draw: NoiseDraw, moments: list[tuple[Tensor, Tensor]], picked_PG: Tensor) -> Tensor:
-        """The picked of the candidates of all rounds, numbered through."""
-        round_PG, ids_PG = picked_PG // self.candidates, picked_PG % self.candidates
-        picked_PGCHW = draw.candidates(*moments[0], SEARCH_STREAM, ids_PG)
-        for r, (mean_PCHW, std_PCHW) in enumerate(moments[1:], start=1):
-            of_round_PGCHW = draw.candidates(mean_PCHW, std_PCHW, SEARCH_STREAM + r, ids_PG)
-            picked_PGCHW = torch.where((round_PG == r)[:, :, None, None, None], of_round_PGCHW, picked_PGCHW)
-        return picked_PGCHW
+    def _gain(self, rounds_SK: list[Tensor]) -> Tensor:
+        return rounds_SK[-1].topk(self.elites, dim=1).values.mean(dim=1) - rounds_SK[0].mean(dim=1)
 
     def _pick(self, order_PK: Tensor, group_size: int) -> Tensor:
         """Which of the candidates seen, ordered best first, are handed out: indices [P, G]."""
@@ -166,11 +163,12 @@ class BestOfK:
 
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
         num_searches = draw.group_size if self.start == "distinct" else 1
-        candidates_PKCHW = draw(SEARCH_STREAM, num_searches * self.candidates)
-        rewards_PK = _estimate(score, candidates_PKCHW, self.estimate_steps, draw.prompt_ids)
+        everyone = range(len(draw.prompt_ids))
+        candidates = Candidates(draw, SEARCH_STREAM, num_searches * self.candidates, everyone)
+        rewards_PK = _estimate(score, candidates, self.estimate_steps)
         best_PS = rewards_PK.unflatten(1, (num_searches, self.candidates)).argmax(dim=2)
         best_PS = best_PS + self.candidates * torch.arange(num_searches, device=best_PS.device)
-        return _hand_out(candidates_PKCHW, rewards_PK, best_PS, draw.group_size)
+        return _hand_out([candidates], rewards_PK, best_PS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,29 +190,63 @@ class RandomSearch:
                 f"noise.start=distinct hands out {draw.group_size} noises of only rounds * candidates = "
                 f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
             )
-        rounds_PKCHW = [draw(SEARCH_STREAM + r, self.candidates) for r in range(self.rounds)]
-        rounds_PK = [_estimate(score, z_PKCHW, self.estimate_steps, draw.prompt_ids) for z_PKCHW in rounds_PKCHW]
-        rewards_PK = torch.cat(rounds_PK, dim=1)
+        everyone = range(len(draw.prompt_ids))
+        rounds = [Candidates(draw, SEARCH_STREAM + r, self.candidates, everyone) for r in range(self.rounds)]
+        rewards_PK = torch.cat([_estimate(score, candidates, self.estimate_steps) for candidates in rounds], dim=1)
         # candidates are exchangeable, so the first ones are random ones
         num_taken = draw.group_size if self.start == "distinct" else 1
         taken_PS = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), -1)
-        return _hand_out(torch.cat(rounds_PKCHW, dim=1), rewards_PK, taken_PS, draw.group_size)
+        return _hand_out(rounds, rewards_PK, taken_PS)
 
 
-def _hand_out(candidates_PKCHW: Tensor, rewards_PK: Tensor, picked_PS: Tensor, group_size: int) -> Noise:
+def _hand_out(rounds: list[Candidates], rewards_PK: Tensor, picked_PS: Tensor) -> Noise:
     """The candidates picked, one for the group or one a sample."""
-    picked_PG = picked_PS.expand(-1, group_size)
+    draw = rounds[0].draw
+    picked_PG = picked_PS.expand(-1, draw.group_size)
     estimates_PG = rewards_PK.gather(1, picked_PG)
     metrics = {"search/gain": (estimates_PG.mean() - rewards_PK.mean()).item()}
-    start_BCHW = _take(candidates_PKCHW, picked_PG).flatten(0, 1)
+    start_BCHW = _Searched(draw, list(rounds[0].prompts), rounds).picked(picked_PG)
     return Noise(start_BCHW, metrics, rewards_PK.numel(), estimates_PG, is_shared=picked_PS.shape[1] == 1)
 
 
-def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int, prompt_ids: list[int]) -> Tensor:
-    rewards_PK = score(candidates_PKCHW, estimate_steps, prompt_ids).float()
-    if rewards_PK.shape != candidates_PKCHW.shape[:2]:
+@dataclass(frozen=True)
+class _Searched:
+    """The rank's samples whose prompts were searched, and their noises, drawn again."""
+
+    draw: NoiseDraw
+    prompts: list[int]
+    rounds: list[Candidates]
+
+    @cached_property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each: its place among the rank's samples, that of its prompt among ``prompts``, its own in the group."""
+        place = {prompt: s for s, prompt in enumerate(self.prompts)}
+        found = [
+            (b, place[row // self.draw.group_size], row % self.draw.group_size)
+            for b, row in enumerate(self.draw.own_rows)
+            if row // self.draw.group_size in place
+        ]
+        table = torch.tensor(found, dtype=torch.int64).view(-1, 3).to(self.draw.device, non_blocking=True)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+    def picked(self, picked_SG: Tensor) -> Tensor:
+        """Those picked for them, of the candidates of all rounds numbered through."""
+        _, prompts_B, places_B = self.indices
+        num = self.rounds[0].num
+        picked_B = picked_SG[prompts_B, places_B]
+        round_B, ids_B = picked_B // num, picked_B % num
+        found_BCHW = self.rounds[0].at(prompts_B, ids_B)
+        for r, candidates in enumerate(self.rounds[1:], start=1):
+            of_round_BCHW = candidates.at(prompts_B, ids_B)
+            found_BCHW = torch.where((round_B == r)[:, None, None, None], of_round_BCHW, found_BCHW)
+        return found_BCHW
+
+
+def _estimate(score: Score, candidates: Candidates, estimate_steps: int) -> Tensor:
+    rewards_PK = score(candidates, estimate_steps).float()
+    if rewards_PK.shape != (len(candidates.prompts), candidates.num):
         raise ValueError(
-            f"score must return {tuple(candidates_PKCHW.shape[:2])} rewards, got {tuple(rewards_PK.shape)}"
+            f"score must return {(len(candidates.prompts), candidates.num)} rewards, got {tuple(rewards_PK.shape)}"
         )
     # sorting puts NaN first: a failed reward would be taken for the best
     if not torch.isfinite(rewards_PK).all():
@@ -225,10 +257,6 @@ def _estimate(score: Score, candidates_PKCHW: Tensor, estimate_steps: int, promp
 def _best_first(rewards_PK: Tensor) -> Tensor:
     # stable, so that equal rewards keep the order of the candidates on every device
     return rewards_PK.sort(dim=1, descending=True, stable=True).indices
-
-
-def _take(candidates_PKCHW: Tensor, indices_PG: Tensor) -> Tensor:
-    return candidates_PKCHW[torch.arange(len(indices_PG), device=indices_PG.device)[:, None], indices_PG]
 
 
 def _check_counts(search: object, *fields: str) -> None:

@@ -23,7 +23,8 @@ from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
 from fastgrpo.rollout import Rollout
-from fastgrpo.trainer import MAX_RATIO_DEVIATION, TrainingError
+from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
+from fastgrpo.types import Samples
 from fastgrpo.update import Update
 
 # module, what it gives, the extra that brings it
@@ -79,7 +80,8 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
         "seed": config.seed,
     }
     prompts = PromptSource(texts, config.num_prompts, config.seed).at(0)
-    conditions = model.encode(prompts.texts)
+    samples = Samples.all_of(prompts, config.group_size)
+    conditions = model.encode(samples.texts)
     draw = NoiseDraw(
         seed=config.seed,
         prompt_ids=prompts.ids,
@@ -89,7 +91,7 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
     )
     start_BCHW = plain_noise(draw)
     trajectories = Rollout(**common, batch_sizes=batch_sizes, solver=build(config.solver))(
-        prompts, conditions, start_BCHW, steps
+        samples, conditions, start_BCHW, steps
     )
     update = Update(
         **common,
@@ -100,7 +102,7 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
         max_grad_norm=1.0,
     )
     advantages_B = torch.linspace(-1, 1, len(start_BCHW), device=model.device)
-    stats = update(trajectories.trained, conditions.repeat(config.group_size), advantages_B, 0)
+    stats = update(trajectories.trained, conditions, advantages_B, update.shares(len(samples), 0))
     return stats.ratio_deviation, len(steps)
 
 

@@ -24,7 +24,7 @@ from fastgrpo.records.run_directory import write_whole
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.train import build_rewards
-from fastgrpo.types import Conditions, Prompts
+from fastgrpo.types import Prompts, Samples
 
 _MAX_NAME = 40
 
@@ -40,13 +40,12 @@ def sample(config: DictConfig) -> None:
     directory = new_directory(config.output)
     model, origin = load_model(config)
     rollout = Rollout(model=model, grid=grid, dynamics=ODE(), batch_sizes=build_batch_sizes(config), seed=config.seed)
-    common = {"rollout": rollout, "seed": config.seed}
-    start_noise: Callable[[Prompts, Conditions], Tensor]
+    start_noise: Callable[[Samples], Tensor]
     if rewards is not None:
-        found = StartNoise(algorithm=algorithm, rewards=rewards, group_size=config.images_per_prompt, **common)
-        start_noise = partial(_searched, found)
+        search = StartNoise(algorithm=algorithm, rewards=rewards, rollout=rollout, seed=config.seed)
+        start_noise = partial(_searched, search)
     else:
-        start_noise = partial(_plain, num_images=config.images_per_prompt, **common)
+        start_noise = partial(_plain, rollout=rollout, seed=config.seed)
     sampler = Sampler(rollout=rollout, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
     pages, labels = [], []
     for index, (text, images_BCHW) in enumerate(zip(texts, sampler(texts), strict=True)):
@@ -64,7 +63,7 @@ class Sampler:
     """``images_per_prompt`` images [B, 3, H, W] of each text, each from its start noise."""
 
     rollout: Rollout
-    start_noise: Callable[[Prompts, Conditions], Tensor]
+    start_noise: Callable[[Samples], Tensor]
     images_per_prompt: int
 
     def __call__(self, texts: list[str]) -> Iterator[Tensor]:
@@ -73,20 +72,22 @@ class Sampler:
         for first in range(0, len(texts), prompts_at_once):
             part = texts[first : first + prompts_at_once]
             prompts = Prompts(part, ids=list(range(first, first + len(part))))
-            conditions = self.rollout.model.encode(part)
-            images_BCHW = self.rollout(prompts, conditions, self.start_noise(prompts, conditions), ()).images_BCHW
+            samples = Samples.all_of(prompts, self.images_per_prompt)
+            conditions = self.rollout.model.encode(samples.texts)
+            images_BCHW = self.rollout(samples, conditions, self.start_noise(samples), ()).images_BCHW
             yield from images_BCHW.split(self.images_per_prompt)
 
 
-def _searched(search: StartNoise, prompts: Prompts, conditions: Conditions) -> Tensor:
-    noise = search(prompts, conditions)
+def _searched(search: StartNoise, samples: Samples) -> Tensor:
+    noise = search(samples)
     if noise.num_scored == 0:
         raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
     return noise.start_BCHW
 
 
-def _plain(prompts: Prompts, conditions: Conditions, *, rollout: Rollout, num_images: int, seed: int) -> Tensor:
-    return plain_noise(NoiseDraw(seed, prompts.ids, num_images, rollout.model.latent_shape, rollout.model.device))
+def _plain(samples: Samples, *, rollout: Rollout, seed: int) -> Tensor:
+    model = rollout.model
+    return plain_noise(NoiseDraw(seed, samples.prompts.ids, samples.group_size, model.latent_shape, model.device))
 
 
 def _texts(config: DictConfig) -> list[str]:

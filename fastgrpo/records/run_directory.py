@@ -1,6 +1,7 @@
 """The directory of one run, and where each thing in it lies.
 
-    config.yaml  golden.json  metrics.jsonl  tensorboard/  images/  curves.png  summary.json  checkpoints/step_*/  lora/
+    config.yaml  golden.json  metrics.jsonl  ranks.jsonl  tensorboard/  images/  curves.png  summary.json
+    checkpoints/step_*/  lora/
 
 Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
 holds a lock on it.
@@ -62,6 +63,15 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def ranks(self) -> Path:
+        """How long each rank took for each stage of each iteration, where there are several."""
+        return self.path / "ranks.jsonl"
+
+    def failed_batch(self, rank: int) -> Path:
+        """What a rank leaves for study when its iteration went wrong."""
+        return self.path / f"failed_batch{f'_rank_{rank}' * (rank > 0)}.safetensors"
 
     @property
     def tensorboard(self) -> Path:

@@ -11,7 +11,6 @@ Letters: P prompts, G samples of a prompt, B = P * G images, prompt-major.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,10 +74,20 @@ class Rewards:
                 except ValueError as error:
                     raise ValueError(f"reward {name!r} cannot judge the prompt {prompt!r}: {error}") from error
 
-    def begin(self, prompts: list[str], group_size: int) -> Scores[types.Rewards]:
-        """Every reward of images of P prompts, to be added ``group_size`` a prompt in a row, then collected."""
-        texts = [text for text in prompts for _ in range(group_size)]
-        return Scores(self.scoring, self.all, texts, partial(self._grouped, group_size))
+    def begin(self, texts: list[str]) -> Scores[Tensor]:
+        """Every reward of images to come, one text an image: [B, R], a column for each of ``all``."""
+        return Scores(self.scoring, self.all, texts, lambda named_B: torch.stack(list(named_B.values()), dim=1))
+
+    def of_groups(self, rewards_BR: Tensor, group_size: int) -> types.Rewards:
+        """What advantages are made of: the columns that ``begin`` collects, of all B = P * G images."""
+        named_PG = {
+            name: reward_B.view(-1, group_size) for name, reward_B in zip(self.all, rewards_BR.unbind(1), strict=True)
+        }
+        total_PG = self._total(named_PG)
+        learned_PG = total_PG
+        if self.normalize:
+            learned_PG = self._total({name: _normalized(named_PG[name]) for name in self.terms})
+        return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=learned_PG)
 
     def begin_search(self, texts: list[str]) -> Scores[Tensor]:
         """The total [B] alone, one text an image: what a noise search asks for.
@@ -93,23 +102,16 @@ class Rewards:
             raise ValueError(
                 f"{len(images_BCHW)} images are not a whole number of images for each of {len(prompts)} prompts"
             )
-        scores = self.begin(prompts, len(images_BCHW) // len(prompts))
+        group_size = len(images_BCHW) // len(prompts)
+        scores = self.begin([text for text in prompts for _ in range(group_size)])
         scores.add(images_BCHW)
-        return scores.collect()
+        return self.of_groups(scores.collect(), group_size)
 
     def score(self, images_BCHW: Tensor, texts: list[str]) -> Tensor:
         """The total [B] alone, one text an image."""
         scores = self.begin_search(texts)
         scores.add(images_BCHW)
         return scores.collect()
-
-    def _grouped(self, group_size: int, named_B: Mapping[str, Tensor]) -> types.Rewards:
-        named_PG = {name: reward_B.view(-1, group_size) for name, reward_B in named_B.items()}
-        total_PG = self._total(named_PG)
-        learned_PG = total_PG
-        if self.normalize:
-            learned_PG = self._total({name: _normalized(named_PG[name]) for name in self.terms})
-        return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=learned_PG)
 
     def _total(self, named: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * named[name] for name in self.terms]).sum(dim=0)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.runtime.spread import Spread
+from fastgrpo.runtime.timing import waiting
 
 Result = TypeVar("Result")
 
@@ -141,10 +142,10 @@ class World:
                 dist.barrier(group=self.control)
 
     def _all_gather(self, tensor: Tensor, what: str) -> Tensor:
-        everyone = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        everyone = tensor.new_empty(self.size, *tensor.shape)
         with self._exchange(what):
-            dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
-        return everyone.unflatten(0, (self.size, len(tensor)))
+            dist.all_gather(list(everyone.unbind()), tensor.contiguous(), group=self.group)
+        return everyone
 
     def _raise_together(self, error: Exception | None) -> None:
         failures = self.everyones(None if error is None else _described(self.rank, error), "failures")
@@ -155,7 +156,8 @@ class World:
         # not cleared on failure: then it says where this rank stood
         self.waiting_in = what
         self.num_exchanges += 1
-        yield
+        with waiting():
+            yield
         self.waiting_in = ""
 
 

@@ -1,16 +1,22 @@
-"""Seconds per stage of an iteration, without a host sync while it runs, and which stage that is for profilers."""
+"""Seconds per stage of an iteration, without a host sync while it runs, and which stage that is for profilers.
+
+Of each stage, how long this rank waited for the others in it is counted apart.
+"""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.profiler import record_function
 
 # before a stage's name in a trace
 STAGE = "stage/"
+# before the name of the stage that waits for other ranks
+WAIT = "wait/"
 NO_STAGE = "between stages"
 _running = [NO_STAGE]
+_timers: list["StageTimer"] = []
 
 
 class StageTimer:
@@ -22,18 +28,27 @@ class StageTimer:
         self._start = self._now()
 
     @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Part of the running stage in which other ranks are waited for."""
+        start = self._now()
+        yield
+        self._spans.append((WAIT + running_stage(), start, self._now()))
+
+    @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = self._now()
         _running.append(stage)
+        _timers.append(self)
         try:
             with record_function(STAGE + stage):
                 yield
         finally:
             _running.pop()
+            _timers.pop()
         self._spans.append((stage, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage, and of everything since the timer was made under ``iteration``."""
+        """Seconds of each stage, of waiting in it, and of everything since the timer was made under ``iteration``."""
         end = self._now()
         if self._is_cuda:
             torch.cuda.synchronize()
@@ -56,6 +71,11 @@ class StageTimer:
         assert isinstance(first, float)
         assert isinstance(last, float)
         return last - first
+
+
+def waiting() -> AbstractContextManager[None]:
+    """``StageTimer.waiting`` of the stage that the process is in, if it is in one."""
+    return _timers[-1].waiting() if _timers else nullcontext()
 
 
 def running_stage() -> str:

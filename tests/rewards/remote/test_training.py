@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fault_proxy import Fault, FaultProxy, garbage, partial
 from fastgrpo import cli
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 from tests.rewards.remote.scripted import free_port, redness, served
 from tests.tiny_config import make_overrides
 
@@ -59,7 +59,7 @@ def run(server: Server, weights: Path, output: Path, *words: str) -> int:
 def result(output: Path) -> dict[str, Any]:
     """Everything that was measured but time and memory, and everything that was learned."""
     varying = ("seconds", "images_per_second", "peak_bytes")
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = read_rows(output / "metrics.jsonl")
     metrics = [{key: value for key, value in row.items() if not key.startswith(varying)} for row in rows]
     assert [row["iteration"] for row in metrics] == list(range(NUM_ITERATIONS + 1))
     step = output / f"checkpoints/step_{NUM_ITERATIONS:06d}"
@@ -80,7 +80,7 @@ def after_iteration(iteration: int, output: Path, fault: Fault, times: int) -> C
     left = iter([fault] * times)
 
     def plan() -> Fault | None:
-        rows = read_metrics(output / "metrics.jsonl")
+        rows = read_rows(output / "metrics.jsonl")
         return next(left, None) if rows and rows[-1]["iteration"] >= iteration else None
 
     return plan
@@ -122,7 +122,7 @@ def test_a_run_whose_server_stays_dead_stops_saved_and_resumes_to_the_same_end(
     said = capsys.readouterr().err
     assert "reward 'red' at" in said
     assert "no answer after" in said
-    done = read_metrics(output / "metrics.jsonl")[-1]["iteration"]
+    done = read_rows(output / "metrics.jsonl")[-1]["iteration"]
     assert 1 <= done < NUM_ITERATIONS
     assert f"iteration {done} is saved, go on with resume=true" in said
     assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step_{done:06d}"]
@@ -136,4 +136,4 @@ def test_a_run_whose_server_refuses_it_stops_before_it_trains(
 ) -> None:
     assert run(server, tiny_weights, tmp_path / "run", "reward.terms.http.name=blue") == cli.FAILED
     assert "status 404" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -1,0 +1,51 @@
+"""When a run must not go on: a ratio or gradients that are broken.  Letters: B samples of this rank."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from fastgrpo.types import Trajectories
+from fastgrpo.update import UpdateStats
+
+# float32 replays are exact and bfloat16 ones nearly: beyond this the update learns from another policy's samples
+MAX_RATIO_DEVIATION = 1e-2
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message says what happened, what was saved and what to try."""
+
+
+class Preempted(TrainingError):
+    """A run that was asked to stop by a signal; it is saved, and goes on with resume=true."""
+
+
+@dataclass(kw_only=True)
+class Health:
+    """Called with each iteration's statistics, which are those of all ranks: they stop together."""
+
+    failed_batch: Path
+    skipped_in_a_row: int = field(default=0, init=False)
+
+    def __call__(self, iteration: int, stats: UpdateStats, trajectories: Trajectories, advantages_B: Tensor) -> None:
+        """TrainingError if the ratio or several iterations' gradients are broken; the batch is saved for study."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped_steps else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            why = (
+                f"{self.skipped_in_a_row} iterations in a row had gradients that are not finite; "
+                "lower train.learning_rate"
+            )
+        elif not stats.skipped_steps and stats.ratio_deviation > MAX_RATIO_DEVIATION:
+            why = (
+                f"ratio_deviation is {stats.ratio_deviation:.2g} before the first optimizer step, where the ratio must "
+                "be 1: rollout and update disagree; run fastgrpo doctor, or use model.dtype=float32"
+            )
+        else:
+            return
+        kept = vars(trajectories) | vars(trajectories.trained) | {"advantages_B": advantages_B}
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        owned = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        safetensors.torch.save_file(owned, self.failed_batch)
+        raise TrainingError(f"iteration {iteration}: {why}; its samples are in {self.failed_batch}")
