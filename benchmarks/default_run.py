@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.report import RESULTS, table, write_report
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.run_directory import RunDirectory
 
 STAGES = ("encode", "search", "rollout", "reward", "update")
@@ -27,7 +27,7 @@ def main() -> None:
     subprocess.run(command, check=True)
     wall = time.perf_counter() - start
     run = RunDirectory(arguments.out)
-    rows = read_metrics(run.metrics)
+    rows = read_rows(run.metrics)
     trained = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval/shapes_strict" in row]
     seconds = {stage: sum(row[f"seconds/{stage}"] for row in trained) for stage in (*STAGES, "iteration", "checkpoint")}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table, write_report
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 
 VARYING = ("seconds", "images_per_second", "peak_bytes")
 SETTINGS = (
@@ -117,7 +117,7 @@ def _kill(output: Path, arguments: argparse.Namespace, pace: Pace, generator: ra
 
 def _lines(output: Path) -> list[int]:
     """The iterations that have been written."""
-    return [row["iteration"] for row in read_metrics(output / "metrics.jsonl")]
+    return [row["iteration"] for row in read_rows(output / "metrics.jsonl")]
 
 
 def _differences(output: Path, undisturbed: Path) -> list[str]:
@@ -137,7 +137,7 @@ def _differences(output: Path, undisturbed: Path) -> list[str]:
 
 
 def _lasting(output: Path) -> dict[tuple[int, str], Any]:
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = read_rows(output / "metrics.jsonl")
     return {(r["iteration"], key): value for r in rows for key, value in r.items() if not key.startswith(VARYING)}
 
 

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.report import RESULTS, table, write_report
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 
 METRIC = "eval/shapes_strict"
 
@@ -77,7 +77,7 @@ def _directory(recipe: str, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def _curve(output: Path) -> dict[str, Any]:
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = read_rows(output / "metrics.jsonl")
     evaluations = [row for row in rows if row.get(METRIC) is not None]
     trained = [row for row in rows if "reward/total" in row]
     stages = ("encode", "search", "rollout", "reward", "update")

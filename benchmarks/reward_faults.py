@@ -24,7 +24,7 @@ from benchmarks.fault_proxy import Fault, FaultProxy, garbage, partial, slow
 from benchmarks.kill_resume import VARYING
 from benchmarks.report import table, write_report
 from benchmarks.reward_server import Server
-from fastgrpo.metrics import read_metrics
+from fastgrpo.records.json_lines import read_rows
 
 SETTINGS = (
     "reward=http",
@@ -80,7 +80,7 @@ class Runs:
 
     def lines(self, case: str) -> int:
         """The last iteration that was written."""
-        rows = read_metrics(self.out / case / "metrics.jsonl")
+        rows = read_rows(self.out / case / "metrics.jsonl")
         return rows[-1]["iteration"] if rows else -1
 
     def disturbed(self, case: str, fault: Fault, times: int) -> Callable[[], Fault | None]:
@@ -198,7 +198,7 @@ def _killing(server: Server, *, restart: bool) -> Fault:
 
 
 def _lasting(output: Path) -> dict[tuple[int, str], Any]:
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = read_rows(output / "metrics.jsonl")
     return {(r["iteration"], key): value for r in rows for key, value in r.items() if not key.startswith(VARYING)}
 
 
