@@ -7,61 +7,68 @@
         state.json              everything else
         manifest.json           size and SHA-256 of each, written last
 
-Each appears by one rename (``sealed.py``); one that is half written or damaged is never loaded.
+Each appears by one rename (``sealed.py``); one that is half written or damaged is never loaded.  Of several ranks, each
+writes its part (``shards.py``), as ``weights_of_rank_3.safetensors``; any number of ranks can go on from it.
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
+import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo.runtime.sealed import REPLACED, TEMPORARY, read_sealed, write_sealed
-from fastgrpo.runtime.tensor_tree import flatten, unflatten
+from fastgrpo.runtime.distributed import RankFailure, World
+from fastgrpo.runtime.sealed import (
+    MANIFEST,
+    REPLACED,
+    TEMPORARY,
+    begin_sealed,
+    check_files,
+    finish_sealed,
+    read_manifest,
+    write_files,
+)
+from fastgrpo.runtime.shards import own_shards, write_shards
+from fastgrpo.train_state import KINDS, STATE, CheckpointError, TrainState, as_named_tensors, read_state
 
-FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+# a rank may be this much slower than another at writing its part
+_PATIENCE = timedelta(hours=1)
 _NAME = re.compile(rf"({re.escape(REPLACED)})?step_(\d+)")
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names the path and the remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """All that a run needs to go on.  ``model`` is a fingerprint of the frozen base that the weights belong to."""
-
-    iteration: int
-    seconds: float
-    weights: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    model: str
-    extra: dict[str, Any]
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Checkpoint:
-    """The checkpoints of one run: saved each ``every`` iterations, the last ``keep`` of them kept."""
+    """The checkpoints of one run: saved each ``every`` iterations, the last ``keep`` of them kept.
+
+    All ranks of ``world`` call its methods together.  What is saved ``asynchronous``ly stands after ``wait``, which
+    every other method begins with.
+    """
 
     directory: Path
     every: int
     keep: int
+    world: World = field(default_factory=World)
+    asynchronous: bool = False
+    _pending: Future[None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "directory", Path(self.directory))
+        self.directory = Path(self.directory)
         if self.every < 1:
             raise ValueError(f"checkpoint.every must be at least 1, got {self.every}")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writers = _beside(self.world)
 
     def save_if_due(self, state: TrainState) -> Path | None:
         """Save when the iteration is a multiple of ``every``."""
@@ -70,26 +77,36 @@ class Checkpoint:
     def save(self, state: TrainState) -> Path:
         """Write ``step_<iteration>``, then delete what it makes superfluous.
 
-        Raises CheckpointError when it cannot be written; earlier checkpoints are intact then.
+        Asynchronously, this returns when the state has been copied.  Raises CheckpointError, on all ranks, when this
+        checkpoint or a pending one cannot be written; earlier ones are intact then.
         """
+        self.wait()
         path = self.directory / f"step_{state.iteration:06d}"
-        files = _writers(state)
+        tensors, text = as_named_tensors(state)
         try:
-            write_sealed(path, files)
-        # safetensors reports a full disk as its own error
-        except (OSError, safetensors.SafetensorError) as error:
-            remedy = "free space on that disk, lower checkpoint.keep, or set the run's directory to another disk"
-            raise CheckpointError(f"cannot write checkpoint {path} ({error}); {remedy}") from error
-        self._delete_superfluous(state.iteration)
+            temporary = self.world.on_first(partial(begin_sealed, path), "the directory of a checkpoint")
+            files = self.world.together(lambda: self._files(tensors, text), "the copy of a checkpoint")
+        except (OSError, RuntimeError) as error:
+            raise self._failure(path, error) from error
+        self._pending = self._thread.submit(self._write, path, temporary, files, state.iteration)
+        if not self.asynchronous:
+            self.wait()
         return path
+
+    def wait(self) -> None:
+        """Until a pending save is done; CheckpointError, on all ranks, if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is complete and undamaged; others are skipped with a warning."""
+        self.wait()
         # a replaced one counts only if the run was killed before its replacement stood in its place
-        for path in sorted(self._paths(), key=lambda path: (_iteration(path), path.name), reverse=True):
+        for path in self.world.on_first(lambda: sorted(self._paths(), key=_age, reverse=True), "checkpoints"):
             try:
-                read_sealed(path, FILES)
-            except ValueError as error:
+                self._verify(path)
+            except (ValueError, RankFailure) as error:
                 _log.warning("skipping checkpoint %s: %s", path, error)
             else:
                 return path
@@ -97,26 +114,66 @@ class Checkpoint:
 
     def load(self, path: str | Path) -> TrainState:
         """The state in a checkpoint, bit for bit, on the CPU.  CheckpointError names the file at fault."""
-        path = Path(path)
-        remedy = "resume from another checkpoint, or delete this one"
+        return self._load(Path(path), None)
+
+    def load_matching(self, path: str | Path, fresh: TrainState) -> TrainState:
+        """As ``load``; CheckpointError unless it belongs to the model of ``fresh``, the state of a run just begun.
+
+        What is sharded in ``fresh``, and the optimizer's tensors of that shape, are sharded and placed as there.
+        """
+        return self._load(Path(path), fresh)
+
+    def _files(self, tensors: Mapping[str, Tensor], text: str) -> dict[str, Callable[[Path], object]]:
+        """How each file of this rank is written, from copies of its tensors."""
+        rank, size = self.world.rank, self.world.size
+        of_rank = f"_of_rank_{rank}" if size > 1 else ""
+        shards = own_shards(tensors, rank, size)
+        files: dict[str, Callable[[Path], object]] = {}
+        for kind in KINDS:
+            own = {name: shard for name, shard in shards.items() if name.startswith(f"{kind}/")}
+            if own:
+                files[f"{kind}{of_rank}.safetensors"] = partial(write_shards, shards=own)
+        if self.world.is_first:
+            files[STATE] = lambda path: path.write_text(text, encoding="utf-8")
+        return files
+
+    def _write(self, path: Path, temporary: Path, files: dict[str, Callable[[Path], object]], iteration: int) -> None:
+        """In a thread of each rank; they meet in a group of their own, since training uses the others meanwhile."""
+        try:
+            own = self._writers.together(lambda: write_files(temporary, files), "files")
+            entries = {name: entry for part in self._writers.everyones(own, "entries") for name, entry in part.items()}
+            self._writers.on_first(lambda: finish_sealed(temporary, path, entries), "the manifest")
+        # safetensors reports a full disk as its own error, gloo a rank that has died as a RuntimeError
+        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+            if self.world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise self._failure(path, error) from error
+        if self.world.is_first:
+            self._delete_superfluous(iteration)
+
+    def _failure(self, path: Path, error: Exception) -> CheckpointError:
+        remedy = "free space on that disk, lower checkpoint.keep, or set the run's directory to another disk"
+        of_rank = f"rank {self.world.rank}: " if self.world.size > 1 and not isinstance(error, RankFailure) else ""
+        return CheckpointError(f"cannot write checkpoint {path} ({of_rank}{error}); {remedy}")
+
+    def _verify(self, path: Path) -> None:
+        """ValueError or RankFailure, naming the file, if the checkpoint is not complete and exactly as written."""
+        entries = self.world.on_first(lambda: _listed(path), "a manifest")
+        own = dict(sorted(entries.items())[self.world.rank :: self.world.size])
+        self.world.together(lambda: check_files(path, own), "hashes")
+
+    def _load(self, path: Path, fresh: TrainState | None) -> TrainState:
+        self.wait()
         if not path.is_dir():
             raise CheckpointError(f"checkpoint {path} does not exist; give the path of a step_* directory")
         try:
-            return _from_files(read_sealed(path, FILES))
-        except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+            self._verify(path)
+            return self.world.together(lambda: read_state(path, fresh), "a checkpoint")
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            remedy = "resume from another checkpoint, or delete this one"
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}; {remedy}") from error
-
-    def load_matching(self, path: str | Path, fresh: TrainState) -> TrainState:
-        """As ``load``; CheckpointError unless it belongs to the model of ``fresh``, the state of a run just begun."""
-        state = self.load(path)
-        remedy = "use the model and LoRA settings it was saved with, or start a new run with another name"
-        if state.model != fresh.model:
-            raise CheckpointError(f"checkpoint {path} is of model {state.model}, this run's is {fresh.model}; {remedy}")
-        for kind, saved, wanted in (("weights", state.weights, fresh.weights), ("ema", state.ema, fresh.ema)):
-            difference = _first_difference(saved, wanted)
-            if difference:
-                raise CheckpointError(f"checkpoint {path} does not fit this run's {kind}: {difference}; {remedy}")
-        return state
 
     def _paths(self) -> list[Path]:
         return [path for path in self.directory.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -139,65 +196,31 @@ class Checkpoint:
         yield from current[self.keep :]
 
 
+def _age(path: Path) -> tuple[int, str]:
+    return _iteration(path), path.name
+
+
 def _iteration(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[2])
 
 
-def _writers(state: TrainState) -> dict[str, Callable[[Path], object]]:
-    """How each file but the manifest is written."""
-    optimizer, optimizer_tensors = flatten(state.optimizer)
-    values = {
-        "iteration": state.iteration,
-        "seconds": state.seconds,
-        "model": state.model,
-        "extra": state.extra,
-        "optimizer": optimizer,
-    }
-    text = json.dumps(values, indent=1)
-    if json.loads(text)["extra"] != state.extra:
-        raise ValueError("extra does not survive JSON; use string keys, lists, strings and finite numbers only")
-    return {
-        "weights.safetensors": partial(safetensors.torch.save_file, _owned(state.weights)),
-        "ema.safetensors": partial(safetensors.torch.save_file, _owned(state.ema)),
-        "optimizer.safetensors": partial(safetensors.torch.save_file, _owned(optimizer_tensors)),
-        "state.json": lambda path: path.write_text(text, encoding="utf-8"),
-    }
+def _beside(world: World) -> World:
+    """The same ranks in a group of their own, for a thread."""
+    if world.size == 1:
+        return World()
+    ranks = dist.get_process_group_ranks(world.control)
+    group = dist.new_group(ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=True)
+    return World(rank=world.rank, size=world.size, control=group)
 
 
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each with a storage of its own, as safetensors asks for: tied tensors and views are copied."""
-    storages: set[int] = set()
-    owned = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-        owned[name] = tensor.clone() if is_view or pointer in storages else tensor
-        storages.add(pointer)
-    return owned
-
-
-def _from_files(files: Mapping[str, bytes]) -> TrainState:
-    values = json.loads(files["state.json"])
-    weights, ema, optimizer_tensors = (safetensors.torch.load(files[name]) for name in FILES[:3])
-    return TrainState(
-        iteration=values["iteration"],
-        seconds=values["seconds"],
-        weights=weights,
-        ema=ema,
-        optimizer=unflatten(values["optimizer"], optimizer_tensors),
-        model=values["model"],
-        extra=values["extra"],
-    )
-
-
-def _first_difference(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    for name in sorted(saved.keys() ^ wanted.keys()):
-        return f"{name} is only in {'the checkpoint' if name in saved else 'the run'}"
-    for name, tensor in saved.items():
-        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-            here, there = (f"{list(t.shape)} {t.dtype}" for t in (wanted[name], tensor))
-            return f"{name} is {there} in the checkpoint and {here} in the run"
-    return None
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    entries = read_manifest(path)
+    if STATE not in entries:
+        raise ValueError(f"{path / MANIFEST} lists no {STATE}")
+    for file in path.glob("*.safetensors"):
+        # every one of them would be read
+        if file.name not in entries:
+            raise ValueError(f"{file} is not in {MANIFEST}")
+    return entries

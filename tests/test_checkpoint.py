@@ -18,8 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.checkpoint import FILES, Checkpoint, CheckpointError, TrainState
+from fastgrpo.checkpoint import Checkpoint, CheckpointError, TrainState
 from fastgrpo.runtime.sealed import MANIFEST, REPLACED
+
+FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -235,7 +237,7 @@ def test_what_json_would_change_is_refused_before_writing(checkpoint: Checkpoint
     assert not checkpoint.directory.exists()
 
 
-@pytest.mark.parametrize("failing_call", range(6))
+@pytest.mark.parametrize("failing_call", range(7))
 def test_a_full_disk_leaves_the_earlier_checkpoints(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, failing_call: int
 ) -> None:
@@ -260,7 +262,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(
 def test_a_full_disk_that_safetensors_reports_is_named_too(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
