@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shapes": set(),
     "algorithm": {"types"},
     "models": {"types", "private_directory"},
-    "rewards": {"types", "shapes"},
+    "rewards": {"types", "shapes", "runtime"},
     "runtime": {"types", "private_directory"},
     "records": {"types"},
     **dict.fromkeys(STAGES, STAGES | BELOW_STAGES),
