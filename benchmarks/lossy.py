@@ -26,7 +26,7 @@ from fastgrpo.model_on_device import build_batch_sizes, build_model
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Trajectories
+from fastgrpo.types import Prompts, Samples, Trajectories
 from fastgrpo.update import Update
 
 EXACT = "exact"
@@ -100,9 +100,10 @@ class Bench:
             seed=self.seed + other_noise,
             solver=solver,
         )
-        conditions = model.encode(self.prompts.texts)
+        samples = Samples.all_of(self.prompts, self.group_size)
+        conditions = model.encode(samples.texts)
         draw = NoiseDraw(other_noise, self.prompts.ids, self.group_size, model.latent_shape, model.device)
-        return timed(lambda: rollout(self.prompts, conditions, plain_noise(draw), self.trained_steps))
+        return timed(lambda: rollout(samples, conditions, plain_noise(draw), self.trained_steps))
 
     def ratio_deviation(self, option: str, trajectories: Trajectories) -> float:
         model, _ = self._model_and_solver(option)
@@ -119,7 +120,8 @@ class Bench:
         )
         advantages_B = torch.linspace(-1, 1, len(trajectories.start_BCHW), device=model.device)
         conditions_B = model.encode(self.prompts.texts).repeat(self.group_size)
-        return update(trajectories.trained, conditions_B, advantages_B, 0).ratio_deviation
+        shares = update.shares(len(advantages_B), 0)
+        return update(trajectories.trained, conditions_B, advantages_B, shares).ratio_deviation
 
     def __call__(self, rounds: int) -> dict[str, dict[str, float]]:
         """Facts of each option, and of other noise in place of another option: how far apart any two images are."""

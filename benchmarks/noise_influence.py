@@ -21,7 +21,7 @@ from benchmarks.search_ablation import Judge
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.noise import START_STREAM, rank_correlation
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts
+from fastgrpo.types import Prompts, Samples
 
 # name, dynamics, stochastic steps of 10
 CASES: tuple[tuple[str, Dynamics, tuple[int, ...]], ...] = (
@@ -49,7 +49,7 @@ def main() -> None:
     judge.prompts = Prompts(judge.prompts.texts[: arguments.prompts], judge.prompts.ids[: arguments.prompts])
     judge.conditions = judge.conditions[: arguments.prompts]
     start_PZCHW = judge.draw(0, arguments.noises)(START_STREAM, arguments.noises)
-    estimates_PZ = judge.estimate(start_PZCHW, arguments.estimate_steps, judge.prompts.ids)
+    estimates_PZ = judge.estimate(start_PZCHW, arguments.estimate_steps)
     rows, data = [], {}
     for name, dynamics, steps in CASES:
         start_BCHW = start_PZCHW.repeat_interleave(arguments.trajectories, dim=1).flatten(0, 1)
@@ -76,7 +76,9 @@ def _rewards(judge: Judge, dynamics: Dynamics, steps: tuple[int, ...], start_BCH
     rollout = Rollout(
         model=judge.model, grid=judge.algorithm.grid, dynamics=dynamics, batch_sizes=judge.batch_sizes, seed=0
     )
-    images_BCHW = rollout(judge.prompts, judge.conditions, start_BCHW, steps).images_BCHW
+    samples = Samples.all_of(judge.prompts, len(start_BCHW) // len(judge.prompts))
+    conditions = judge.conditions.repeat(samples.group_size)
+    images_BCHW = rollout(samples, conditions, start_BCHW, steps).images_BCHW
     return judge.rewards(images_BCHW, judge.prompts.texts).named["shapes"]
 
 

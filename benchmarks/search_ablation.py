@@ -16,13 +16,13 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import NoiseDraw, NoiseProposal, plain_noise, rank_correlation
+from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal, plain_noise, rank_correlation
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.model_on_device import build_batch_sizes, build_model
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts
+from fastgrpo.types import Prompts, Samples
 
 ESTIMATE_STEPS = (1, 2, 4)
 
@@ -51,11 +51,16 @@ class Judge:
 
     def images(self, noise_BCHW: Tensor, grid: tuple[float, ...]) -> Tensor:
         rollout = Rollout(model=self.model, grid=grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=0)
-        return rollout(self.prompts, self.conditions, noise_BCHW, ()).images_BCHW
+        samples = Samples.all_of(self.prompts, len(noise_BCHW) // len(self.prompts))
+        return rollout(samples, self.conditions.repeat(samples.group_size), noise_BCHW, ()).images_BCHW
 
-    def estimate(self, noise_PKCHW: Tensor, num_steps: int, prompt_ids: list[int]) -> Tensor:
-        """The searches' ``score``; of all prompts at once, as the searches compared here ask."""
-        assert prompt_ids == self.prompts.ids
+    def score(self, candidates: Candidates, num_steps: int) -> Tensor:
+        """That of the searches; of all prompts at once, as the searches compared here ask."""
+        assert candidates.prompt_ids == self.prompts.ids
+        return self.estimate(candidates.all(), num_steps)
+
+    def estimate(self, noise_PKCHW: Tensor, num_steps: int) -> Tensor:
+        """Rewards [P, K] of the images that a few steps lead to."""
         images_BCHW = self.images(noise_PKCHW.flatten(0, 1), self.algorithm.estimate_grid(num_steps))
         texts = [text for text in self.prompts.texts for _ in range(noise_PKCHW.shape[1])]
         return self.rewards.score(images_BCHW, texts).view(noise_PKCHW.shape[:2])
@@ -91,12 +96,12 @@ def main() -> None:
     for steps in ESTIMATE_STEPS:
         noises = [plain_noise(judge.draw(seed, 16)) for seed in arguments.seeds]
         correlations = [
-            rank_correlation(judge.estimate(noise.unflatten(0, (-1, 16)), steps, judge.prompts.ids), final["shapes"])
+            rank_correlation(judge.estimate(noise.unflatten(0, (-1, 16)), steps), final["shapes"])
             for noise, final in zip(noises, plain, strict=True)
         ]
         results[f"rank correlation, {steps} steps"] = statistics.fmean(correlations)
         for name, proposal in methods(arguments.candidates, steps).items():
-            finals = [judge.final(proposal(judge.draw(seed, 1), judge.estimate).start_BCHW) for seed in arguments.seeds]
+            finals = [judge.final(proposal(judge.draw(seed, 1), judge.score).start_BCHW) for seed in arguments.seeds]
             results[f"{name}, {steps} steps"] = _summary(finals)
             print(name, steps, results[f"{name}, {steps} steps"], flush=True)
     _report(results, arguments)

@@ -35,8 +35,8 @@ from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
 
 
-def train(config: DictConfig) -> Path | None:
-    """Run a checked ``train`` config to its end; returns the run directory, on the first rank alone."""
+def train(config: DictConfig) -> Path:
+    """Run a checked ``train`` config to its end, on all ranks that torchrun started; returns the run directory."""
     world = join_world(device_of(config), config.distributed.timeout_seconds)
     trainer = build_trainer(config, world)
     trainer.resume()
@@ -47,7 +47,7 @@ def train(config: DictConfig) -> Path | None:
             trainer.model.save_lora(RunDirectory(directory).lora)
     world.barrier("the end of the run")
     leave_world()
-    return directory if world.is_first else None
+    return directory
 
 
 def build_trainer(config: DictConfig, world: World | None = None) -> Trainer:

@@ -8,7 +8,7 @@ import torch
 from fastgrpo.models.fp8 import Fp8Linear
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Trajectories
+from fastgrpo.types import Samples, Trajectories
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 
@@ -44,10 +44,10 @@ def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
 
 
 def first_rollout(trainer: Trainer) -> Trajectories:
-    prompts = trainer.prompts.at(0)
-    conditions = trainer.model.encode(prompts.texts)
-    noise = trainer.start_noise(prompts, conditions, 0)
-    return trainer.rollout(prompts, conditions, noise.start_BCHW, trainer._trained_steps(), is_shared=noise.is_shared)
+    samples = Samples.all_of(trainer.prompts.at(0), trainer.group_size)
+    conditions = trainer.model.encode(samples.texts)
+    noise = trainer.start_noise(samples, 0)
+    return trainer.rollout(samples, conditions, noise.start_BCHW, trainer._trained_steps(), is_shared=noise.is_shared)
 
 
 @pytest.fixture(scope="module")

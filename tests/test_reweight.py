@@ -16,7 +16,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.batch_size import BatchSize
-from fastgrpo.types import Prompts
+from fastgrpo.types import Prompts, Samples
 from fastgrpo.update import Update
 
 GRID = SD3Schedule(5)()
@@ -43,8 +43,16 @@ def make_model(weights: Path, adaptation=None, **settings) -> StableDiffusion3:
     return model
 
 
-def roll(model: StableDiffusion3, dynamics: Dynamics, differentiated: Sequence[int] = (), micro_batch: int = 4):
-    start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+def roll(
+    model: StableDiffusion3,
+    dynamics: Dynamics,
+    num_differentiated: int = 0,
+    micro_batch: int = 4,
+    rows: Sequence[int] = range(6),
+):
+    """Of samples in the order of ``rows``."""
+    start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))[list(rows)]
+    samples = Samples(PROMPTS, GROUP_SIZE, tuple(rows))
     rollout = Rollout(
         model=model,
         grid=GRID,
@@ -52,7 +60,7 @@ def roll(model: StableDiffusion3, dynamics: Dynamics, differentiated: Sequence[i
         batch_sizes=BatchSizes.of(micro_batch),
         seed=3,
     )
-    return rollout(PROMPTS, model.encode(PROMPTS.texts), start, STEPS, differentiated=differentiated)
+    return rollout(samples, model.encode(samples.texts), start, STEPS, num_differentiated=num_differentiated)
 
 
 def make_update(model: StableDiffusion3, dynamics: Dynamics, *, learning_rate: float = 1.0, **settings) -> Update:
@@ -77,10 +85,11 @@ def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings
         model = make_model(tiny_weights, **settings)
         before = [weight.detach().clone() for weight in model.trainable.values()]
         update = make_update(model, dynamics, reweights=reweights)
-        rolled = roll(model, dynamics, update.differentiated(6, 0))
+        shares = update.shares(6, 0)
+        rolled = roll(model, dynamics, update.num_differentiated(shares))
         assert bool(rolled.gradients) == reweights
         conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
-        stats.append(update(rolled.trained, conditions, ADVANTAGES, 0, rolled.gradients))
+        stats.append(update(rolled.trained, conditions, ADVANTAGES, shares, rolled.gradients))
         # plain gradient descent: the step is the gradient
         steps.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
     replayed, reweighted = steps
@@ -95,8 +104,8 @@ def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings
 
 def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
     plain = roll(make_model(tiny_weights), FlowSDE(0.7))
-    for rows in (range(6), [4, 0, 3]):
-        differentiated = roll(make_model(tiny_weights), FlowSDE(0.7), rows)
+    for count in (6, 3):
+        differentiated = roll(make_model(tiny_weights), FlowSDE(0.7), count)
         torch.testing.assert_close(differentiated.images_BCHW, plain.images_BCHW, atol=1e-5, rtol=0)
         for one, other in zip(plain.trained.tensors, differentiated.trained.tensors, strict=True):
             torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
@@ -104,7 +113,7 @@ def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
 
 def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> None:
     model = make_model(tiny_weights)
-    rolled = roll(model, FlowSDE(0.7), range(6))
+    rolled = roll(model, FlowSDE(0.7), 6)
     assert [len(part[0]) for part in rolled.gradients] == [4, 2]
     conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
     for b in range(6):
@@ -133,10 +142,12 @@ def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay
         before = [weight.detach().clone() for weight in model.trainable.values()]
         settings = {"optimizer_steps": optimizer_steps, "reweights": reweights, "learning_rate": 1e-2}
         update = make_update(model, FlowSDE(0.7), **settings)
-        rolled = roll(model, FlowSDE(0.7), update.differentiated(6, 5))
+        shares = update.shares(6, 5)
+        rows = [row for share in shares for row in share]
+        rolled = roll(model, FlowSDE(0.7), update.num_differentiated(shares), rows=rows)
         assert sum(len(part[0]) for part in rolled.gradients) == (6 // optimizer_steps if reweights else 0)
-        conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
-        stats.append(update(rolled.trained, conditions, ADVANTAGES, 5, rolled.gradients))
+        conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE).take(rows)
+        stats.append(update(rolled.trained, conditions, ADVANTAGES[rows], shares, rolled.gradients))
         moved.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
     largest = max(step.abs().max().item() for step in moved[0])
     for one, other in zip(*moved, strict=True):
@@ -151,4 +162,4 @@ def test_where_it_would_be_wrong_it_is_refused(tiny_weights: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.gradients=reweight needs algorithm\.objective\.kl_coef=0, got 0\.04"):
         replace(make_update(make_model(tiny_weights), FlowSDE(0.7), reweights=True), objective=ClippedSurrogate())
     with pytest.raises(ValueError, match="gradients of single samples need adapters; use adaptation=lora"):
-        roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), range(6))
+        roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), 6)

@@ -14,7 +14,7 @@ from fastgrpo.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Trajectories
+from fastgrpo.types import Prompts, Samples, Trajectories
 from fastgrpo_kernels import combined, philox_normal
 
 SEED = 11
@@ -47,7 +47,8 @@ def roll(
     dynamics = dynamics or FlowSDE(0.7)
     start = make_start(len(prompts) * GROUP_SIZE) if start is None else start
     rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(micro_batch), seed=SEED)
-    return rollout(prompts, model.encode(prompts.texts), start, STEPS)
+    samples = Samples.all_of(prompts, GROUP_SIZE)
+    return rollout(samples, model.encode(samples.texts), start, STEPS)
 
 
 def mean_and_std(dynamics: Dynamics, step: int, x: Tensor, v: Tensor) -> tuple[Tensor, float]:
@@ -125,8 +126,9 @@ def test_samples_of_one_start_and_text_part_at_the_first_step(model: StableDiffu
 
 def test_no_trained_step_stores_no_state(model: StableDiffusion3) -> None:
     rollout = Rollout(model=model, grid=GRID, dynamics=FlowSDE(), batch_sizes=BatchSizes.of(4), seed=SEED)
-    trajectories = rollout(PROMPTS, model.encode(PROMPTS.texts), make_start(6), ())
+    samples = Samples.all_of(PROMPTS, GROUP_SIZE)
+    trajectories = rollout(samples, model.encode(samples.texts), make_start(6), ())
     assert trajectories.trained.x_TBCHW.shape == (0, 6, 16, 8, 8)
     assert trajectories.trained.log_prob_TB.shape == (0, 6)
-    again = rollout(PROMPTS, model.encode(PROMPTS.texts), make_start(6), ())
+    again = rollout(samples, model.encode(samples.texts), make_start(6), ())
     assert torch.equal(trajectories.images_BCHW, again.images_BCHW)

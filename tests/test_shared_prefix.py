@@ -14,7 +14,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Trajectories
+from fastgrpo.types import Prompts, Samples, Trajectories
 
 GRID = SD3Schedule(6)()
 PROMPTS = Prompts(["a red circle", "two blue squares"], ids=[4, 9])
@@ -62,7 +62,8 @@ def roll(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PipelineModel, "_run", counting)
-        return rollout(PROMPTS, model.encode(PROMPTS.texts), starts(), steps, is_shared=is_shared), passes
+        samples = Samples.all_of(PROMPTS, GROUP_SIZE)
+        return rollout(samples, model.encode(samples.texts), starts(), steps, is_shared=is_shared), passes
 
 
 def rows_at(passes: list[tuple[float, int]], step: int) -> int:

@@ -20,8 +20,8 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.batch_size import BatchSize
-from fastgrpo.types import Conditions, Prompts, Trajectories
-from fastgrpo.update import Update
+from fastgrpo.types import Conditions, Prompts, Samples, Trajectories
+from fastgrpo.update import Update, UpdateStats
 
 GRID = SD3Schedule(4)()
 STEPS = (0, 1, 2)
@@ -72,13 +72,21 @@ class Iteration:
         return replace(update, **settings)
 
 
+def apply(update: Update, it: Iteration, advantages_B: Tensor, iteration: int) -> UpdateStats:
+    """The update on a whole iteration, its samples in the order of the optimizer steps."""
+    shares = update.shares(len(advantages_B), iteration)
+    order = [row for share in shares for row in share]
+    trained = it.trajectories.trained.map(lambda part_TB: part_TB[:, order])
+    return update(trained, it.conditions_B.take(order), advantages_B[order], shares)
+
+
 def roll(model: StableDiffusion3, dynamics: Dynamics, weights: Path) -> Iteration:
     reference = SD3Transformer2DModel.from_pretrained(weights / "transformer")
     start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    conditions = model.encode(PROMPTS.texts)
+    samples = Samples.all_of(PROMPTS, GROUP_SIZE)
+    conditions = model.encode(samples.texts)
     rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(2), seed=3)
-    trajectories = rollout(PROMPTS, conditions, start, STEPS)
-    return Iteration(model, dynamics, reference, conditions.repeat(GROUP_SIZE), trajectories)
+    return Iteration(model, dynamics, reference, conditions, rollout(samples, conditions, start, STEPS))
 
 
 def make_iteration(weights: Path, dynamics: Dynamics, guidance_scale: float = 1.0, adaptation=None) -> Iteration:
@@ -94,7 +102,7 @@ def make_iteration(weights: Path, dynamics: Dynamics, guidance_scale: float = 1.
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=1e-2, fused=True)
     for count in range(2):
         before = roll(model, dynamics, weights)
-        before.update(optimizer)(before.trajectories.trained, before.conditions_B, ADVANTAGES, count)
+        apply(before.update(optimizer), before, ADVANTAGES, count)
     return roll(model, dynamics, weights)
 
 
@@ -108,7 +116,7 @@ def test_the_ratio_is_exactly_one_before_the_first_optimizer_step(
     dynamics: Dynamics, guidance_scale: float, tiny_weights: Path
 ) -> None:
     it = make_iteration(tiny_weights, dynamics, guidance_scale)
-    stats = it.update(make_recorder(it.model))(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(make_recorder(it.model)), it, ADVANTAGES, 2)
     assert stats.ratio_deviation == 0.0
     assert stats.clip_fraction == 0.0
     assert stats.kl > 0
@@ -190,7 +198,7 @@ def test_the_gradient_is_that_of_the_published_objective(
     it = make_iteration(tiny_weights, dynamics, guidance_scale)
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(recorder, objective=objective), it, ADVANTAGES, 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
     norm = torch.cat([g.flatten() for g in recorder.gradients[0]]).norm().item()
     assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -201,7 +209,7 @@ def test_without_advantages_the_gradient_is_that_of_the_divergence(tiny_weights:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=100.0)
     recorder = make_recorder(it.model)
-    it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, torch.zeros(6), 2)
+    apply(it.update(recorder, objective=objective), it, torch.zeros(6), 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6), torch.zeros(6)))
 
 
@@ -212,7 +220,7 @@ def test_clipped_samples_give_no_gradient(tiny_weights: Path) -> None:
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)), alpha=3e-2)
     objective = ClippedSurrogate(clip_range=2e-3, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(recorder, objective=objective), it, ADVANTAGES, 2)
     assert 0.1 < stats.clip_fraction < 0.9
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
 
@@ -221,7 +229,7 @@ def test_full_fine_tuning_follows_the_same_gradient(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7), adaptation=FullFineTuning())
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
-    it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    apply(it.update(recorder, objective=objective), it, ADVANTAGES, 2)
     assert_same_gradients(recorder.gradients[0], expected_gradients(it, objective, range(6)))
 
 
@@ -232,9 +240,7 @@ def test_micro_batches_of_different_sizes_count_by_their_samples(tiny_weights: P
     for micro_batch in (1, 4):
         recorder = make_recorder(it.model)
         batch_size = BatchSize(value=micro_batch, key="runtime.micro_batch")
-        stats = it.update(recorder, objective=objective, batch_size=batch_size)(
-            it.trajectories.trained, it.conditions_B, ADVANTAGES, 2
-        )
+        stats = apply(it.update(recorder, objective=objective, batch_size=batch_size), it, ADVANTAGES, 2)
         results.append((recorder.gradients[0], stats))
     (gradients, stats), (uneven_gradients, uneven_stats) = results
     assert_same_gradients(uneven_gradients, gradients)
@@ -248,9 +254,9 @@ def test_two_optimizer_steps_use_each_sample_once(guidance_scale: float, tiny_we
     objective = ClippedSurrogate(clip_range=1e-4, kl_coef=0.04)
     recorder = make_recorder(it.model)
     update = it.update(recorder, objective=objective, optimizer_steps=2)
-    update(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
-    shares = update._shares(6, 2)
-    assert sorted(shares[0] + shares[1]) == list(range(6))
+    apply(update, it, ADVANTAGES, 2)
+    shares = update.shares(6, 2)
+    assert sorted([*shares[0], *shares[1]]) == list(range(6))
     assert len(shares[0]) == 3
     for gradients, share in zip(recorder.gradients, shares, strict=True):
         assert_same_gradients(gradients, expected_gradients(it, objective, share))
@@ -263,9 +269,7 @@ def test_what_an_optimizer_step_sees_does_not_depend_on_the_micro_batch(micro_ba
     for size in (3, micro_batch):
         recorder = make_recorder(it.model)
         batch_size = BatchSize(value=size, key="runtime.micro_batch")
-        it.update(recorder, optimizer_steps=2, batch_size=batch_size)(
-            it.trajectories.trained, it.conditions_B, ADVANTAGES, 2
-        )
+        apply(it.update(recorder, optimizer_steps=2, batch_size=batch_size), it, ADVANTAGES, 2)
         results.append(recorder.gradients)
     for gradients, expected in zip(*results, strict=True):
         assert_same_gradients(gradients, expected)
@@ -276,7 +280,7 @@ def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples
 ) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     whole, halved = make_recorder(it.model), make_recorder(it.model)
-    it.update(whole)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    apply(it.update(whole), it, ADVANTAGES, 2)
     batch_size = BatchSize(value=4, key="runtime.micro_batch")
     update = it.update(halved, batch_size=batch_size)
     velocity_and_reference, calls = it.model.velocity_and_reference, []
@@ -289,7 +293,7 @@ def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples
         return velocity_and_reference(x_BCHW, *arguments)
 
     monkeypatch.setattr(it.model, "velocity_and_reference", in_little_memory)
-    update(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    apply(update, it, ADVANTAGES, 2)
     assert calls == [4] * 4 + [2] * 9
     assert batch_size.value == 2
     assert_same_gradients(halved.gradients[0], whole.gradients[0])
@@ -298,7 +302,7 @@ def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples
 def test_the_ratio_before_the_first_step_is_not_blurred_by_later_ones(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     optimizer = torch.optim.AdamW(it.model.trainable.values(), lr=1e-2, fused=True)
-    stats = it.update(optimizer, optimizer_steps=3)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(optimizer, optimizer_steps=3), it, ADVANTAGES, 2)
     assert stats.ratio_deviation == 0.0
     assert stats.clip_fraction > 0
     assert stats.approx_kl > 0
@@ -307,17 +311,17 @@ def test_the_ratio_before_the_first_step_is_not_blurred_by_later_ones(tiny_weigh
 def test_shares_are_drawn_anew_each_iteration_and_alike_in_each_run(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     update = it.update(make_recorder(it.model), optimizer_steps=3)
-    shares = [update._shares(6, iteration) for iteration in range(20)]
+    shares = [update.shares(6, iteration) for iteration in range(20)]
     assert all(sorted(row for share in iteration for row in share) == list(range(6)) for iteration in shares)
     assert len({str(iteration) for iteration in shares}) > 10
     again = it.update(make_recorder(it.model), optimizer_steps=3)
-    assert [again._shares(6, i) for i in range(20)] == shares
+    assert [again.shares(6, i) for i in range(20)] == shares
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, max_grad_norm=1e-4)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(recorder, max_grad_norm=1e-4), it, ADVANTAGES, 2)
     assert stats.grad_norm > 1e-3
     assert torch.cat([g.flatten() for g in recorder.gradients[0]]).norm().item() == pytest.approx(1e-4, rel=1e-2)
 
@@ -328,7 +332,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(tiny_weights
     before = {name: weight.detach().clone() for name, weight in it.model.trainable.items()}
     advantages = ADVANTAGES.clone()
     advantages[3] = float("nan")
-    stats = it.update(optimizer)(it.trajectories.trained, it.conditions_B, advantages, 2)
+    stats = apply(it.update(optimizer), it, advantages, 2)
     assert stats.skipped_steps == 1
     assert math.isnan(stats.grad_norm)
     assert all(torch.equal(weight, before[name]) for name, weight in it.model.trainable.items())
@@ -344,7 +348,7 @@ def test_only_the_broken_share_is_skipped(tiny_weights: Path) -> None:
     recorder = make_recorder(it.model)
     advantages = ADVANTAGES.clone()
     advantages[3] = float("inf")
-    stats = it.update(recorder, optimizer_steps=3)(it.trajectories.trained, it.conditions_B, advantages, 2)
+    stats = apply(it.update(recorder, optimizer_steps=3), it, advantages, 2)
     assert stats.skipped_steps == 1
     assert len(recorder.gradients) == 2
     assert math.isfinite(stats.grad_norm)
@@ -355,13 +359,16 @@ def test_only_the_broken_share_is_skipped(tiny_weights: Path) -> None:
     [
         ({"optimizer_steps": 0}, r"train\.optimizer_steps must be at least 1, got 0"),
         ({"max_grad_norm": 0.0}, r"train\.max_grad_norm must be positive, got 0\.0"),
-        ({"optimizer_steps": 7}, r"train\.optimizer_steps is 7 but an iteration has 6 samples"),
+        (
+            {"optimizer_steps": 7},
+            r"train\.optimizer_steps is 7 but an iteration has 6 samples, less than one in each step",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, message: str, tiny_weights: Path) -> None:
     it = make_iteration(tiny_weights, FlowSDE(0.7))
     with pytest.raises(ValueError, match=message):
-        it.update(make_recorder(it.model), **settings)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 0)
+        apply(it.update(make_recorder(it.model), **settings), it, ADVANTAGES, 0)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=lambda d: type(d).__name__)
@@ -373,6 +380,6 @@ def test_without_a_divergence_weight_the_reference_is_never_run(
     expected = expected_gradients(it, objective, range(6))
     monkeypatch.setattr(it.model, "velocity_and_reference", None)
     recorder = make_recorder(it.model)
-    stats = it.update(recorder, objective=objective)(it.trajectories.trained, it.conditions_B, ADVANTAGES, 2)
+    stats = apply(it.update(recorder, objective=objective), it, ADVANTAGES, 2)
     assert stats.kl == 0.0
     assert_same_gradients(recorder.gradients[0], expected)

@@ -17,7 +17,7 @@ from benchmarks.flow_grpo.peer import Peer
 from benchmarks.flow_grpo.recipe import MICRO_BATCH, NUM_STEPS, RECIPES, Job, our_trainer
 from benchmarks.flow_grpo.their_update import TheirUpdate
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import TrainedSteps
+from fastgrpo.types import Samples, TrainedSteps
 
 # of float32 on both sides; of bfloat16 against float16
 _TOLERANCES = {"cpu": 1e-4, "cuda": 0.1}
@@ -80,21 +80,21 @@ def _peft_name(name: str) -> str:
 
 def _ours(trainer: Trainer, advantages_B: Tensor) -> tuple[TrainedSteps, dict[str, Tensor]]:
     """The samples, and the gradient that our update takes its step from."""
-    prompts = trainer.prompts.at(0)
-    conditions = trainer.model.encode(prompts.texts)
-    noise = trainer.start_noise(prompts, conditions, 0)
+    samples = Samples.all_of(trainer.prompts.at(0), trainer.group_size)
+    conditions = trainer.model.encode(samples.texts)
+    noise = trainer.start_noise(samples, 0)
     steps = trainer.algorithm.timesteps(NUM_STEPS, 0, trainer.seed)
-    trained = trainer.rollout(prompts, conditions, noise.start_BCHW, steps).trained
+    trained = trainer.rollout(samples, conditions, noise.start_BCHW, steps).trained
     gradient: dict[str, Tensor] = {}
 
     def keep(name: str, weight: Tensor) -> None:
         assert weight.grad is not None
-        # called after every micro-batch: the last one has them all
-        gradient[name] = weight.grad.detach().clone()
+        # called after every micro-batch: the last one has them all, added up
+        gradient[name] = weight.grad.detach() / (len(samples) * len(steps))
 
     for name, weight in trainer.model.trainable.items():
         weight.register_post_accumulate_grad_hook(lambda weight, name=name: keep(name, weight))  # type: ignore[misc]
-    trainer.update(trained, conditions.repeat(MICRO_BATCH), advantages_B, 0)
+    trainer.update(trained, conditions, advantages_B, trainer.update.shares(len(samples), 0))
     return trained, gradient
 
 

@@ -25,8 +25,8 @@ def make_draw(prompt_ids=(0, 1, 2), group_size=4, iteration=0):
     )  # fmt: skip
 
 
-def score(noise_PKCHW, estimate_steps, prompt_ids):
-    return -(noise_PKCHW - 1.0).square().mean(dim=(2, 3, 4))
+def score(candidates, estimate_steps):
+    return -(candidates.all() - 1.0).square().mean(dim=(2, 3, 4))
 
 
 def groups(noise, draw):
@@ -46,6 +46,20 @@ def test_prompts_together_or_alone_start_from_the_same_noise(proposal):
     together = groups(proposal(draw, score), draw)
     alone = [proposal(replace(draw, prompt_ids=[p]), score).start_BCHW for p in range(6)]
     torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_rank_starts_its_own_samples_from_the_noise_that_all_together_would(proposal):
+    draw = make_draw(prompt_ids=range(6))
+    together = proposal(draw, score)
+    # neither in order nor of whole groups; the second rank may have no sample of a searched prompt
+    for rows in ((23, 2, 3, 9, 0), (17,), tuple(range(12, 24))):
+        alone = proposal(replace(draw, rows=rows), score)
+        assert torch.equal(alone.start_BCHW, together.start_BCHW[list(rows)])
+        assert alone.metrics == together.metrics
+        assert (alone.estimates_PG is None) == (together.estimates_PG is None)
+        if together.estimates_PG is not None:
+            torch.testing.assert_close(alone.estimates_PG, together.estimates_PG, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gaussian_noise_is_distinct_and_shared_noise_is_its_first():

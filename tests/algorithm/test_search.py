@@ -19,10 +19,11 @@ class QuadraticReward:
     def __init__(self):
         self.seen, self.estimate_steps, self.prompt_ids = [], set(), []
 
-    def __call__(self, noise_PKCHW, estimate_steps, prompt_ids):
-        assert len(noise_PKCHW) == len(prompt_ids)
+    def __call__(self, candidates, estimate_steps):
+        noise_PKCHW = candidates.all()
+        assert noise_PKCHW.shape[:2] == (len(candidates.prompt_ids), candidates.num)
         self.seen.append(noise_PKCHW)
-        self.prompt_ids += prompt_ids
+        self.prompt_ids += candidates.prompt_ids
         self.estimate_steps.add(estimate_steps)
         return self.exact(noise_PKCHW)
 
@@ -220,9 +221,9 @@ def test_random_search_scores_as_many_candidates_and_gains_nothing(start):
 def test_a_failed_reward_is_never_taken_for_the_best():
     draw = NoiseDraw(0, [0], group_size=1, latent_shape=(1, 4, 4))
     with pytest.raises(ValueError, match="rewards that are not finite"):
-        BestOfK()(draw, lambda z, _, __: torch.full(z.shape[:2], math.nan))
+        BestOfK()(draw, lambda candidates, _: torch.full((1, candidates.num), math.nan))
     with pytest.raises(ValueError, match=r"score must return \(1, 8\) rewards, got \(1,\)"):
-        BestOfK()(draw, lambda z, _, __: torch.zeros(1))
+        BestOfK()(draw, lambda candidates, _: torch.zeros(1))
 
 
 @pytest.mark.parametrize(
