@@ -1,0 +1,297 @@
+"""When a rank dies, raises or hangs, every rank says which one and why, and ends: nobody waits for a timeout.
+
+Each rank has two threads.  One writes a sign of life into the store that the ranks met at (``notices.py``) and reads
+there whether the run has failed; that of the first rank reads the signs of all ranks, since all reading all would be
+ranks**2 requests.  The other looks at the processes of its own machine, and at the first thread, which a frozen store
+blocks.  What they see:
+
+    raised    what a rank publishes of itself when an exception leaves the watched block
+    gone      a process of this machine is no more: killed, or crashed in C
+    silent    no sign of life for ``dead_after_seconds``: a stopped process, a frozen machine, a cut network
+    hung      a rank has not begun an exchange that others began long ago: its stack is asked for, and shown
+
+A rank that computes for long is healthy as long as its threads get their turn, as in compilation and in rollouts.
+"""
+
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
+
+import torch.distributed as dist
+
+from fastgrpo.runtime.distributed import RankFailure, World
+from fastgrpo.runtime.launch import machine_name, process_name
+from fastgrpo.runtime.notices import Notices
+from fastgrpo.runtime.standing import (
+    Failure,
+    Standing,
+    is_held_up,
+    main_thread_stack,
+    names,
+    suspects,
+    table,
+    traceback_of,
+)
+from fastgrpo.runtime.timing import running_stage
+
+FAILED = 1
+# of the timeout of exchanges: it must not come first, since some backends end the process then without a word
+_BEFORE_TIMEOUT = 0.9
+_CONNECT_SECONDS = 10.0
+_MOST_STACKS = 4
+
+
+@dataclass(kw_only=True, eq=False)
+class Watch:
+    """A context around all that ranks do together, entered and left by all; for a world of one rank it does nothing.
+
+    ``timeout_seconds`` is that of the exchanges.  ``agreed`` are exceptions that all ranks raise together: these, and
+    any others that all raise at about the same time, leave the block as they are.  After another exception the
+    raising rank goes on with it, and the others end with exit code 1.  ``iteration`` may be set at any time.
+    """
+
+    world: World
+    timeout_seconds: float
+    every_seconds: float = 1.0
+    dead_after_seconds: float = 120.0
+    agreed: tuple[type[BaseException], ...] = ()
+    iteration: Callable[[], int] = lambda: 0
+    _over: threading.Event = field(default_factory=threading.Event, init=False)
+    _failure: Failure | None = field(default=None, init=False)
+    # exchanges begun when they were last counted, and when that number was new
+    _exchange: tuple[int, float] = field(default=(-1, 0.0), init=False)
+    _num_beats: int = field(default=0, init=False)
+    _raised: BaseException | None = field(default=None, init=False)
+    _ending: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < 3 * self.every_seconds <= self.dead_after_seconds:
+            raise ValueError(
+                f"a rank that gives a sign of life every {self.every_seconds:g} s cannot be held for dead after "
+                f"{self.dead_after_seconds:g} s; allow for three signs at least"
+            )
+
+    def __enter__(self) -> "Watch":
+        if self.world.size == 1:
+            return self
+        self._prefix = self.world.on_first(lambda: uuid.uuid4().hex, "watch")
+        self._notices, self._guards_notices, self._own_notices = (self._connect() for _ in range(3))
+        own = self._standing()
+        self._notices.stand(own)
+        everyone = [Standing(**values) for values in self.world.everyones(asdict(own), "watch")]
+        self._machine = [standing for standing in everyone if standing.machine == own.machine]
+        self._last_signs = dict.fromkeys(range(self.world.size) if self.world.is_first else [0])
+        self._looks_without_sign = dict.fromkeys(self._last_signs, 0)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._give_signs, self._guard)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+        if self.world.size == 1:
+            return
+        with self._ending:
+            # from here on what others fail by does not end this process: it ends by its own exception
+            self._raised = error
+        try:
+            failure = self._leave(self._described(error) if error else None)
+            self._over.set()
+            for thread in self._threads:
+                thread.join()
+            self._say_goodbye()
+        except RuntimeError:
+            # the store went with the process that held it, which the threads notice as well
+            self._over.wait(self._grace_seconds)
+            failure = self._failure
+        if failure is not None:
+            self._say(failure)
+
+    @property
+    def _grace_seconds(self) -> float:
+        """For the threads of all ranks to have had their turn."""
+        return 3 * self.every_seconds + 2.0
+
+    def _leave(self, own: Failure | None) -> Failure | None:
+        """Wait until all ranks have left, or the run has failed; returns what it failed by, if not by own doing."""
+        notices = self._own_notices
+        notices.leave(self.world.rank, own)
+        patience = self.timeout_seconds if own and own.is_agreed else self._grace_seconds
+        deadline = time.monotonic() + patience
+        while not notices.have_all_left:
+            if self._failure is not None:
+                return self._failure
+            if own is not None and time.monotonic() > deadline:
+                self._failure = notices.fail(self._hung(notices) if own.is_echo else own)
+                return self._failure
+            time.sleep(0.05)
+        if own is None or not own.is_echo:
+            return None
+        return next(iter(notices.causes(range(self.world.size))), None)
+
+    def _give_signs(self) -> None:
+        while not self._over.wait(self.every_seconds):
+            try:
+                failure = self._give_sign()
+            except RuntimeError:
+                failure = self._reconnect()
+            self._num_beats += 1
+            if failure is not None:
+                self._end(failure)
+
+    def _reconnect(self) -> Failure | None:
+        """A lost connection can be made again, a lost store cannot."""
+        try:
+            self._notices = self._connect()
+        except RuntimeError as error:
+            # where the process that held it was on this machine, the other thread can say more
+            self._over.wait(2 * self.every_seconds)
+            return self._without_store(f"is gone, and with it its process: {error}")
+        return None
+
+    def _give_sign(self) -> Failure | None:
+        notices, rank = self._notices, self.world.rank
+        notices.stand(self._standing())
+        if failure := notices.failure():
+            return failure
+        if notices.is_asked(rank):
+            notices.answer(rank, main_thread_stack())
+        standings = notices.standings(list(self._last_signs))
+        if silent := self._silent(standings):
+            headline = f"{names(silent)} gave no sign of life for {self.dead_after_seconds:g} s, last {silent[0]}"
+            return notices.fail(self._blaming(silent, headline, notices))
+        if self.world.is_first and is_held_up(standings, _BEFORE_TIMEOUT * self.timeout_seconds):
+            return notices.fail(self._hung(notices))
+        return None
+
+    def _silent(self, standings: Sequence[Standing]) -> list[Standing]:
+        """Counted in looks, not by the clock: when this process has been stopped, others are not dead."""
+        for standing in standings:
+            # every sign differs, in its seconds if in nothing else
+            is_new = self._last_signs[standing.rank] != standing
+            self._looks_without_sign[standing.rank] = 0 if is_new else self._looks_without_sign[standing.rank] + 1
+            self._last_signs[standing.rank] = standing
+        most = self.dead_after_seconds / self.every_seconds
+        return [standing for standing in standings if self._looks_without_sign[standing.rank] >= most]
+
+    def _guard(self) -> None:
+        num_looks, num_beats = 0, 0
+        while not self._over.wait(self.every_seconds):
+            gone = [other for other in self._machine if process_name(int(other.process.split()[1])) != other.process]
+            if gone and (failure := self._gone(gone)):
+                self._end(failure)
+            num_looks = num_looks + 1 if num_beats == self._num_beats else 0
+            num_beats = self._num_beats
+            if num_looks * self.every_seconds >= self.dead_after_seconds:
+                self._end(self._without_store(f"has not answered for {self.dead_after_seconds:g} s"), at_once=True)
+
+    def _gone(self, gone: Sequence[Standing]) -> Failure | None:
+        headline = "{names} died, killed or by a crash outside Python, last {last}"
+        try:
+            notices = self._guards_notices
+            if notices.have_all_left:
+                return None
+            gone = notices.standings([standing.rank for standing in gone])
+            failure = self._blaming(gone, headline.format(names=names(gone), last=gone[0]), notices)
+            return notices.fail(failure)
+        except RuntimeError:
+            return Failure.of(gone, headline.format(names=names(gone), last=gone[0]), "")
+
+    def _hung(self, notices: Notices) -> Failure:
+        """Blame those that the others wait for, with the stacks of their main threads."""
+        standings = notices.standings(range(self.world.size))
+        found = suspects(standings)
+        if causes := notices.causes([standing.rank for standing in found]):
+            return causes[0]
+        what = max(standings, key=lambda standing: standing.num_exchanges).waiting_in
+        headline = f"{names(found)} held up the others{f' in {what!r}' if what else ''}: {found[0]}"
+        if len(found) == self.world.size:
+            headline = f"an exchange failed in which all ranks took part, as far as is known: {found[0]}"
+        asked = [standing.rank for standing in found[:_MOST_STACKS]]
+        notices.ask(asked)
+        if self.world.rank in asked:
+            notices.answer(self.world.rank, main_thread_stack())
+        stacks = notices.answers(asked, self._grace_seconds)
+        silence = "no stack: the process is stopped, gone or cut off\n"
+        texts = [f"{standing.name} is here:\n{stacks.get(standing.rank, silence)}" for standing in found[:_MOST_STACKS]]
+        return self._blaming(found, headline, notices, "".join(texts))
+
+    def _described(self, error: BaseException) -> Failure:
+        """What this rank raised, for the others."""
+        standing = self._standing()
+        kind, first_line = type(error).__name__, (str(error).splitlines() or [""])[0]
+        is_echo = isinstance(error, RankFailure | dist.DistError) or "gloo" in str(error)
+        return replace(
+            Failure.of(
+                [standing],
+                f"{standing.name} raised {kind}: {first_line} (iteration {standing.iteration})",
+                traceback_of(error),
+            ),
+            is_echo=is_echo,
+            is_agreed=isinstance(error, self.agreed),
+        )
+
+    def _without_store(self, why: str) -> Failure:
+        headline = f"the store at {self._notices.address}, held by the first rank or its launcher, {why}"
+        return Failure(culprits=(), headline=headline, text="")
+
+    def _blaming(self, culprits: Sequence[Standing], headline: str, notices: Notices, text: str = "") -> Failure:
+        where = table(notices.standings(range(self.world.size)))
+        return Failure.of(culprits, headline, f"{text}where the ranks stood:\n{where}\n")
+
+    def _end(self, failure: Failure, *, at_once: bool = False) -> None:
+        """Say why, and end this process: its main thread may be in an exchange, which nothing else ends.
+
+        A main thread that is on its way out by an exception goes that way, unless ``at_once``: the store blocks it.
+        """
+        with self._ending:
+            self._failure = self._failure or failure
+            if self._raised is not None and not at_once:
+                return
+            if self._raised is not None:
+                print(traceback_of(self._raised), file=sys.stderr)
+            self._say(self._failure)
+            sys.stdout.flush()
+            goodbye = threading.Thread(target=self._say_goodbye, daemon=True)
+            goodbye.start()
+            goodbye.join(self._grace_seconds)
+            os._exit(FAILED)
+
+    def _say_goodbye(self) -> None:
+        with suppress(RuntimeError):
+            self._own_notices.say_goodbye(self.world.rank, self._grace_seconds)
+
+    def _say(self, failure: Failure) -> None:
+        """The headline on every rank but one that raises it itself, the text on one rank a machine."""
+        rank, ranks = self.world.rank, [standing.rank for standing in self._machine]
+        speaker = min([other for other in ranks if other not in failure.culprits] or ranks)
+        if not (self._raised is not None and rank in failure.culprits):
+            print(f"fastgrpo: {failure.headline}", file=sys.stderr)
+        if rank == speaker:
+            print(failure.text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def _standing(self) -> Standing:
+        now, num_exchanges = time.monotonic(), self.world.num_exchanges
+        if self._exchange[0] != num_exchanges:
+            self._exchange = num_exchanges, now
+        process = process_name(os.getpid())
+        return Standing(
+            rank=self.world.rank,
+            host=process.split()[0],
+            process=process,
+            machine=machine_name(),
+            iteration=self.iteration(),
+            stage=running_stage(),
+            waiting_in=self.world.waiting_in,
+            num_exchanges=num_exchanges,
+            seconds=now - self._exchange[1],
+        )
+
+    def _connect(self) -> Notices:
+        return Notices(self._prefix, self.world.size, _CONNECT_SECONDS)
