@@ -5,15 +5,18 @@ Letters: B samples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 
+from fastgrpo.models.sharding import Shards, gathered, whole
 from fastgrpo.types import Conditions
 
 Inputs = tuple[Tensor, Conditions]
@@ -44,6 +47,10 @@ class Adaptation(ABC):
         """Inside, each of ``num_samples`` samples has trained weights of its own, in the order of ``trainable``."""
         raise ValueError("gradients of single samples need adapters; use adaptation=lora, or train.gradients=replay")
 
+    @abstractmethod
+    def shard(self, group: ProcessGroup | None) -> None:
+        """Spread what is trained over the ranks of a group, or make it ready to be trained by this process alone."""
+
     def gathered(self) -> AbstractContextManager[None]:
         """Inside, this rank has all weights of the policy.  Re-entrant."""
         return nullcontext()
@@ -67,15 +74,27 @@ class Adaptation(ABC):
         """Velocities of the policy on some inputs, if any, and of the reference policy on others."""
 
     @abstractmethod
-    def merge_for_good(self) -> None:
-        """Leave a transformer without adapters that computes what the policy does."""
+    def merge_for_good(self) -> nn.Module:
+        """A plain transformer that computes what the policy does; this one is spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning:
-    """Train every weight.  The reference policy is a frozen copy: without ``keep_reference``, kl_coef must be 0."""
+    """Train every weight.  The reference policy is a frozen copy: without ``keep_reference``, kl_coef must be 0.
+
+    On several ranks weights, gradients, optimizer state and average are spread over all of them, or with
+    ``shard_over`` ``node`` over those of a node, so that nodes exchange gradients alone.
+    rollout_weights: ``gathered``, each rank holds all weights while it samples, or ``sharded``, block after block.
+    """
 
     keep_reference: bool = True
+    shard_over: str = "all"
+    rollout_weights: str = "gathered"
+
+    def __post_init__(self) -> None:
+        for key, choices in (("shard_over", ("all", "node")), ("rollout_weights", ("gathered", "sharded"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"adaptation.{key} must be {' or '.join(choices)}, got {getattr(self, key)!r}")
 
     def __call__(self, transformer: nn.Module) -> "FullAdaptation":
         return FullAdaptation(transformer, self)
@@ -87,10 +106,52 @@ class FullAdaptation(Adaptation):
     def __init__(self, transformer: nn.Module, piece: FullFineTuning) -> None:
         self.transformer = transformer.requires_grad_(True)
         self.trainable = dict(transformer.named_parameters())
-        self.description = repr(piece)
+        self.description = f"FullFineTuning(keep_reference={piece.keep_reference})"
         self.lora_config = {}
         self.is_frozen_outside_blocks = False
         self._copy = deepcopy(transformer).requires_grad_(False) if piece.keep_reference else None
+        self._piece = piece
+        self._compute_dtype = next(transformer.parameters()).dtype
+        self._plain_class = type(transformer)
+        self._num_ranks = 1
+        self._is_gathered = False
+
+    def shard(self, group: ProcessGroup | None) -> None:
+        # one process that trains the very weights that it computes with has nothing to spread
+        if group is None and self._compute_dtype.itemsize >= torch.float32.itemsize:
+            return
+        device = next(iter(self.trainable.values())).device
+        shards = Shards.over_ranks(group, device, within_node=self._piece.shard_over == "node")
+        for transformer in (self.transformer, self._copy):
+            if transformer is not None:
+                shards(transformer, compute_dtype=self._compute_dtype)
+        self._num_ranks = shards.mesh.size()
+        self.trainable = dict(self.transformer.named_parameters())
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self.transformer, FSDPModule)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if not self._is_sharded or self._is_gathered or self._piece.rollout_weights == "sharded":
+            yield
+            return
+        with gathered(self.transformer):
+            self._is_gathered = True
+            try:
+                yield
+            finally:
+                self._is_gathered = False
+
+    @property
+    def in_lockstep(self) -> bool:
+        return self._num_ranks > 1 and not self._is_gathered
+
+    def sum_gradients(self, sum_: Sum) -> None:
+        # those of shards are sums since the backward pass
+        if not self._is_sharded:
+            super().sum_gradients(sum_)
 
     def merged(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -103,8 +164,16 @@ class FullAdaptation(Adaptation):
         v_policy = None if policy is None else forward(self.transformer, *policy)
         return v_policy, forward(self._copy, *reference)
 
-    def merge_for_good(self) -> None:
-        pass
+    def merge_for_good(self) -> nn.Module:
+        if not self._is_sharded:
+            return self.transformer
+        config: Any = self.transformer.config
+        with torch.device("meta"):
+            plain: nn.Module = self._plain_class.from_config(config)  # type: ignore[attr-defined]
+        dtype = self._compute_dtype
+        weights = {name: whole(weight.detach()).to(dtype) for name, weight in self.transformer.state_dict().items()}
+        plain.load_state_dict(weights, assign=True)
+        return plain
 
 
 def join(first: Inputs, second: Inputs) -> Inputs:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
@@ -60,6 +61,13 @@ class FlowModel(Protocol):
         """Inside, each sample of a batch has trained weights of its own: [B, ...] each, in the order of ``trainable``.
 
         Equal in value to the trained weights; a gradient by them is one a sample.  ValueError where there is no LoRA.
+        """
+
+    def shard(self, group: ProcessGroup | None) -> None:
+        """Make it ready to be trained by the ranks of a group, or by this process alone; once, before ``trainable``.
+
+        Where all weights are trained they are spread over the ranks, and kept in float32 whatever type the model
+        computes in.  Adapters are copied: each rank has all of them.  ValueError for what cannot be spread.
         """
 
     def gathered(self) -> AbstractContextManager[None]:

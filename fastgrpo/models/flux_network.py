@@ -30,7 +30,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class FluxNetwork:
-    """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the transformer's type."""
+    """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the type of the conditions."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class FluxNetwork:
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
         """What remains when the modulations are known: a function of tensors."""
-        x_BLC = transformer.x_embedder(_pack(x_BCHW.to(transformer.dtype)))
+        x_BLC = transformer.x_embedder(_pack(x_BCHW.to(embeds_BMC.dtype)))
         context_BMC = transformer.context_embedder(embeds_BMC)
         num_text, (height, width) = context_BMC.shape[1], x_BCHW.shape[-2:]
         rotation = self._rotation(transformer, num_text, height // PATCH, width // PATCH, x_BCHW.device)
@@ -77,7 +77,7 @@ class FluxNetwork:
     def _modulate(self, transformer: Any, t: float, pooled_BC: Tensor) -> Iterator[Tensor]:
         """Modulations of each double block's image and text tokens, of each single block, then of the output."""
         # times are rounded to the type of the weights before they are scaled, as diffusers does when it samples
-        inputs = [torch.full((len(pooled_BC),), t, dtype=transformer.dtype, device=pooled_BC.device)]
+        inputs = [torch.full((len(pooled_BC),), t, dtype=pooled_BC.dtype, device=pooled_BC.device)]
         if transformer.config.guidance_embeds:
             inputs.append(torch.full_like(inputs[0], self._guidance_scale))
         embedding_BC = F.silu(transformer.time_text_embed(*(1000 * value_B for value_B in inputs), pooled_BC))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastgrpo.models.adaptation import Adaptation, Forward, Inputs, join, split
@@ -133,6 +134,9 @@ class LoRAAdaptation(Adaptation):
         self._backup = lora.backup
         self._frozen: list[Tensor] = []
 
+    def shard(self, group: ProcessGroup | None) -> None:
+        """Nothing to do: adapters are small, and each rank has all of them."""
+
     @contextmanager
     def merged(self) -> Iterator[None]:
         if self._mode.is_merged:
@@ -177,13 +181,14 @@ class LoRAAdaptation(Adaptation):
             self._mode.scale_B = None
         return split(v, num_policy)
 
-    def merge_for_good(self) -> None:
+    def merge_for_good(self) -> nn.Module:
         """Replace every adapted layer by one linear layer with W + scale * B A, in place: what ``export`` writes."""
         for name, module in list(self.transformer.named_modules()):
             if isinstance(module, LoRALinear):
                 module.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(self.transformer.get_submodule(parent), child, module.base)
+        return self.transformer
 
     def _set_aside(self, weight: Tensor) -> Tensor:
         if self._backup == "device":

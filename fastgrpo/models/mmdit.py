@@ -6,6 +6,7 @@
 Letters: B samples, L tokens, H heads, D width of a head, E width of a modulation.  arXiv:2403.03206.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgrpo.models.sharding import over
+
 _EPS = 1e-6
 
 
-def run_block(block: Any, checkpointing: bool, *inputs: Any) -> Any:
-    """``block(*inputs)``; with ``checkpointing`` its inputs alone are kept for the backward pass."""
+def run_block(function: Any, checkpointing: bool, block: Any, *inputs: Any) -> Any:
+    """``function(block, *inputs)``; with ``checkpointing`` its inputs alone are kept for the backward pass."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+        # weights are gathered around it: they are there when it runs again
+        function = partial(checkpoint, function, use_reentrant=False)
+    return over(block, function, *inputs)
 
 
 def heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:

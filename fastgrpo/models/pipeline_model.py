@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgrpo.models.adaptation import Adaptation
@@ -207,13 +208,15 @@ class PipelineModel(Policy):
     def save_merged(self, directory: Path) -> None:
         """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone.
 
-        ValueError for random weights, which have no text encoders.
+        All ranks must call it, since each may have a part of the weights; the first one writes.  ValueError for random
+        weights, which have no text encoders.
         """
         if self._random is not None:
             raise ValueError("a pipeline of model.weights=random has no text encoders and cannot be exported")
-        self.adaptation.merge_for_good()
-        self._text_encoders.make()
-        self.pipeline.save_pretrained(directory)
+        self.pipeline.register_modules(transformer=self.adaptation.merge_for_good())
+        if _is_first():
+            self._text_encoders.make()
+            self.pipeline.save_pretrained(directory)
 
 
 def _architecture_of(weights: str, architecture: Architecture | None) -> Architecture | None:
@@ -223,6 +226,11 @@ def _architecture_of(weights: str, architecture: Architecture | None) -> Archite
     if architecture is None:
         raise ValueError("model.weights=random needs model.architecture; take model=sd35_medium or model=flux_dev")
     return architecture
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes, of those that have the same weights or parts of them."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:

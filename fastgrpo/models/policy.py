@@ -13,9 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fastgrpo.models.adaptation import Adaptation, Inputs, Sum, join
 from fastgrpo.models.lossy import Exact, Lossy
+from fastgrpo.models.sharding import over
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
 
@@ -24,7 +28,7 @@ class Network(Protocol):
     """The forward pass over a transformer's weights."""
 
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
-        """v [B, C, H, W] in the transformer's type."""
+        """v [B, C, H, W] in the type of the conditions."""
 
     def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
         """What depends on (t, prompt) alone."""
@@ -74,8 +78,11 @@ class Policy(ABC):
         self._network = network
         self._is_compiled = is_compiled
         self._lossy = (lossy or Exact())(adaptation.transformer)
+        self._can_be_lossy = lossy is not None and not isinstance(lossy, Exact)
+        forward = partial(network.forward, adaptation.transformer)
         # two, since what is lossy computes something else with the same shapes
-        self._sampled = [compile.forward(partial(network.forward, adaptation.transformer)) for _ in range(2)]
+        self._sampled = [compile.forward(forward) for _ in range(2)]
+        self._has_graphs = self._sampled[0] is not forward
         self._is_sampling = self._is_lossy = False
         # conditions of as many samples without text
         self._empty: dict[int, Conditions] = {}
@@ -96,6 +103,21 @@ class Policy(ABC):
     @property
     def has_lora(self) -> bool:
         return bool(self.adaptation.lora_config)
+
+    def shard(self, group: ProcessGroup | None) -> None:
+        self.adaptation.shard(group)
+        if not isinstance(self.adaptation.transformer, FSDPModule):
+            return
+        if self._has_graphs:
+            raise ValueError(
+                "compile=graphs reads weights where they were at capture, and those of shards move; use compile=blocks"
+            )
+        if self._can_be_lossy:
+            with self.gathered():
+                if any(isinstance(weight, DTensor) for weight in self.adaptation.transformer.parameters()):
+                    raise ValueError(
+                        "what is lossy is made of whole weights; use adaptation.rollout_weights=gathered, or lossy=none"
+                    )
 
     def gathered(self) -> AbstractContextManager[None]:
         return self.adaptation.gathered()
@@ -177,7 +199,7 @@ class Policy(ABC):
         return x_BCHW, self._empty[count]
 
     def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
-        if not self._is_sampling:
-            return self._network(transformer, x_BCHW, t, conditions)
+        if not self._is_sampling or isinstance(transformer, FSDPModule):
+            return over(transformer, self._network, x_BCHW, t, conditions)
         modulations = self._network.modulations(transformer, t, conditions)
         return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, *modulations)

@@ -24,7 +24,7 @@ from fastgrpo.types import Conditions
 
 
 class SD3Network:
-    """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the transformer's type."""
+    """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the type of the conditions."""
 
     def __init__(
         self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
@@ -43,7 +43,7 @@ class SD3Network:
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
         """What remains when the modulations are known: a function of tensors."""
-        x_BLC = transformer.pos_embed(x_BCHW.to(transformer.dtype)).contiguous()
+        x_BLC = transformer.pos_embed(x_BCHW.to(embeds_BMC.dtype)).contiguous()
         context_BMC = transformer.context_embedder(embeds_BMC)
         modulations = iter(modulations_BE)
         for block in transformer.transformer_blocks:

@@ -1,10 +1,14 @@
-"""Exponential moving average of the trained weights, for evaluation and export."""
+"""Exponential moving average of the trained weights, for evaluation and export.
+
+Of weights that are spread over ranks each rank averages its part: nothing travels.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -22,7 +26,8 @@ class EMA:
     def update(self) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.averages.values()), [w.detach() for w in self._weights.values()], 1 - decay)
+        averages = [_own(average) for average in self.averages.values()]
+        torch._foreach_lerp_(averages, [_own(weight.detach()) for weight in self._weights.values()], 1 - decay)
 
     def load(self, averages: dict[str, Tensor], num_updates: int) -> None:
         self.num_updates = num_updates
@@ -31,7 +36,10 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averages inside; its own weights come back bit for bit."""
+        """The model holds the averages inside; its own weights come back bit for bit.
+
+        To be entered outside of the model's ``gathered``, which does not see weights change.
+        """
         own = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._copy(self.averages)
         try:
@@ -43,3 +51,8 @@ class EMA:
     def _copy(self, source: dict[str, Tensor]) -> None:
         for name, weight in self._weights.items():
             weight.copy_(source[name])
+
+
+def _own(weight: Tensor) -> Tensor:
+    """This rank's part."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -25,7 +25,7 @@ from fastgrpo.models.random_weights import random_module
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.block_compile import num_compilations
 from fastgrpo.train import build_trainer
-from fastgrpo.types import Conditions, Prompts
+from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides
 from tests.tiny_flux import PROMPTS, TEXT_WIDTH, make_pipeline, make_transformer
@@ -66,7 +66,7 @@ def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
 
 def images_of_ours(model: Flux) -> Tensor:
     rollout = Rollout(model=model, grid=FluxSchedule(4, 64)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
-    return rollout(Prompts(TEXTS, ids=[0, 1, 2]), model.encode(TEXTS), make_start(), ()).images_BCHW
+    return rollout(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start(), ()).images_BCHW
 
 
 def images_of_diffusers(pipeline: FluxPipeline, guidance_scale: float = GUIDANCE) -> Tensor:

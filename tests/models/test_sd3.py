@@ -17,7 +17,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.types import Conditions, Prompts
+from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import GuidedVelocity, combined
 from tests.tiny import make_pipeline
 
@@ -71,7 +71,7 @@ def images_of_diffusers(weights: Path, components: dict, start: torch.Tensor, **
 
 def images_of_ours(model: StableDiffusion3, start: torch.Tensor) -> torch.Tensor:
     rollout = Rollout(model=model, grid=SD3Schedule(10)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
-    return rollout(Prompts(TEXTS, ids=[0, 1, 2]), model.encode(TEXTS), start, ()).images_BCHW
+    return rollout(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), start, ()).images_BCHW
 
 
 def make_start() -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_an_encoding_does_not_depend_on_its_company(tiny_weights: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"dtype": "float8"}, r"model\.dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"dtype": "float8"}, r"model\.dtype must be one of float32, bfloat16, float16, float64, got 'float8'"),
         ({"guidance_scale": 0.5}, r"model\.guidance_scale must be at least 1, got 0\.5"),
         ({"resolution": 40}, r"model\.resolution must be a positive multiple of 16, got 40"),
         ({"weights": "/nowhere"}, r"model\.weights: cannot load a StableDiffusion3Pipeline from '/nowhere'"),
