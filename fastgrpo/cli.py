@@ -1,7 +1,7 @@
 """``fastgrpo COMMAND [key=value ...]``: what each command is called, how it is explained, and how it fails.
 
-Exit codes: 0, 1 for a run that failed, 2 for bad input, 130 for an interruption.  An expected failure is one line on
-stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
+Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for one that a signal stopped and that is saved, 130 for an
+interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
 """
 
 import logging
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.config import compose_config, config_groups, load_config
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class Command:
     def __call__(self, config: DictConfig) -> None:
         module, _, name = self.run.rpartition(".")
         run: Callable[[DictConfig], Path | None] = getattr(import_module(module), name)
-        if written := run(config):
+        # the first of several ranks says it for all
+        if (written := run(config)) and os.environ.get("RANK", "0") == "0":
             print(f"written to {written}")
 
 
@@ -151,15 +152,18 @@ def _run(command: Command, config: DictConfig) -> int:
     from torch import OutOfMemoryError
 
     from fastgrpo.checkpoint import CheckpointError
+    from fastgrpo.health import Preempted, TrainingError
     from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.rewards.reward import RewardError
     from fastgrpo.runtime.batch_size import DoesNotFit
-    from fastgrpo.health import TrainingError
+    from fastgrpo.runtime.distributed import RankFailure
 
     hide_loading_bars()
     try:
         command(config)
-    except (TrainingError, RewardError, CheckpointError, DoesNotFit) as error:
+    except Preempted as error:
+        return _report(error, PREEMPTED)
+    except (TrainingError, RewardError, CheckpointError, DoesNotFit, RankFailure) as error:
         return _report(error, FAILED)
     except ValueError as error:
         return _report(error, BAD_INPUT)

@@ -1,10 +1,8 @@
 """Hydra config -> objects -> ``Trainer.run()``.  Each key of ``configs/train.yaml`` is read here, once."""
 
-import json
 import socket
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +10,72 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.checkpoint import Checkpoint
-from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.checkpoint import Checkpoint, CheckpointError
+from fastgrpo.config import build, resolve_path
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.health import Health
+from fastgrpo.health import Health, TrainingError
 from fastgrpo.memory_stages import MemoryPlanner
 from fastgrpo.metrics import Metrics
 from fastgrpo.model_on_device import build_batch_sizes, build_planned_model, device_of, set_threads
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.record import NoRecord, Record, Recorder
-from fastgrpo.records.run_directory import RunDirectory, write_whole
+from fastgrpo.records.run_directory import RunDirectory
 from fastgrpo.records.stragglers import Stragglers
-from fastgrpo.rewards.self_test import GoldenScores, compare, self_test
+from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
+from fastgrpo.rewards.reward import RewardError
+from fastgrpo.rewards.self_test import GoldenScores, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.distributed import World, join_world, leave_world
+from fastgrpo.runtime.distributed import RankFailure, World, leave_world
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.profile import Profile, unprofiled
+from fastgrpo.runtime.watch import Watch
+from fastgrpo.same_run import agree, open_directory
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
 
 
 def train(config: DictConfig) -> Path:
-    """Run a checked ``train`` config to its end, on all ranks that torchrun started; returns the run directory."""
-    world = join_world(device_of(config), config.distributed.timeout_seconds)
-    trainer = build_trainer(config, world)
-    trainer.resume()
-    trainer.run()
-    directory = Path(config.output)
-    if trainer.model.has_lora and world.is_first:
-        with trainer.ema.applied():
-            trainer.model.save_lora(RunDirectory(directory).lora)
-    world.barrier("the end of the run")
+    """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory."""
+    settings = config.distributed
+    part = take_part(device_of(config), settings.timeout_seconds, settings.reward_ranks)
+    if isinstance(part, ScoringRank):
+        part.serve(lambda: build_rewards(config, prompts=[text for texts in _load_texts(config) for text in texts]))
+        return Path(config.output)
+    watch = Watch(
+        world=part.world,
+        timeout_seconds=settings.timeout_seconds,
+        every_seconds=settings.beat_seconds,
+        dead_after_seconds=settings.dead_after_seconds,
+        agreed=(TrainingError, RewardError, CheckpointError, RankFailure),
+    )
+    with watch, part:
+        trainer = build_trainer(config, part)
+        watch.iteration = lambda: trainer.iteration
+        trainer.resume()
+        trainer.run()
+        if trainer.model.has_lora and part.world.is_first:
+            with trainer.ema.applied():
+                trainer.model.save_lora(RunDirectory(Path(config.output)).lora)
     leave_world()
-    return directory
+    return Path(config.output)
 
 
-def build_trainer(config: DictConfig, world: World | None = None) -> Trainer:
+def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer:
     """Everything a run needs, checked before the first forward pass; makes the run directory."""
-    world = world or World()
+    part = part or PolicyRank(world=World())
+    world = part.world
     settings = config.train
     _check_positive(config, "train.iterations", "evaluate.every", "train.learning_rate", "train.max_minutes")
-    texts, held_out = (load_prompts(resolve_path(path)) for path in (config.prompts.path, config.prompts.held_out))
+    texts, held_out = _load_texts(config)
     prompts = PromptSource(texts, settings.prompts_per_iteration, config.seed)
     algorithm: Algorithm = build(config.algorithm)
-    rewards, golden_scores = build_rewards(config, prompts=texts + held_out)
-    directory = _open_directory(config, golden_scores, world)
+    rewards, golden_scores = (
+        build_rewards(config, prompts=texts + held_out) if part.scores_itself else _asked_rewards(config, part)
+    )
+    directory = open_directory(config, golden_scores, world)
     num_samples = settings.prompts_per_iteration * settings.group_size
     num_in_step = max(1, num_samples // settings.optimizer_steps // world.size)
     planner = MemoryPlanner(
@@ -70,9 +86,9 @@ def build_trainer(config: DictConfig, world: World | None = None) -> Trainer:
         prompt=texts[0],
         reweights=_reweights(config),
     )
-    _cut_as_begun(config, directory)
     model, rewards = build_planned_model(config, planner)
-    _agree(config, model, world)
+    agree(config, model, world)
+    model.shard(world.group)
     grid = algorithm.grid
     batch_sizes = build_batch_sizes(config, at_most=num_in_step)
     rollout = Rollout(
@@ -121,7 +137,13 @@ def build_trainer(config: DictConfig, world: World | None = None) -> Trainer:
         ema=EMA(model.trainable, settings.ema_decay),
         evaluation=build_evaluation(config, model, rewards, algorithm, held_out, world),
         evaluate_every=config.evaluate.every,
-        checkpoint=Checkpoint(directory.checkpoints, config.checkpoint.every, config.checkpoint.keep, world),
+        checkpoint=Checkpoint(
+            directory.checkpoints,
+            config.checkpoint.every,
+            config.checkpoint.keep,
+            world,
+            config.checkpoint.asynchronous,
+        ),
         health=Health(failed_batch=directory.failed_batch(world.rank)),
         record=_build_record(config, directory, world),
         num_iterations=settings.iterations,
@@ -132,16 +154,9 @@ def build_trainer(config: DictConfig, world: World | None = None) -> Trainer:
     )
 
 
-def _open_directory(config: DictConfig, golden_scores: dict[str, GoldenScores], world: World) -> RunDirectory:
-    """The run directory, which the first rank makes and holds."""
-    held: list[RunDirectory] = []
-
-    def make() -> None:
-        held.append(RunDirectory.create(config.output, resume=config.resume))
-        _hold_to_beginning(held[0], golden_scores, resume=config.resume)
-
-    world.on_first(make, "the run directory")
-    return held[0] if held else RunDirectory(Path(config.output))
+def _load_texts(config: DictConfig) -> tuple[list[str], list[str]]:
+    """The prompts to train and to evaluate on."""
+    return load_prompts(resolve_path(config.prompts.path)), load_prompts(resolve_path(config.prompts.held_out))
 
 
 def _build_record(config: DictConfig, directory: RunDirectory, world: World) -> Recorder:
@@ -155,21 +170,6 @@ def _build_record(config: DictConfig, directory: RunDirectory, world: World) -> 
     )
 
 
-def _agree(config: DictConfig, model: FlowModel, world: World) -> None:
-    """Ranks must be one run: ValueError where they have different configs or weights; planned sizes are the least."""
-    runtime = config.runtime
-    for key in ("micro_batch", "sampling_batch", "decode_batch"):
-        runtime[key] = min(world.everyones(int(runtime[key]), f"runtime.{key}"))
-    runtime.checkpointing = any(world.everyones(bool(runtime.checkpointing), "runtime.checkpointing"))
-    identity = {"config": OmegaConf.to_yaml(config), "weights": model.fingerprint, "version": version("fastgrpo")}
-    for rank, other in enumerate(world.everyones(identity, "what is run")):
-        for name, value in other.items():
-            if value != identity[name]:
-                raise ValueError(
-                    f"rank {rank} runs with another {name} than rank {world.rank}: give all ranks the same"
-                )
-
-
 def _build_profile(config: DictConfig, directory: RunDirectory, model: FlowModel) -> Profile:
     dtype, iterations = getattr(torch, config.model.dtype), config.train.iterations
     return Profile(directory=directory.path / "profile", device=model.device, dtype=dtype, num_iterations=iterations)
@@ -181,6 +181,16 @@ def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewa
     rewards: Rewards = build(config.reward)
     rewards.check_prompts(prompts)
     return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
+
+
+def _asked_rewards(config: DictConfig, part: PolicyRank) -> tuple[Rewards, dict[str, GoldenScores]]:
+    """The rewards of a config as this rank's scoring rank computes them, and the golden scores that it found."""
+    node = config.reward.copy()
+    terms, watched = (part.rewards(map(str, node.pop(key))) for key in ("terms", "watch"))
+    # waits until the scoring rank has loaded them
+    golden_scores = part.golden_scores()
+    rewards: Rewards = build(node, terms=terms, watch=watched)
+    return rewards, golden_scores
 
 
 def build_evaluation(
@@ -204,25 +214,6 @@ def build_evaluation(
     )
 
 
-def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores], *, resume: bool) -> None:
-    """Keep the golden scores that a run begins with; a resumed run must score as it began."""
-    if resume and directory.golden.exists():
-        begun = json.loads(directory.golden.read_text(encoding="utf-8"))
-        for name in tested.keys() & begun.keys():
-            compare(name, tested[name], begun[name], f"{directory.golden}, written when the run began,")
-    else:
-        text = json.dumps({name: golden.scores for name, golden in tested.items()}, indent=2)
-        write_whole(directory.golden, text.encode())
-
-
-def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
-    """Sizes of a resumed run that are to be planned are those that it began with: others would round differently."""
-    if config.resume and config.runtime.micro_batch == 0 and directory.config.exists():
-        begun = OmegaConf.load(directory.config).runtime
-        for key in ("micro_batch", "sampling_batch", "decode_batch", "checkpointing"):
-            config.runtime[key] = begun[key]
-
-
 def _reweights(config: DictConfig) -> bool:
     """Whether train.gradients is reweight."""
     chosen = config.train.gradients
@@ -239,4 +230,7 @@ def _check_positive(config: DictConfig, *keys: str) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config("train", sys.argv[1:]))
+    # as torchrun calls it; errors and exit codes are those of the command
+    from fastgrpo.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

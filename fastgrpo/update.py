@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.objective import ClippedSurrogate
@@ -110,8 +111,8 @@ class Update:
         """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
         if num_samples < self.optimizer_steps * self.world.size:
             raise ValueError(
-                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {num_samples} samples, less than "
-                f"one in each step for each of {self.world.size} ranks; lower it, use fewer ranks, or raise "
+                f"train.optimizer_steps is {self.optimizer_steps} but an iteration has {num_samples} samples, less "
+                f"than one in each step for each of {self.world.size} ranks; lower it, use fewer ranks, or raise "
                 "train.prompts_per_iteration or train.group_size"
             )
         if self.optimizer_steps == 1:
@@ -200,8 +201,10 @@ class Update:
         """Add up over ranks, divide, clip, step, and clear; a gradient that is not finite is dropped.  Its norm."""
         self.model.sum_gradients(lambda gradients: self.world.sum_(gradients, "gradients"))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], num_terms)
+        torch._foreach_div_([_local(p.grad) for p in parameters if p.grad is not None], num_terms)
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         # a fused optimizer reads this on the device, so that nobody waits to know whether to step
         self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -253,6 +256,11 @@ class _Seen:
         """Of loss, KL, approximate KL and clipped share over samples."""
         means = torch.stack([self.loss, self.stats.kl, self.stats.approx_kl, self.stats.clip_fraction])
         return means.double() * self.num_samples
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _largest(values: list[float]) -> float:

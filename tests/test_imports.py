@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": STAGES | BELOW_STAGES,
     "config": set(),
     "model_on_device": STAGES | BELOW_STAGES | {"config"},
-    "train": STAGES | BELOW_STAGES | {"trainer", "model_on_device", "config"},
+    "same_run": STAGES | BELOW_STAGES,
+    # the command, where the module is run by torchrun
+    "train": STAGES | BELOW_STAGES | {"trainer", "model_on_device", "same_run", "config", "cli"},
     "commands": STAGES | BELOW_STAGES | {"trainer", "train", "model_on_device", "config", "shapes"},
     "cli": STAGES | BELOW_STAGES | {"trainer", "config", "train", "commands"},
 }
@@ -49,6 +51,7 @@ CONFINED = {
         "fastgrpo/config.py",
         "fastgrpo/train.py",
         "fastgrpo/model_on_device.py",
+        "fastgrpo/same_run.py",
         "fastgrpo/commands/",
     ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),

@@ -3,6 +3,7 @@
 Of each stage, how long this rank waited for the others in it is counted apart.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,7 @@ class StageTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
+        self.thread = threading.get_ident()
         self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._start = self._now()
 
@@ -74,8 +76,8 @@ class StageTimer:
 
 
 def waiting() -> AbstractContextManager[None]:
-    """``StageTimer.waiting`` of the stage that the process is in, if it is in one."""
-    return _timers[-1].waiting() if _timers else nullcontext()
+    """``StageTimer.waiting`` of the stage that this thread is in, if it is in one."""
+    return _timers[-1].waiting() if _timers and _timers[-1].thread == threading.get_ident() else nullcontext()
 
 
 def running_stage() -> str:
