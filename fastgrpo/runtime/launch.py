@@ -41,6 +41,9 @@ def launch_names() -> list[str]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # the run id is what the user wrote, perhaps twice, or "none": the agent, which is this process's parent, is one
         names.append(f"torchrun {process_name(os.getppid())}")
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        # as torchrun's agent: the process that starts the ranks of a job, and starts them again
+        names.append(f"submitit {process_name(os.getppid())}")
     if job := os.environ.get("SLURM_JOB_ID"):
         names.append(f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {job}")
     return names
