@@ -14,13 +14,13 @@ writes its part (``shards.py``), as ``weights_of_rank_3.safetensors``; any numbe
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch.distributed as dist
@@ -38,11 +38,12 @@ from fastgrpo.runtime.sealed import (
     write_files,
 )
 from fastgrpo.runtime.shards import own_shards, write_shards
-from fastgrpo.train_state import KINDS, STATE, CheckpointError, TrainState, as_named_tensors, read_state
+from fastgrpo.train_state import KINDS, STATE, CheckpointError, TrainState, as_named_tensors, read_averages, read_state
 
 # a rank may be this much slower than another at writing its part
 _PATIENCE = timedelta(hours=1)
 _NAME = re.compile(rf"({re.escape(REPLACED)})?step_(\d+)")
+Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +106,7 @@ class Checkpoint:
         # a replaced one counts only if the run was killed before its replacement stood in its place
         for path in self.world.on_first(lambda: sorted(self._paths(), key=_age, reverse=True), "checkpoints"):
             try:
-                self._verify(path)
+                self._verify(path, KINDS)
             except (ValueError, RankFailure) as error:
                 _log.warning("skipping checkpoint %s: %s", path, error)
             else:
@@ -114,14 +115,18 @@ class Checkpoint:
 
     def load(self, path: str | Path) -> TrainState:
         """The state in a checkpoint, bit for bit, on the CPU.  CheckpointError names the file at fault."""
-        return self._load(Path(path), None)
+        return self._load(Path(path), KINDS, lambda path: read_state(path, None))
 
     def load_matching(self, path: str | Path, fresh: TrainState) -> TrainState:
         """As ``load``; CheckpointError unless it belongs to the model of ``fresh``, the state of a run just begun.
 
         What is sharded in ``fresh``, and the optimizer's tensors of that shape, are sharded and placed as there.
         """
-        return self._load(Path(path), fresh)
+        return self._load(Path(path), KINDS, lambda path: read_state(path, fresh))
+
+    def load_averages(self, path: str | Path, weights: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+        """Only the moving averages, a quarter of a checkpoint, for a model with these ``weights`` and fingerprint."""
+        return self._load(Path(path), ("ema",), lambda path: read_averages(path, weights, model))
 
     def _files(self, tensors: Mapping[str, Tensor], text: str) -> dict[str, Callable[[Path], object]]:
         """How each file of this rank is written, from copies of its tensors."""
@@ -156,19 +161,20 @@ class Checkpoint:
         of_rank = f"rank {self.world.rank}: " if self.world.size > 1 and not isinstance(error, RankFailure) else ""
         return CheckpointError(f"cannot write checkpoint {path} ({of_rank}{error}); {remedy}")
 
-    def _verify(self, path: Path) -> None:
-        """ValueError or RankFailure, naming the file, if the checkpoint is not complete and exactly as written."""
+    def _verify(self, path: Path, kinds: Collection[str]) -> None:
+        """ValueError or RankFailure, naming the file, if files of these kinds are not complete and as written."""
         entries = self.world.on_first(lambda: _listed(path), "a manifest")
-        own = dict(sorted(entries.items())[self.world.rank :: self.world.size])
+        wanted = sorted(name for name in entries if name == STATE or re.split("[_.]", name)[0] in kinds)
+        own = {name: entries[name] for name in wanted[self.world.rank :: self.world.size]}
         self.world.together(lambda: check_files(path, own), "hashes")
 
-    def _load(self, path: Path, fresh: TrainState | None) -> TrainState:
+    def _load(self, path: Path, kinds: Collection[str], read: Callable[[Path], Loaded]) -> Loaded:
         self.wait()
         if not path.is_dir():
             raise CheckpointError(f"checkpoint {path} does not exist; give the path of a step_* directory")
         try:
-            self._verify(path)
-            return self.world.together(lambda: read_state(path, fresh), "a checkpoint")
+            self._verify(path, kinds)
+            return self.world.together(lambda: read(path), "a checkpoint")
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:

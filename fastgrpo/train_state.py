@@ -26,6 +26,7 @@ KINDS = ("weights", "ema", "optimizer")
 STATE = "state.json"
 # what the JSON and the names of tensors are to be read by; 1 had one file of each kind, and names without the kind
 _FORMAT = 2
+_REMEDY = "use the model and LoRA settings it was saved with, or start a new run with another name"
 _OF_WEIGHT = re.compile(r"optimizer/state/(\d+)/.*")
 
 Sizes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -72,15 +73,11 @@ def as_named_tensors(state: TrainState) -> tuple[dict[str, Tensor], str]:
 
 def read_state(path: Path, fresh: TrainState | None) -> TrainState:
     """What the files of a directory hold, placed as in ``fresh``, which it must match; whole tensors without one."""
-    values = json.loads((path / STATE).read_bytes())
-    if values.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} is of another format than {_FORMAT}, which this version reads; go on with the version "
-            "that wrote it, or start a new run with another name"
-        )
-    stored = StoredTensors(path)
+    values, stored = _open(path)
     if fresh is not None:
-        _check_matches(path, values["model"], stored.sizes, fresh)
+        _check_model(path, values["model"], fresh.model)
+        _check_fit(path, "weights", stored.sizes, fresh.weights)
+        _check_fit(path, "ema", stored.sizes, fresh.ema)
     tensors = stored.read(stored.sizes, _places(stored.sizes, fresh) if fresh is not None else {})
     weights, ema, optimizer = (_of_kind(kind, tensors) for kind in KINDS)
     return TrainState(
@@ -92,6 +89,24 @@ def read_state(path: Path, fresh: TrainState | None) -> TrainState:
         model=values["model"],
         extra=values["extra"],
     )
+
+
+def read_averages(path: Path, weights: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """The moving averages alone, whole, for the weights that they are averages of, which may be of another type."""
+    values, stored = _open(path)
+    _check_model(path, values["model"], model)
+    _check_fit(path, "ema", stored.sizes, weights, any_type=True)
+    return _of_kind("ema", stored.read([name for name in stored.sizes if name.startswith("ema/")], {}))
+
+
+def _open(path: Path) -> tuple[dict[str, Any], StoredTensors]:
+    values = json.loads((path / STATE).read_bytes())
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} is of another format than {_FORMAT}, which this version reads; go on with the version "
+            "that wrote it, or start a new run with another name"
+        )
+    return values, StoredTensors(path)
 
 
 def _of_kind(kind: str, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,21 +125,22 @@ def _places(sizes: Sizes, fresh: TrainState) -> dict[str, DTensor]:
     return {name: tensor for name, tensor in named.items() if isinstance(tensor, DTensor)}
 
 
-def _check_matches(path: Path, model: str, sizes: Sizes, fresh: TrainState) -> None:
-    remedy = "use the model and LoRA settings it was saved with, or start a new run with another name"
-    if model != fresh.model:
-        raise CheckpointError(f"checkpoint {path} is of model {model}, this run's is {fresh.model}; {remedy}")
-    for kind, wanted in (("weights", fresh.weights), ("ema", fresh.ema)):
-        difference = _first_difference(_of_kind(kind, sizes), wanted)
-        if difference:
-            raise CheckpointError(f"checkpoint {path} does not fit this run's {kind}: {difference}; {remedy}")
+def _check_model(path: Path, saved: str, wanted: str) -> None:
+    if saved != wanted:
+        raise CheckpointError(f"checkpoint {path} is of model {saved}, this run's is {wanted}; {_REMEDY}")
 
 
-def _first_difference(saved: Sizes, wanted: Mapping[str, Tensor]) -> str | None:
+def _check_fit(path: Path, kind: str, sizes: Sizes, wanted: Mapping[str, Tensor], *, any_type: bool = False) -> None:
+    difference = _first_difference(_of_kind(kind, sizes), wanted, any_type)
+    if difference:
+        raise CheckpointError(f"checkpoint {path} does not fit this run's {kind}: {difference}; {_REMEDY}")
+
+
+def _first_difference(saved: Sizes, wanted: Mapping[str, Tensor], any_type: bool) -> str | None:
     for name in sorted(saved.keys() ^ wanted.keys()):
         return f"{name} is only in {'the checkpoint' if name in saved else 'the run'}"
     for name, (shape, dtype) in saved.items():
-        if shape != wanted[name].shape or dtype != wanted[name].dtype:
+        if shape != wanted[name].shape or (dtype != wanted[name].dtype and not any_type):
             here = f"{list(wanted[name].shape)} {wanted[name].dtype}"
             return f"{name} is {list(shape)} {dtype} in the checkpoint and {here} in the run"
     return None

@@ -8,18 +8,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from fastgrpo.checkpoint import Checkpoint, CheckpointError, TrainState
-from fastgrpo.runtime.sealed import MANIFEST, REPLACED
+from fastgrpo.runtime.sealed import MANIFEST, REPLACED, write_sealed
+from fastgrpo.runtime.shards import Shard, write_shards
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
@@ -328,6 +333,105 @@ def resume(checkpoint: Checkpoint) -> TrainState:
     latest = checkpoint.latest()
     assert latest is not None
     return checkpoint.load(latest)
+
+
+def test_torch_distributed_checkpoint_reads_what_is_saved(checkpoint: Checkpoint) -> None:
+    state = make_state()
+    path = checkpoint.save(state)
+    read = {f"weights/{name}": torch.zeros_like(weight) for name, weight in state.weights.items()}
+    read |= {f"optimizer/state/{i}/exp_avg": torch.zeros_like(w) for i, w in enumerate(state.weights.values())}
+    torch.distributed.checkpoint.load(read, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    for i, (name, weight) in enumerate(state.weights.items()):
+        assert same(read[f"weights/{name}"], weight)
+        assert same(read[f"optimizer/state/{i}/exp_avg"], state.optimizer["state"][i]["exp_avg"])
+
+
+def test_averages_are_read_alone_whatever_the_type_and_damage_of_the_rest(checkpoint: Checkpoint) -> None:
+    state = make_state()
+    path = checkpoint.save(state)
+    damage = bytearray((path / "optimizer.safetensors").read_bytes())
+    damage[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
+        checkpoint.load(path)
+    halves = {name: weight.bfloat16() for name, weight in state.weights.items()}
+    averages = checkpoint.load_averages(path, halves, "tiny")
+    assert averages.keys() == state.ema.keys()
+    assert all(same(averages[name], average) for name, average in state.ema.items())
+    with pytest.raises(CheckpointError, match="of model tiny, this run's is large"):
+        checkpoint.load_averages(path, halves, "large")
+    with pytest.raises(CheckpointError, match=r"ema: 1\.bias is only in the checkpoint"):
+        checkpoint.load_averages(path, {name: w for name, w in halves.items() if name != "1.bias"}, "tiny")
+
+
+def test_an_asynchronous_save_is_of_the_state_as_it_was_and_stands_after_wait(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoints", every=1, keep=1, asynchronous=True)
+    state = make_state(1)
+    before = {name: weight.clone() for name, weight in state.weights.items()}
+    may_write = threading.Event()
+    fsync = os.fsync
+
+    def fsync_when_told(descriptor: int) -> None:
+        assert may_write.wait(60)
+        fsync(descriptor)
+
+    with mock.patch.object(os, "fsync", fsync_when_told):
+        path = checkpoint.save(state)
+        assert not path.exists()
+        for weight in state.weights.values():
+            weight.zero_()
+        may_write.set()
+        checkpoint.wait()
+    assert path.exists()
+    assert same(dict(sorted(checkpoint.load(path).weights.items())), dict(sorted(before.items())))
+
+
+def test_an_asynchronous_save_that_failed_is_raised_once_by_what_is_called_next(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoints", every=1, keep=1, asynchronous=True)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "fsync", side_effect=full):
+        checkpoint.save(make_state(1))
+        with pytest.raises(CheckpointError, match=r"step_000001 .*No space left on device"):
+            checkpoint.save(make_state(2))
+    checkpoint.wait()
+    assert names(checkpoint) == []
+    checkpoint.save(make_state(3))
+    assert checkpoint.latest() == checkpoint.directory / "step_000003"
+
+
+def reseal(path: Path) -> None:
+    """A manifest that is right about what is there now."""
+    files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != MANIFEST}
+    shutil.rmtree(path)
+    write_sealed(path, {name: partial(Path.write_bytes, data=content) for name, content in files.items()})
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(checkpoint: Checkpoint) -> None:
+    path = checkpoint.save(make_state())
+    state = json.loads((path / "state.json").read_text())
+    del state["format"]
+    (path / "state.json").write_text(json.dumps(state))
+    reseal(path)
+    # a run that began anew would write over the old one
+    assert checkpoint.latest() == path
+    with pytest.raises(CheckpointError, match=r"of another format than 2, .*go on with the version that wrote it"):
+        checkpoint.load(path)
+
+
+def test_tensors_that_the_manifest_does_not_list_are_refused(checkpoint: Checkpoint) -> None:
+    path = checkpoint.save(make_state())
+    shutil.copy(path / "weights.safetensors", path / "weights_of_rank_1.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights_of_rank_1\.safetensors is not in manifest\.json"):
+        checkpoint.load(path)
+
+
+def test_a_tensor_of_which_a_part_is_missing_is_refused(checkpoint: Checkpoint) -> None:
+    path = checkpoint.save(make_state())
+    rows = Shard(torch.ones(2, 5), [5, 0])
+    write_shards(path / "ema.safetensors", {"ema/0.weight": rows})
+    reseal(path)
+    with pytest.raises(CheckpointError, match=r"ema/0\.weight has 10 of 35 elements"):
+        checkpoint.load(path)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(checkpoint: Checkpoint) -> None:

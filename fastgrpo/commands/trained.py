@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fastgrpo.checkpoint import Checkpoint, TrainState
+from fastgrpo.checkpoint import Checkpoint
 from fastgrpo.config import check, check_own
 from fastgrpo.model_on_device import build_model
 from fastgrpo.models.adapter import FlowModel
@@ -54,14 +54,10 @@ def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     if path is None:
         raise ValueError(f"run {run.path} has no complete checkpoint; let it train to its first, see checkpoint.every")
     model = build_model(config)
-    weights = {name: weight.detach() for name, weight in model.trainable.items()}
-    fresh = TrainState(
-        iteration=0, seconds=0.0, weights=weights, ema=weights, optimizer={}, model=model.fingerprint, extra={}
-    )
-    state = checkpoint.load_matching(path, fresh)
+    averages = checkpoint.load_averages(path, model.trainable, model.fingerprint)
     with torch.no_grad():
         for name, weight in model.trainable.items():
-            weight.copy_(state.ema[name])
+            weight.copy_(averages[name])
     return model, f"the averaged weights of {path}"
 
 

@@ -64,8 +64,9 @@ def write_files(temporary: Path, files: Mapping[str, Callable[[Path], object]]) 
 def finish_sealed(temporary: Path, path: Path, entries: Mapping[str, Entry]) -> None:
     """Write the manifest and rename to ``path``; OSError if a file that another process wrote is not to be seen."""
     for name, entry in entries.items():
-        if (temporary / name).stat().st_size != entry["bytes"]:
-            raise OSError(f"{temporary / name} does not have the {entry['bytes']} bytes that were written to it")
+        file = temporary / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            raise OSError(f"{file} is not as another process wrote it; all of them must see the same file system")
     manifest = _manifest_text(entries)
     _write(temporary / MANIFEST, lambda path: path.write_text(manifest, encoding="utf-8"))
     _sync_directory(temporary)

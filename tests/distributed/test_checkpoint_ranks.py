@@ -1,22 +1,29 @@
 """Checkpoints of several ranks: each writes its part, any number of ranks reads them, and all fail together."""
 
 import errno
+import itertools
+import multiprocessing
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from fastgrpo.checkpoint import Checkpoint, CheckpointError, TrainState
 from fastgrpo.runtime import shards
-from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.distributed import World, join_world
 from tests.ranks import on_ranks
+from tests.rewards.remote.scripted import free_port
 
 # as many rows as 4 ranks have: fewer, equal, more that do not divide; and what is never sharded
 SHAPES = {"few": (3, 5), "equal": (4, 2, 2), "odd": (11, 3), "vector": (9,), "one": (1, 7)}
@@ -171,3 +178,177 @@ def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all(tmp_path: Path, f
         assert "No space left on device" in message
         assert "free space on that disk" in message
         assert left == ["step_000001"]
+
+
+def read_damaged(world: World, directory: Path) -> tuple[str, str | None]:
+    checkpoint = Checkpoint(directory, every=1, keep=2, world=world)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(directory / "step_000002")
+    latest = checkpoint.latest()
+    return str(caught.value), latest.name if latest else None
+
+
+def save_two(world: World, directory: Path) -> None:
+    shards.PART_BYTES = 1
+    checkpoint = Checkpoint(directory, every=1, keep=2, world=world)
+    for iteration in (1, 2):
+        checkpoint.save(make_state(whole(), iteration))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_damage_to_one_ranks_file_is_found_by_all(tmp_path: Path, num_ranks: int) -> None:
+    on_ranks(4, save_two, tmp_path)
+    files = sorted((tmp_path / "step_000002").glob("*_of_rank_*"))
+    assert len(files) >= 4
+    for file in files[:4]:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = [read_damaged(World(), tmp_path)] if num_ranks == 1 else on_ranks(num_ranks, read_damaged, tmp_path)
+        for message, latest in found:
+            assert f"{file} is damaged" in message
+            assert "resume from another checkpoint, or delete this one" in message
+            assert latest == "step_000001"
+        file.write_bytes(content)
+
+
+def make_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3)).double()
+
+
+def train_and_save(
+    world: World, directory: Path, first: int, last: int, sharding: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """AdamW steps first to last of a network that FSDP2 shards, going on from the checkpoint of ``first``."""
+    network = make_network()
+    if sharding:
+        mesh = init_device_mesh("cpu", sharding, mesh_dim_names=("repeat", "shard")[-len(sharding) :])
+        for layer in network:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    weights = dict(network.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2, weight_decay=0.1)
+    checkpoint = Checkpoint(directory, every=1, keep=9, world=world, asynchronous=True)
+
+    def state(iteration: int) -> TrainState:
+        values = {name: weight.detach() for name, weight in weights.items()}
+        return TrainState(
+            iteration=iteration,
+            seconds=0,
+            weights=values,
+            ema=values,
+            optimizer=optimizer.state_dict(),
+            model="network",
+            extra={},
+        )
+
+    if first:
+        loaded = checkpoint.load_matching(directory / f"step_{first:06d}", state(0))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(loaded.weights[name])
+        optimizer.load_state_dict(loaded.optimizer)
+    for step in range(first, last):
+        # all ranks learn from the same rows, so that the mean of their gradients is that of one
+        rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        network(rows).square().sum().backward()
+        optimizer.step()
+    checkpoint.save(state(last))
+    checkpoint.wait()
+    final = content(state(last))
+    return final if world.is_first else None
+
+
+def test_adamw_under_fsdp_goes_on_on_other_numbers_of_ranks_as_an_unsharded_run(tmp_path: Path) -> None:
+    expected = on_ranks(1, train_and_save, tmp_path / "alone", 0, 5, ())[0]
+    on_ranks(4, train_and_save, tmp_path / "run", 0, 2, (4,))
+    on_ranks(2, train_and_save, tmp_path / "run", 2, 3, (2,))
+    on_ranks(1, train_and_save, tmp_path / "run", 3, 4, ())
+    final = on_ranks(4, train_and_save, tmp_path / "run", 4, 5, (2, 2))[0]
+    for kind in ("weights", "optimizer"):
+        assert numbers(final[kind]) == pytest.approx(numbers(expected[kind]), rel=1e-12, abs=1e-15)
+
+
+def numbers(value: Any) -> list[float]:
+    """All in it, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def save_by_some(world: World, directory: Path) -> str | None:
+    """Ranks 0 and 2 train, rank 1 does something else."""
+    members = [0, 2]
+    control = dist.new_group(members, backend="gloo")
+    if world.rank not in members:
+        return None
+    world = World(rank=members.index(world.rank), size=2, group=control, control=control)
+    return save(world, directory, "plain", torch.float32)
+
+
+def test_ranks_that_do_not_train_are_not_asked(tmp_path: Path) -> None:
+    assert on_ranks(3, save_by_some, tmp_path) == ["step_000001", None, "step_000001"]
+    assert load(World(), tmp_path, "plain", torch.float32) == content(make_state(whole()))
+
+
+def save_until_killed(rank: int, directory: Path, port: int, killed_rank: int, last_step: int) -> None:
+    """Checkpoints 1, 2, ... by 3 ranks, one of which dies before the ``last_step``th thing it asks of the disk."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    shards.PART_BYTES = 1
+    world = join_world("cpu", timeout_seconds=60)
+    checkpoint = Checkpoint(directory, every=1, keep=1, world=world, asynchronous=True)
+    steps = itertools.count(1)
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **settings: Any) -> Any:
+            if rank == killed_rank and next(steps) == last_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **settings)
+
+        return run
+
+    try:
+        checkpoint.save(make_state(whole(seed=1), iteration=1))
+        checkpoint.wait()
+        for name in ("fsync", "mkdir", "rename", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        checkpoint.save(make_state(whole(seed=2), iteration=2))
+        checkpoint.save(make_state(whole(seed=3), iteration=3))
+        checkpoint.wait()
+    except CheckpointError:
+        os._exit(11)
+    os._exit(0)
+
+
+# what rank 0 asks of the disk for one checkpoint: to make its directory, 4 files and their directory durable, the
+# manifest and its directory, the rename and the directory above, and to rename and remove the old one; rank 2: its
+# files and their directory, then those of the next checkpoint
+@pytest.mark.parametrize(("killed_rank", "last_step"), [*((0, step) for step in range(1, 13)), (2, 1), (2, 4), (2, 5)])
+def test_a_rank_killed_at_any_step_leaves_a_whole_checkpoint_and_the_others_fail_soon(
+    tmp_path: Path, killed_rank: int, last_step: int
+) -> None:
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=save_until_killed, args=(rank, tmp_path, port, killed_rank, last_step))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [
+        -signal.SIGKILL if rank == killed_rank else 11 for rank in range(3)
+    ]
+    checkpoint = Checkpoint(tmp_path, every=1, keep=1)
+    latest = checkpoint.latest()
+    assert latest is not None
+    state = checkpoint.load(latest)
+    assert content(state) == content(make_state(whole(seed=state.iteration), iteration=state.iteration))
+    # and a run of another number of ranks goes on in that directory
+    checkpoint.save(make_state(whole(), iteration=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000004"]
