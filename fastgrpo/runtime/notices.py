@@ -14,7 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fastgrpo.runtime.standing import Failure, Standing
+from fastgrpo.runtime.failure import Failure
+from fastgrpo.runtime.standing import Standing
 
 
 class Notices:

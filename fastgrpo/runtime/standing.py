@@ -4,13 +4,8 @@ Ranks take part in the same exchanges in the same order.  So when some wait, the
 exchanges, and of several it is one that is not waiting itself.
 """
 
-import sys
-import threading
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-
-_MOST_CHARACTERS = 20_000
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,37 +29,32 @@ class Standing:
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
+    @property
+    def process_id(self) -> int:
+        return int(self.process.split()[1])
+
     def __str__(self) -> str:
         waiting = f", waiting in {self.waiting_in!r} for {self.seconds:.0f} s" if self.waiting_in else ""
         return f"iteration {self.iteration}, {self.stage}{waiting}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """What ends a run: ``headline`` names rank, host and why in a line, ``text`` has tracebacks and stacks.
+@dataclass
+class Signs:
+    """Which ranks have fallen silent.  Counted in looks, not by the clock: when the looking process has been stopped
+    for a while, others are not dead."""
 
-    ``is_echo``: it was raised because another rank did not answer, so that one is looked for.  ``is_agreed``: all
-    ranks raise it together.
-    """
+    ranks: Sequence[int]
+    most_looks: float
+    _last: dict[int, Standing] = field(default_factory=dict, init=False)
+    _looks_without: dict[int, int] = field(default_factory=dict, init=False)
 
-    culprits: tuple[int, ...]
-    headline: str
-    text: str
-    is_echo: bool = False
-    is_agreed: bool = False
-
-    @classmethod
-    def of(cls, culprits: Sequence[Standing], headline: str, text: str) -> "Failure":
-        return cls(culprits=tuple(standing.rank for standing in culprits), headline=headline, text=text)
-
-    @property
-    def values(self) -> dict[str, object]:
-        """What JSON can hold."""
-        return asdict(self) | {"culprits": list(self.culprits)}
-
-    @classmethod
-    def of_values(cls, values: Mapping[str, object]) -> "Failure":
-        return cls(**(dict(values) | {"culprits": tuple(values["culprits"])}))  # type: ignore[arg-type]
+    def look(self, standings: Sequence[Standing]) -> list[Standing]:
+        """Those that have not changed in so many looks; every sign differs, in its seconds if in nothing else."""
+        for standing in standings:
+            is_new = self._last.get(standing.rank) != standing
+            self._looks_without[standing.rank] = 0 if is_new else self._looks_without[standing.rank] + 1
+            self._last[standing.rank] = standing
+        return [standing for standing in standings if self._looks_without[standing.rank] >= self.most_looks]
 
 
 def suspects(standings: Sequence[Standing]) -> list[Standing]:
@@ -91,14 +81,3 @@ def names(standings: Sequence[Standing], most: int = 4) -> str:
     """Ranks and hosts, of very many the first ones."""
     named = ", ".join(standing.name for standing in standings[:most])
     return named if len(standings) <= most else f"{named} and {len(standings) - most} more"
-
-
-def traceback_of(error: BaseException) -> str:
-    """The end of it, where it is very long."""
-    return "".join(traceback.format_exception(error))[-_MOST_CHARACTERS:]
-
-
-def main_thread_stack() -> str:
-    """Where the main thread of this process is now, whichever thread asks."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return "".join(traceback.format_stack(frame)) if frame else "the main thread is over\n"

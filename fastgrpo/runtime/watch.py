@@ -18,26 +18,26 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
-import torch.distributed as dist
-
-from fastgrpo.runtime.distributed import RankFailure, World
-from fastgrpo.runtime.launch import machine_name, process_name
-from fastgrpo.runtime.notices import Notices
-from fastgrpo.runtime.standing import (
+from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.failure import (
     Failure,
-    Standing,
-    is_held_up,
+    died,
+    held_up,
+    lost_store,
     main_thread_stack,
-    names,
-    suspects,
-    table,
+    raised,
+    silent,
+    speaker,
     traceback_of,
 )
+from fastgrpo.runtime.launch import machine_name, process_name
+from fastgrpo.runtime.notices import Notices
+from fastgrpo.runtime.standing import Signs, Standing, is_held_up, suspects
 from fastgrpo.runtime.timing import running_stage
 
 FAILED = 1
@@ -82,12 +82,13 @@ class Watch:
             return self
         self._prefix = self.world.on_first(lambda: uuid.uuid4().hex, "watch")
         self._notices, self._guards_notices, self._own_notices = (self._connect() for _ in range(3))
+        self._process, self._machine_name = process_name(os.getpid()), machine_name()
         own = self._standing()
         self._notices.stand(own)
         everyone = [Standing(**values) for values in self.world.everyones(asdict(own), "watch")]
         self._machine = [standing for standing in everyone if standing.machine == own.machine]
-        self._last_signs = dict.fromkeys(range(self.world.size) if self.world.is_first else [0])
-        self._looks_without_sign = dict.fromkeys(self._last_signs, 0)
+        looked_at = self._everyone if self.world.is_first else [0]
+        self._signs = Signs(looked_at, self.dead_after_seconds / self.every_seconds)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._give_signs, self._guard)]
         for thread in self._threads:
             thread.start()
@@ -100,7 +101,7 @@ class Watch:
             # from here on what others fail by does not end this process: it ends by its own exception
             self._raised = error
         try:
-            failure = self._leave(self._described(error) if error else None)
+            failure = self._leave(raised(error, self._standing(), self.agreed) if error else None)
             self._over.set()
             for thread in self._threads:
                 thread.join()
@@ -111,6 +112,10 @@ class Watch:
             failure = self._failure
         if failure is not None:
             self._say(failure)
+
+    @property
+    def _everyone(self) -> range:
+        return range(self.world.size)
 
     @property
     def _grace_seconds(self) -> float:
@@ -127,12 +132,12 @@ class Watch:
             if self._failure is not None:
                 return self._failure
             if own is not None and time.monotonic() > deadline:
-                self._failure = notices.fail(self._hung(notices) if own.is_echo else own)
+                self._failure = notices.fail(self._held_up(notices) if own.is_echo else own)
                 return self._failure
             time.sleep(0.05)
         if own is None or not own.is_echo:
             return None
-        return next(iter(notices.causes(range(self.world.size))), None)
+        return next(iter(notices.causes(self._everyone)), None)
 
     def _give_signs(self) -> None:
         while not self._over.wait(self.every_seconds):
@@ -151,7 +156,7 @@ class Watch:
         except RuntimeError as error:
             # where the process that held it was on this machine, the other thread can say more
             self._over.wait(2 * self.every_seconds)
-            return self._without_store(f"is gone, and with it its process: {error}")
+            return lost_store(self._notices.address, f"is gone, and with it its process: {error}")
         return None
 
     def _give_sign(self) -> Failure | None:
@@ -161,88 +166,49 @@ class Watch:
             return failure
         if notices.is_asked(rank):
             notices.answer(rank, main_thread_stack())
-        standings = notices.standings(list(self._last_signs))
-        if silent := self._silent(standings):
-            headline = f"{names(silent)} gave no sign of life for {self.dead_after_seconds:g} s, last {silent[0]}"
-            return notices.fail(self._blaming(silent, headline, notices))
+        standings = notices.standings(self._signs.ranks)
+        if dumb := self._signs.look(standings):
+            return notices.fail(silent(dumb, notices.standings(self._everyone), self.dead_after_seconds))
         if self.world.is_first and is_held_up(standings, _BEFORE_TIMEOUT * self.timeout_seconds):
-            return notices.fail(self._hung(notices))
+            return notices.fail(self._held_up(notices))
         return None
-
-    def _silent(self, standings: Sequence[Standing]) -> list[Standing]:
-        """Counted in looks, not by the clock: when this process has been stopped, others are not dead."""
-        for standing in standings:
-            # every sign differs, in its seconds if in nothing else
-            is_new = self._last_signs[standing.rank] != standing
-            self._looks_without_sign[standing.rank] = 0 if is_new else self._looks_without_sign[standing.rank] + 1
-            self._last_signs[standing.rank] = standing
-        most = self.dead_after_seconds / self.every_seconds
-        return [standing for standing in standings if self._looks_without_sign[standing.rank] >= most]
 
     def _guard(self) -> None:
         num_looks, num_beats = 0, 0
         while not self._over.wait(self.every_seconds):
-            gone = [other for other in self._machine if process_name(int(other.process.split()[1])) != other.process]
-            if gone and (failure := self._gone(gone)):
-                self._end(failure)
+            # out of file descriptors, nothing is known
+            with suppress(OSError):
+                gone = [other for other in self._machine if process_name(other.process_id) != other.process]
+                if gone and (failure := self._died(gone)):
+                    self._end(failure)
             num_looks = num_looks + 1 if num_beats == self._num_beats else 0
             num_beats = self._num_beats
             if num_looks * self.every_seconds >= self.dead_after_seconds:
-                self._end(self._without_store(f"has not answered for {self.dead_after_seconds:g} s"), at_once=True)
+                self._end(
+                    lost_store(self._notices.address, f"has not answered for {self.dead_after_seconds:g} s"),
+                    at_once=True,
+                )
 
-    def _gone(self, gone: Sequence[Standing]) -> Failure | None:
-        headline = "{names} died, killed or by a crash outside Python, last {last}"
+    def _died(self, gone: list[Standing]) -> Failure | None:
+        notices = self._guards_notices
         try:
-            notices = self._guards_notices
             if notices.have_all_left:
                 return None
-            gone = notices.standings([standing.rank for standing in gone])
-            failure = self._blaming(gone, headline.format(names=names(gone), last=gone[0]), notices)
-            return notices.fail(failure)
+            everyone = notices.standings(self._everyone)
+            return notices.fail(died([everyone[standing.rank] for standing in gone], everyone))
         except RuntimeError:
-            return Failure.of(gone, headline.format(names=names(gone), last=gone[0]), "")
+            return died(gone, self._machine)
 
-    def _hung(self, notices: Notices) -> Failure:
-        """Blame those that the others wait for, with the stacks of their main threads."""
-        standings = notices.standings(range(self.world.size))
-        found = suspects(standings)
+    def _held_up(self, notices: Notices) -> Failure:
+        everyone = notices.standings(self._everyone)
+        found = suspects(everyone)
         if causes := notices.causes([standing.rank for standing in found]):
             return causes[0]
-        what = max(standings, key=lambda standing: standing.num_exchanges).waiting_in
-        headline = f"{names(found)} held up the others{f' in {what!r}' if what else ''}: {found[0]}"
-        if len(found) == self.world.size:
-            headline = f"an exchange failed in which all ranks took part, as far as is known: {found[0]}"
         asked = [standing.rank for standing in found[:_MOST_STACKS]]
         notices.ask(asked)
         if self.world.rank in asked:
             notices.answer(self.world.rank, main_thread_stack())
-        stacks = notices.answers(asked, self._grace_seconds)
-        silence = "no stack: the process is stopped, gone or cut off\n"
-        texts = [f"{standing.name} is here:\n{stacks.get(standing.rank, silence)}" for standing in found[:_MOST_STACKS]]
-        return self._blaming(found, headline, notices, "".join(texts))
-
-    def _described(self, error: BaseException) -> Failure:
-        """What this rank raised, for the others."""
-        standing = self._standing()
-        kind, first_line = type(error).__name__, (str(error).splitlines() or [""])[0]
-        is_echo = isinstance(error, RankFailure | dist.DistError) or "gloo" in str(error)
-        return replace(
-            Failure.of(
-                [standing],
-                f"{standing.name} raised {kind}: {first_line} (iteration {standing.iteration})",
-                traceback_of(error),
-            ),
-            is_echo=is_echo,
-            is_agreed=isinstance(error, self.agreed),
-        )
-
-    def _without_store(self, why: str) -> Failure:
-        headline = f"the store at {self._notices.address}, held by the first rank or its launcher, {why}"
-        return Failure(culprits=(), headline=headline, text="")
-
-    def _blaming(self, culprits: Sequence[Standing], headline: str, notices: Notices, text: str = "") -> Failure:
-        where = table(notices.standings(range(self.world.size)))
-        return Failure.of(culprits, headline, f"{text}where the ranks stood:\n{where}\n")
+        return held_up(found, everyone, notices.answers(asked, self._grace_seconds))
 
     def _end(self, failure: Failure, *, at_once: bool = False) -> None:
         """Say why, and end this process: its main thread may be in an exchange, which nothing else ends.
@@ -268,11 +234,10 @@ class Watch:
 
     def _say(self, failure: Failure) -> None:
         """The headline on every rank but one that raises it itself, the text on one rank a machine."""
-        rank, ranks = self.world.rank, [standing.rank for standing in self._machine]
-        speaker = min([other for other in ranks if other not in failure.culprits] or ranks)
-        if not (self._raised is not None and rank in failure.culprits):
+        rank = self.world.rank
+        if self._raised is None or rank not in failure.culprits:
             print(f"fastgrpo: {failure.headline}", file=sys.stderr)
-        if rank == speaker:
+        if rank == speaker([standing.rank for standing in self._machine], failure):
             print(failure.text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -280,12 +245,11 @@ class Watch:
         now, num_exchanges = time.monotonic(), self.world.num_exchanges
         if self._exchange[0] != num_exchanges:
             self._exchange = num_exchanges, now
-        process = process_name(os.getpid())
         return Standing(
             rank=self.world.rank,
-            host=process.split()[0],
-            process=process,
-            machine=machine_name(),
+            host=self._process.split()[0],
+            process=self._process,
+            machine=self._machine_name,
             iteration=self.iteration(),
             stage=running_stage(),
             waiting_in=self.world.waiting_in,

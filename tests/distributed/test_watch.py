@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from fastgrpo.runtime.distributed import RankFailure, World, join_world
+from fastgrpo.runtime.failure import Failure
 from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.standing import Failure, Standing, is_held_up, suspects, table
+from fastgrpo.runtime.standing import Signs, Standing, is_held_up, suspects, table
 from fastgrpo.runtime.timing import StageTimer
 from fastgrpo.runtime.watch import Watch
-from tests.ranks import _free_port as free_port
+from tests.ranks import _free_port
 
 PATIENCE_SECONDS = 60.0
 HOST = socket.gethostname()
@@ -31,7 +32,7 @@ def run_ranks(
     num_ranks: int, run: Callable[..., None], directory: Path, stopped: int = -1
 ) -> tuple[list[int | None], list[str]]:
     """Exit codes of ranks that call ``run(world, watch)`` inside a watch, None of one that is stopped, and stderr."""
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context, port = multiprocessing.get_context("fork"), _free_port()
     logs = [directory / f"{rank}.txt" for rank in range(num_ranks)]
     ranks = [context.Process(target=main, args=(rank, num_ranks, port, logs[rank], run)) for rank in range(num_ranks)]
     for process in ranks:
@@ -262,6 +263,14 @@ def test_held_up_is_who_began_an_exchange_long_ago_that_another_has_not_begun() 
     assert not is_held_up([standing(0, 5, "a", seconds=59), standing(1, 4, seconds=100)], 60)
     # long since the last exchange: a rollout
     assert not is_held_up([standing(0, 5, seconds=500), standing(1, 5, seconds=500)], 60)
+
+
+def test_silent_is_who_does_not_change_in_so_many_looks() -> None:
+    signs = Signs([0, 1], most_looks=2)
+    changing, still = [standing(0, 5, seconds=float(look)) for look in range(5)], standing(1, 5)
+    found = [[who.rank for who in signs.look([sign, still])] for sign in changing[:4]]
+    assert found == [[], [], [1], [1]]
+    assert signs.look([changing[4], standing(1, 6)]) == []
 
 
 def test_the_table_shows_those_behind_first_and_stops_somewhere() -> None:
