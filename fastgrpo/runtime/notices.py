@@ -63,11 +63,11 @@ class Notices:
         found = [Failure.of_values(values) for key in keys if (values := json.loads(self._store.get(key)))]
         return [failure for failure in found if not failure.is_echo and not failure.is_agreed]
 
-    def say_goodbye(self, rank: int, seconds: float) -> None:
-        """The last thing a rank writes; the first rank, which may hold the store, waits so long for the others to."""
-        num_gone = self._store.add("num_gone", int(rank > 0))
+    def say_goodbye(self, seconds: float, *, last: bool) -> None:
+        """The last thing a rank writes.  ``last``: wait so long for the goodbyes of all others."""
+        num_gone = self._store.add("num_gone", 1)
         deadline = time.monotonic() + seconds
-        while rank == 0 and num_gone < self._size - 1 and time.monotonic() < deadline:
+        while last and num_gone < self._size and time.monotonic() < deadline:
             time.sleep(0.05)
             num_gone = self._store.add("num_gone", 0)
 

@@ -229,8 +229,10 @@ class Watch:
             os._exit(FAILED)
 
     def _say_goodbye(self) -> None:
+        """The first rank may hold the store, and one that raised holds connections whose end is an error elsewhere."""
+        is_culprit = self._failure is not None and self.world.rank in self._failure.culprits
         with suppress(RuntimeError):
-            self._own_notices.say_goodbye(self.world.rank, self._grace_seconds)
+            self._own_notices.say_goodbye(self._grace_seconds, last=self.world.is_first or is_culprit)
 
     def _say(self, failure: Failure) -> None:
         """The headline on every rank but one that raises it itself, the text on one rank a machine."""
