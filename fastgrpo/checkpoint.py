@@ -68,7 +68,6 @@ class Checkpoint:
             raise ValueError(f"checkpoint.every must be at least 1, got {self.every}")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writers = _beside(self.world)
 
     def save_if_due(self, state: TrainState) -> Path | None:
@@ -89,7 +88,10 @@ class Checkpoint:
             files = self.world.together(lambda: self._files(tensors, text), "the copy of a checkpoint")
         except (OSError, RuntimeError) as error:
             raise self._failure(path, error) from error
-        self._pending = self._thread.submit(self._write, path, temporary, files, state.iteration)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(self._write, path, temporary, files, state.iteration)
+        # no thread is left behind when it is done
+        thread.shutdown(wait=False)
         if not self.asynchronous:
             self.wait()
         return path
@@ -177,7 +179,7 @@ class Checkpoint:
             return self.world.together(lambda: read(path), "a checkpoint")
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             remedy = "resume from another checkpoint, or delete this one"
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}; {remedy}") from error
 

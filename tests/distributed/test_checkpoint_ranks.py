@@ -4,8 +4,10 @@ import errno
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +29,12 @@ from tests.rewards.remote.scripted import free_port
 
 # as many rows as 4 ranks have: fewer, equal, more that do not divide; and what is never sharded
 SHAPES = {"few": (3, 5), "equal": (4, 2, 2), "odd": (11, 3), "vector": (9,), "one": (1, 7)}
+
+
+@pytest.fixture(autouse=True)
+def every_rank_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the tensors are; ranks are forked, so it reaches them."""
+    monkeypatch.setattr(shards, "PART_BYTES", 1)
 
 
 def whole(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -86,7 +94,6 @@ def content(state: TrainState) -> dict[str, Any]:
 
 
 def save(world: World, directory: Path, placement: str, dtype: torch.dtype) -> str:
-    shards.PART_BYTES = 1
     weights = placed(whole(dtype), world, placement)
     checkpoint = Checkpoint(directory, every=1, keep=2, world=world, asynchronous=True)
     path = checkpoint.save(make_state(weights))
@@ -115,8 +122,9 @@ def load(world: World, directory: Path, placement: str, dtype: torch.dtype) -> d
     return content(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("placement", ["plain", "sharded", "hybrid"])
+@pytest.mark.parametrize(
+    ("placement", "dtype"), [("plain", torch.float32), ("sharded", torch.float64), ("hybrid", torch.bfloat16)], ids=str
+)
 def test_what_4_ranks_saved_1_2_and_4_ranks_load_bit_for_bit(
     tmp_path: Path, placement: str, dtype: torch.dtype
 ) -> None:
@@ -136,8 +144,20 @@ def test_what_1_and_2_ranks_saved_4_ranks_load_bit_for_bit(tmp_path: Path, place
         assert on_ranks(4, load, tmp_path / directory, placement, torch.float32) == [expected] * 4
 
 
-@pytest.mark.parametrize(("placement", "num_writers"), [("plain", 4), ("sharded", 4), ("hybrid", 4)])
-def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, placement: str, num_writers: int) -> None:
+def test_a_small_state_is_written_by_the_first_rank_and_a_large_one_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = whole()
+    monkeypatch.setattr(shards, "PART_BYTES", 1 << 20)
+    small = [shards.own_shards(tensors, rank, 4).keys() for rank in range(4)]
+    assert [len(names) for names in small] == [len(tensors), 0, 0, 0]
+    monkeypatch.setattr(shards, "PART_BYTES", 32)
+    large = [shards.own_shards(tensors, rank, 4) for rank in range(4)]
+    assert sorted(name for part in large for name in part) == sorted(tensors)
+    # 15, 16, 33, 9 and 7 numbers in this order, each to the rank that has least
+    assert [sum(shard.tensor.numel() for shard in part.values()) for part in large] == [15, 16, 33, 16]
+
+
+@pytest.mark.parametrize("placement", ["plain", "sharded", "hybrid"])
+def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, placement: str) -> None:
     on_ranks(4, save, tmp_path, placement, torch.float32)
     num_elements: dict[str, int] = {}
     writers = set()
@@ -149,16 +169,27 @@ def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, place
     weights = {f"weights/{name}": tensor.numel() for name, tensor in whole().items()}
     assert {name: number for name, number in num_elements.items() if name.startswith("weights/")} == weights
     assert len(num_elements) == (1 + 1 + 3) * len(SHAPES)
-    assert len(writers) == num_writers
+    assert len(writers) == 4
 
 
-def save_with_a_full_disk(world: World, directory: Path, full_rank: int) -> tuple[str, list[str]]:
-    shards.PART_BYTES = 1
+@contextmanager
+def failing(how: str) -> Iterator[None]:
+    """Inside, this process can write nothing durable, or no more than 100 bytes to a file."""
+    if how == "fsync":
+        with mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+            yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_with_a_full_disk(world: World, directory: Path, full_rank: int, how: str) -> tuple[str, list[str]]:
     checkpoint = Checkpoint(directory, every=1, keep=2, world=world, asynchronous=True)
     checkpoint.save(make_state(whole()))
     checkpoint.wait()
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(os, "fsync", side_effect=full if world.rank == full_rank else None):
+    with failing(how) if world.rank == full_rank else nullcontext():
         checkpoint.save(make_state(whole(), iteration=2))
         with pytest.raises(CheckpointError) as caught:
             checkpoint.wait()
@@ -171,11 +202,16 @@ def save_with_a_full_disk(world: World, directory: Path, full_rank: int) -> tupl
     return str(caught.value), left
 
 
-@pytest.mark.parametrize("full_rank", [0, 2])
-def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all(tmp_path: Path, full_rank: int) -> None:
-    for message, left in on_ranks(3, save_with_a_full_disk, tmp_path, full_rank):
+@pytest.mark.parametrize(
+    ("full_rank", "how", "reason"),
+    [(0, "fsync", "No space left on device"), (2, "fsync", "No space left on device"), (1, "size", "File too large")],
+)
+def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all(
+    tmp_path: Path, full_rank: int, how: str, reason: str
+) -> None:
+    for message, left in on_ranks(3, save_with_a_full_disk, tmp_path, full_rank, how):
         assert message.startswith(f"cannot write checkpoint {tmp_path}/step_000002 (rank {full_rank}")
-        assert "No space left on device" in message
+        assert reason in message
         assert "free space on that disk" in message
         assert left == ["step_000001"]
 
@@ -189,7 +225,6 @@ def read_damaged(world: World, directory: Path) -> tuple[str, str | None]:
 
 
 def save_two(world: World, directory: Path) -> None:
-    shards.PART_BYTES = 1
     checkpoint = Checkpoint(directory, every=1, keep=2, world=world)
     for iteration in (1, 2):
         checkpoint.save(make_state(whole(), iteration))
@@ -298,7 +333,6 @@ def save_until_killed(rank: int, directory: Path, port: int, killed_rank: int, l
     """Checkpoints 1, 2, ... by 3 ranks, one of which dies before the ``last_step``th thing it asks of the disk."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    shards.PART_BYTES = 1
     world = join_world("cpu", timeout_seconds=60)
     checkpoint = Checkpoint(directory, every=1, keep=1, world=world, asynchronous=True)
     steps = itertools.count(1)
