@@ -1,0 +1,117 @@
+"""Kinds of training whose exchanges are measured, on the embedded model, and what is expected of each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from omegaconf import DictConfig
+from torch import nn
+
+from benchmarks.scaling.exchanges import FLOAT32, Exchange, Shares, always, of_adapters, shares_of
+from benchmarks.scaling.sharded import Passes, of_shards, units_of
+from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.runtime.spread import Spread
+
+# 15 samples in 2 optimizer steps: no number of ranks above 1 divides them
+SETTINGS = (
+    "algorithm=flow_grpo",
+    "algorithm.schedule.num_steps=4",
+    "train.iterations=2",
+    "train.prompts_per_iteration=3",
+    "train.group_size=5",
+    "train.optimizer_steps=2",
+    "train.learning_rate=1e-5",
+    "evaluate.every=100",
+    "evaluate.images_per_prompt=1",
+    "evaluate.num_steps=1",
+    "runtime.device=cpu",
+    "runtime.micro_batch=2",
+    "runtime.threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of ``SETTINGS`` and what it adds to them."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        return [*SETTINGS, *self.overrides]
+
+
+# with guidance all passes that there are occur: with and without text, of the policy and of the reference
+_FULL = ("adaptation=full", "model.guidance_scale=2.5")
+CASES = (
+    Case("lora"),
+    Case("lora_search", ("algorithm=smart_grpo_paper", "algorithm.schedule.num_steps=4")),
+    Case("full_gathered", (*_FULL, "adaptation.rollout_weights=gathered")),
+    Case("full_sharded", (*_FULL, "adaptation.rollout_weights=sharded")),
+)
+
+
+def expected(config: DictConfig, num_ranks: int) -> list[Exchange]:
+    """The exchanges of one iteration on ``num_ranks``, none of them for one.
+
+    For configs whose noise search, if any, searches every prompt, and which train all steps but the last.
+    """
+    if num_ranks == 1:
+        return []
+    settings, noise = config.train, config.algorithm.noise
+    shares = shares_of(settings.prompts_per_iteration * settings.group_size, settings.optimizer_steps)
+    searches = [settings.prompts_per_iteration * noise.candidates] * noise.rounds if "rounds" in noise else []
+    num_rewards = len(config.reward.terms) + len(config.reward.get("watch") or {})
+    found = always(num_ranks, shares, num_rewards, searches)
+    adaptation, transformer = build(config.adaptation), network_of(Path(resolve_path(config.model.weights)))
+    if not isinstance(adaptation, FullFineTuning):
+        return found + of_adapters(sum(w.numel() for w in adaptation(transformer).trainable.values()), shares)
+    return found + of_shards(units_of(transformer), num_ranks, _passes(config, shares, num_ranks), FLOAT32)
+
+
+def network_of(weights: Path) -> nn.Module:
+    """The network of a StableDiffusion3Pipeline's directory, of which only shapes are there."""
+    with torch.device("meta"):
+        network: nn.Module = SD3Transformer2DModel.from_config(
+            SD3Transformer2DModel.load_config(weights / "transformer")
+        )
+    return network
+
+
+def latent_bytes(config: DictConfig) -> int:
+    """Of one latent, in float32."""
+    network: Any = network_of(Path(resolve_path(config.model.weights)))
+    return FLOAT32 * network.config.in_channels * network.config.sample_size**2
+
+
+def load(case: Case, *words: str) -> DictConfig:
+    """The checked config of a case."""
+    return load_config("train", [*case.words, *words])
+
+
+def _passes(config: Any, shares: Shares, num_ranks: int) -> Passes:
+    num_trained = config.algorithm.schedule.num_steps - 1
+    is_guided, has_reference = config.model.guidance_scale != 1, config.algorithm.objective.kl_coef > 0
+    smallest = min(map(len, shares))
+    size = min(config.runtime.micro_batch, max(1, smallest // num_ranks))
+
+    def batches(rows: int) -> int:
+        return -(-rows // min(rows, size))
+
+    in_rollout = batches(Spread.of_shares(shares, num_ranks).most)
+    in_update = [num_trained * batches(-(-len(share) // num_ranks)) for share in shares]
+    gathers = config.adaptation.rollout_weights == "gathered"
+    return Passes(
+        # for the candidates of a search too, of which there may be none
+        gathered={"search": 1, "rollout": 1} if gathers else {},
+        # trained steps run the branches one by one, the last step both at once
+        rollout=0 if gathers else in_rollout * (num_trained * (1 + is_guided) + 1),
+        policy=sum(in_update) + is_guided * sum(in_update[1:]),
+        backward=sum(in_update),
+        reference=has_reference * sum(in_update),
+        optimizer_steps=len(shares),
+    )
