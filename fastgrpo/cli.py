@@ -54,6 +54,17 @@ COMMANDS = {
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
         ),
     ),
+    "submit": Command(
+        run="fastgrpo.commands.submit.submit",
+        summary="train as a job of a cluster",
+        details="By Slurm. Its keys are those of train, and job.*: nodes, tasks and time. Waits for the job, which saves "
+        "itself before its time is over, queues again and goes on. A script for sbatch that does the same is "
+        "configs/slurm/train.sbatch. Needs the extra slurm.",
+        examples=(
+            "fastgrpo submit job.nodes=4 job.slurm.partition=gpu experiment=flow_grpo_sd35 name=first",
+            "fastgrpo submit job.launcher=submitit_local job.tasks_per_node=2 job.gpus_per_node=2",
+        ),
+    ),
     "sample": Command(
         run="fastgrpo.commands.sample.sample",
         summary="make images of prompts",

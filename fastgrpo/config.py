@@ -53,12 +53,18 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def config_groups(name: str) -> dict[str, list[str]]:
     """The groups of ``configs/<name>.yaml`` and their options: ``{"algorithm/noise": ["elite", ...], ...}``."""
     top = Path(str(files(_CONFIGS)))
-    defaults: Any = OmegaConf.to_container(OmegaConf.load(top / f"{name}.yaml").defaults)
-    chosen = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
     groups: dict[str, list[str]] = {}
-    for path in sorted(path for group in chosen for path in (top / group).rglob("*.yaml")):
+    for path in sorted(path for group in _chosen(top, name) for path in (top / group).rglob("*.yaml")):
         groups.setdefault(path.parent.relative_to(top).as_posix(), []).append(path.stem)
     return dict(sorted(groups.items()))
+
+
+def _chosen(top: Path, name: str) -> list[str]:
+    """The groups in the defaults of a config and of those that it builds on."""
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(top / f"{name}.yaml").defaults)
+    chosen = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
+    below = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    return chosen + [group for other in below for group in _chosen(top, other)]
 
 
 def _key(override: str) -> str:

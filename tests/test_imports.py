@@ -45,7 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": STAGES | BELOW_STAGES | {"trainer", "config", "train", "commands"},
 }
 CONFINED = {
-    "hydra": ("fastgrpo/config.py",),
+    # submitit is started by Hydra's launcher
+    "hydra": ("fastgrpo/config.py", "fastgrpo/commands/submit.py"),
+    "hydra_plugins": ("fastgrpo/commands/submit.py",),
+    "submitit": ("fastgrpo/commands/submit.py",),
     "omegaconf": (
         "fastgrpo/cli.py",
         "fastgrpo/config.py",
