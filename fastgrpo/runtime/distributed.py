@@ -50,7 +50,7 @@ class World:
     def gather(self, compute: Callable[[], Tensor], spread: Spread, num_columns: int, what: str) -> Tensor:
         """All rows [B, C] in order, on every rank, of which ``compute`` returns this rank's [b, C] in float32.
 
-        Where it raises on some rank, it raises on all: there what was raised, elsewhere RankFailure.
+        Where it raises on some rank, RankFailure is raised on all; a world of one rank raises what was raised.
         """
         order_B = torch.tensor(spread.order)
         if self.size == 1:
@@ -149,7 +149,7 @@ class World:
 
     def _raise_together(self, error: Exception | None) -> None:
         failures = self.everyones(None if error is None else _described(self.rank, error), "failures")
-        raise error or RankFailure("; ".join(filter(None, failures)))
+        raise RankFailure("; ".join(filter(None, failures))) from error
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
