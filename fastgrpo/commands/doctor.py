@@ -16,6 +16,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
 from fastgrpo.config import build, resolve_path
+from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
 from fastgrpo.model_on_device import build_batch_sizes, build_model, device_of
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
@@ -23,7 +24,6 @@ from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
 from fastgrpo.rollout import Rollout
-from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
 from fastgrpo.types import Samples
 from fastgrpo.update import Update
 
