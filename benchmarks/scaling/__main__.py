@@ -2,26 +2,26 @@
 
     python -m benchmarks.scaling
 
-Trains the embedded model by torchrun with 1, 2 and 4 processes, with adapters, with a noise search and with all weights
+Trains the embedded model on 1, 2 and 4 processes, joined by gloo, with adapters, with a noise search and with all weights
 in two ways, counts every collective of every rank, and compares them with what sizes of weights and rows say.  From the
 same formulas it predicts the efficiency of SD3.5-medium and FLUX.1-dev on 8 to 1024 H100s.  Nothing here is timed.
 Exits with 1 where a byte or a call is not as expected.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from benchmarks.report import write_report
 from benchmarks.scaling.cases import CASES, Case, expected, latent_bytes, load
 from benchmarks.scaling.cluster import Cluster
 from benchmarks.scaling.efficiency import Speed
 from benchmarks.scaling.measured import Measured, Outcome, compare, largest_besides_weights
-from benchmarks.scaling.rank import read
+from benchmarks.scaling.rank import train_on_ranks
 from benchmarks.scaling.tables import measured_part, predicted_part, predictions
 from benchmarks.scaling.workload import workloads
 
@@ -32,6 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/scaling"), help="a new directory")
     arguments = parser.parse_args()
+    # threads would not outlive a fork
+    torch.set_num_threads(1)
     outcomes = [_outcome(arguments.out, case, num_ranks) for case in CASES for num_ranks in NUM_RANKS]
     cluster, speed, predicted = Cluster(), Speed(), workloads()
     body = measured_part(outcomes) + "\n\n" + predicted_part(predicted, cluster, speed)
@@ -50,8 +52,10 @@ def main() -> None:
 def _outcome(out: Path, case: Case, num_ranks: int) -> Outcome:
     directory = out / f"{case.name}_{num_ranks}"
     directory.mkdir(parents=True)
-    _train(directory, case, num_ranks)
-    ranks = [read(directory / f"rank_{rank}.json") for rank in range(num_ranks)]
+    held_out = directory / "held_out.txt"
+    held_out.write_text("a red circle\na blue square\n")
+    words = [*case.words, f"prompts.held_out={held_out}", f"output={directory / 'run'}"]
+    ranks = train_on_ranks(directory, num_ranks, words)
     config = load(case)
     lines = compare(expected(config, num_ranks), ranks[0].iterations[0])
     largest = largest_besides_weights(lines, num_ranks)
@@ -62,17 +66,6 @@ def _outcome(out: Path, case: Case, num_ranks: int) -> Outcome:
     outcome = Outcome(case.name, num_ranks, lines, largest, between, failures)
     print(f"{case.name} on {num_ranks}: {'; '.join(failures) or 'as expected'}", flush=True)
     return outcome
-
-
-def _train(directory: Path, case: Case, num_ranks: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    held_out = directory / "held_out.txt"
-    held_out.write_text("a red circle\na blue square\n")
-    words = [*case.words, f"prompts.held_out={held_out}", f"output={directory / 'run'}"]
-    command += ["-m", "benchmarks.scaling.rank", str(directory), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (directory / "log.txt").open("w") as log:
-        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _differences(ranks: Sequence[Measured]) -> list[str]:

@@ -13,14 +13,13 @@ What is lost, each part computed on its own:
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.scaling.cluster import Cluster
 from benchmarks.scaling.exchanges import FLOAT32, Exchange, always, of_adapters, shares_of
-from benchmarks.scaling.sharded import filled_up
+from benchmarks.scaling.sharded import Passes, filled_up
 from benchmarks.scaling.workload import Workload
 from fastgrpo.runtime.spread import Spread
 
@@ -71,27 +70,15 @@ def predict(
 
     ValueError where some GPU would have no image in an optimizer step, which training refuses too.
     """
-    if num_images < workload.optimizer_steps * num_gpus:
-        raise ValueError(
-            f"{num_images} images in {workload.optimizer_steps} optimizer steps are less than one a step for each of "
-            f"{num_gpus} GPUs; use fewer GPUs, fewer optimizer steps or more images"
-        )
-    shares = shares_of(num_images, workload.optimizer_steps)
-    in_rollout = Spread.of_shares(shares, num_gpus).most
-    in_update = [-(-len(share) // num_gpus) for share in shares]
-    # training takes no larger micro-batches than an even share of an optimizer step
-    micro_batch = min(workload.micro_batch, num_images // workload.optimizer_steps // num_gpus)
-    pace = _seconds(workload, in_rollout, in_update, speed)
-    computing = _seconds(
-        workload, rows_computed(in_rollout, micro_batch), [rows_computed(n, micro_batch) for n in in_update], speed
-    )
+    rows = Rows.of(workload, num_gpus, num_images)
+    pace, computing = (_seconds(workload, one, speed) for one in (rows, rows.filled))
     even = num_images * workload.image_flops / num_gpus / speed.flops_per_second
     exchanges = sum(
         one.calls * cluster.seconds(one.kind, one.payload_bytes, num_gpus)
         for one in told(workload, num_gpus, num_images)
     )
     if workload.units:
-        exchanges += _waits_for_shards(workload, num_gpus, in_update, micro_batch, cluster, speed, within_node)
+        exchanges += _waits_for_shards(workload, num_gpus, rows, cluster, speed, within_node)
     return Prediction(
         num_gpus=num_gpus,
         num_images=num_images,
@@ -100,6 +87,48 @@ def predict(
         filled_seconds=computing - pace,
         exchange_seconds=exchanges,
         slowest_seconds=computing * speed.variation * expected_maximum(num_gpus),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of the GPU that has most: in rollout, in each optimizer step, and how many run at a time."""
+
+    in_rollout: int
+    in_update: tuple[int, ...]
+    micro_batch: int
+
+    @classmethod
+    def of(cls, workload: Workload, num_gpus: int, num_images: int) -> "Rows":
+        """As training spreads them."""
+        even = num_images // workload.optimizer_steps // num_gpus
+        if even == 0:
+            raise ValueError(
+                f"{num_images} images in {workload.optimizer_steps} optimizer steps are less than one a step for each "
+                f"of {num_gpus} GPUs; use fewer GPUs, fewer optimizer steps or more images"
+            )
+        shares = shares_of(num_images, workload.optimizer_steps)
+        in_update = tuple(-(-len(share) // num_gpus) for share in shares)
+        # training takes no larger micro-batches than an even share of an optimizer step
+        return cls(Spread.of_shares(shares, num_gpus).most, in_update, min(workload.micro_batch, even))
+
+    @property
+    def filled(self) -> "Rows":
+        """With those that fill up the last of several micro-batches."""
+        in_update = tuple(rows_computed(rows, self.micro_batch) for rows in self.in_update)
+        return Rows(rows_computed(self.in_rollout, self.micro_batch), in_update, self.micro_batch)
+
+
+def passes(workload: Workload, rows: Rows) -> Passes:
+    """Of the network whose weights are spread, gathered for the rollout."""
+    steps = [workload.trained_steps * math.ceil(most / min(most, rows.micro_batch)) for most in rows.in_update]
+    return Passes(
+        gathered={"search": 1, "rollout": 1},
+        rollout=0,
+        policy=sum(steps) + (workload.branches > 1) * sum(steps[1:]),
+        backward=sum(steps),
+        reference=workload.has_reference * sum(steps),
+        optimizer_steps=len(steps),
     )
 
 
@@ -115,13 +144,6 @@ def rows_computed(rows: int, micro_batch: int) -> int:
     return rows if rows <= micro_batch else -(-rows // micro_batch) * micro_batch
 
 
-def _seconds(workload: Workload, in_rollout: int, in_update: Sequence[int], speed: Speed) -> float:
-    """Of the rank with most rows."""
-    flops = in_rollout * workload.rollout_flops
-    flops += sum(rows * workload.update_flops(is_on_policy=step == 0) for step, rows in enumerate(in_update))
-    return flops / speed.flops_per_second
-
-
 def expected_maximum(num: int) -> float:
     """Of ``num`` independent numbers of N(0, 1): the integral over x > 0 of 1 - Phi(x)^num - Phi(-x)^num."""
     x = torch.linspace(0, 12, 12_001, dtype=torch.float64)
@@ -129,31 +151,31 @@ def expected_maximum(num: int) -> float:
     return float(torch.trapezoid(above - below, x))
 
 
+def _seconds(workload: Workload, rows: Rows, speed: Speed) -> float:
+    flops = rows.in_rollout * workload.rollout_flops
+    flops += sum(most * workload.update_flops(is_on_policy=step == 0) for step, most in enumerate(rows.in_update))
+    return flops / speed.flops_per_second
+
+
 def _waits_for_shards(
-    workload: Workload,
-    num_gpus: int,
-    rows: Sequence[int],
-    micro_batch: int,
-    cluster: Cluster,
-    speed: Speed,
-    within_node: bool,
+    workload: Workload, num_gpus: int, rows: Rows, cluster: Cluster, speed: Speed, within_node: bool
 ) -> float:
     """Seconds in which the GPU has nothing to do but wait for weights or gradients of other ranks."""
     num_shards = min(num_gpus, cluster.gpus_per_node) if within_node else num_gpus
+    num_copies = num_gpus // num_shards
     numbers = [filled_up(unit, num_shards) for unit in workload.units]
     gathers = [cluster.seconds("all_gather", BFLOAT16 * n, num_shards) for n in numbers]
     scatters = [cluster.seconds("reduce_scatter", FLOAT32 * n, num_shards) for n in numbers]
-    num_copies = num_gpus // num_shards
     over_nodes = [cluster.seconds("all_reduce", FLOAT32 * n // num_shards, num_copies, per_node=1) for n in numbers]
     gathered = sum(gathers)
 
     def waits(images: int, flops: float, exchanged: float, first: float) -> float:
         return first + max(0.0, exchanged - images * flops / speed.flops_per_second)
 
-    # once before the rollout, of all units, with nothing to hide behind
-    total = gathered
-    for step, most in enumerate(rows):
-        batch = min(most, micro_batch)
+    # of all units at once there is nothing to hide behind
+    total = sum(passes(workload, rows).gathered.values()) * gathered
+    for step, most in enumerate(rows.in_update):
+        batch = min(most, rows.micro_batch)
         unknown = step > 0 and workload.branches > 1
         forwards = [1, *([1] if unknown else []), *([workload.branches] if workload.has_reference else [])]
         one = sum(waits(batch * n, workload.forward_flops, gathered, gathers[-1]) for n in forwards)

@@ -1,14 +1,14 @@
-"""One rank of a measured run, started by torchrun: trains by the overrides it is given and writes what it told.
-
-torchrun --nproc-per-node 4 -m benchmarks.scaling.rank DIRECTORY [key=value ...]
-"""
+"""One rank of a measured run: a process that trains by the overrides it is given, and writes what it told."""
 
 import json
-import sys
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch.multiprocessing
 
 from benchmarks.scaling.measured import Counts, Measured, run
 from fastgrpo.config import load_config
@@ -19,18 +19,30 @@ from fastgrpo.runtime.traffic import Collective
 from fastgrpo.train import build_trainer
 
 
-def main() -> None:
-    directory, overrides = Path(sys.argv[1]), sys.argv[2:]
+def train_on_ranks(directory: Path, num_ranks: int, overrides: list[str]) -> list[Measured]:
+    """What each rank of a run told.  Ranks are forked, so that libraries are imported once."""
+    arguments = (num_ranks, _free_port(), directory, overrides)
+    torch.multiprocessing.start_processes(_main, arguments, nprocs=num_ranks, start_method="fork")
+    return [_read(directory / f"rank_{rank}.json") for rank in range(num_ranks)]
+
+
+def _main(rank: int, num_ranks: int, port: int, directory: Path, overrides: list[str]) -> None:
+    with (directory / f"log_{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if num_ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = load_config("train", overrides)
     world = join_world(device_of(config), config.distributed.timeout_seconds)
     measured = run(build_trainer(config, PolicyRank(world=world)))
     rows = {"iterations": [_rows(counts) for counts in measured.iterations], "between": _rows(measured.between)}
-    (directory / f"rank_{world.rank}.json").write_text(json.dumps(rows))
+    (directory / f"rank_{rank}.json").write_text(json.dumps(rows))
     world.barrier("the end of the run")
     leave_world()
 
 
-def read(path: Path) -> Measured:
+def _read(path: Path) -> Measured:
     """What a rank wrote."""
     rows = json.loads(path.read_text())
     return Measured([_counts(part) for part in rows["iterations"]], _counts(rows["between"]))
@@ -48,5 +60,8 @@ def _counts(rows: list[dict[str, Any]]) -> Counts:
     return found
 
 
-if __name__ == "__main__":
-    main()
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from benchmarks.report import table
 from benchmarks.scaling.cluster import Cluster
-from benchmarks.scaling.efficiency import Prediction, Speed, predict, told
+from benchmarks.scaling.efficiency import BFLOAT16, Prediction, Rows, Speed, passes, predict, told
 from benchmarks.scaling.measured import Outcome, totals
+from benchmarks.scaling.sharded import of_shards
 from benchmarks.scaling.workload import Workload
 from fastgrpo.runtime.traffic import wire_bytes
 
@@ -14,6 +15,7 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # powers of two do not divide the images of two optimizer steps; these do
 _DIVISORS = (144, 288, 576)
 IMAGES_PER_GPU = 36
+_SHOWN_GPUS = 32
 _SHARDS = {"all": "over all GPUs", "node": "within a node"}
 
 
@@ -109,8 +111,8 @@ def predicted_part(workloads: Sequence[Workload], cluster: Cluster, speed: Speed
             table(
                 ["assumed", "value"], [[name, f"{value:g}"] for name, value in {**vars(cluster), **vars(speed)}.items()]
             ),
-            "### Bytes of an iteration of 1152 images on 32 GPUs",
-            _bytes_table(workloads),
+            f"### Bytes of an iteration of {workloads[0].num_images} images on {_SHOWN_GPUS} GPUs",
+            _bytes_table(workloads, _SHOWN_GPUS),
             "### Efficiency",
             "Even work over the seconds of an iteration.  Weak: "
             f"{IMAGES_PER_GPU} images a GPU; strong: 1152 images in all.  Lost is, as a share of the seconds: "
@@ -122,12 +124,19 @@ def predicted_part(workloads: Sequence[Workload], cluster: Cluster, speed: Speed
     )
 
 
-def _bytes_table(workloads: Sequence[Workload]) -> str:
-    rows = []
+def _bytes_table(workloads: Sequence[Workload], num_gpus: int) -> str:
+    cells = []
     for workload in workloads:
-        for one in told(workload, 32, workload.num_images):
-            rows.append([workload.name, one.what, one.kind, str(one.calls), f"{one.payload_bytes:,}"])
-    return table(["workload", "what", "kind", "calls", "bytes of a call"], rows)
+        exchanges = told(workload, num_gpus, workload.num_images)
+        if workload.units:
+            rows = Rows.of(workload, num_gpus, workload.num_images)
+            exchanges += of_shards(workload.units, num_gpus, passes(workload, rows), BFLOAT16)
+        for what, stage, kind in dict.fromkeys((one.what, one.stage, one.kind) for one in exchanges):
+            alike = [one for one in exchanges if (one.what, one.stage, one.kind) == (what, stage, kind)]
+            calls, size = sum(one.calls for one in alike), sum(one.calls * one.payload_bytes for one in alike)
+            wire = wire_bytes(kind, size, num_gpus)
+            cells.append([workload.name, what, f"{stage}, {kind}", str(calls), f"{size:,}", f"{wire:,.0f}"])
+    return table(["workload", "what", "stage, kind", "calls", "bytes", "on the wire of a GPU"], cells)
 
 
 def _efficiency_table(rows: Sequence[Predicted]) -> str:
