@@ -57,7 +57,7 @@ COMMANDS = {
     "submit": Command(
         run="fastgrpo.commands.submit.submit",
         summary="train as a job of a cluster",
-        details="By Slurm. Its keys are those of train, and job.*: nodes, tasks and time. Waits for the job, which saves "
+        details="By Slurm. Its keys are those of train, and job.*: nodes, tasks, time. Waits for the job, which saves "
         "itself before its time is over, queues again and goes on. A script for sbatch that does the same is "
         "configs/slurm/train.sbatch. Needs the extra slurm.",
         examples=(
