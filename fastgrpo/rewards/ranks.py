@@ -25,13 +25,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed import rendezvous
 
 from fastgrpo.rewards.rank_line import PATIENCE, Line
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.runtime.distributed import RankFailure, World, join_world
+from fastgrpo.runtime.meeting import meet
 from fastgrpo.runtime.slurm import slurm_environment
 
 _GOODBYE_SECONDS = 5.0
@@ -55,7 +55,7 @@ def take_part(device: str, timeout_seconds: float, num_scoring: int) -> "PolicyR
     if num_scoring == 0:
         return PolicyRank(world=join_world(device, timeout_seconds))
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    store, rank, _ = meet(timeout)
     connect = partial(Line.between, store=store, timeout=timeout)
     if rank < num_policy:
         # the ranks that train are all that torch.distributed knows of: no group, mesh or split has to leave any out

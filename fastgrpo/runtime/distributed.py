@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrpo.runtime.meeting import meet
 from fastgrpo.runtime.spread import Spread
 from fastgrpo.runtime.timing import waiting
 
@@ -174,9 +175,11 @@ def join_world(device: str, timeout_seconds: float) -> World:
         torch.cuda.set_device(own)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if own.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    store, rank, size = meet(timeout)
+    device_id = own if own.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=own, group=dist.group.WORLD, control=control)
+    return World(rank=rank, size=size, device=own, group=dist.group.WORLD, control=control)
 
 
 def leave_world() -> None:
