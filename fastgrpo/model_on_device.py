@@ -41,7 +41,8 @@ def build_planned_model(config: DictConfig, planner: MemoryPlanner) -> tuple[Flo
     if config.runtime.micro_batch != 0:
         return build_model(config, lossy=build(config.lossy)), planner.rewards
     model, plan = plan_device(config, planner)
-    Console().print(plan.table())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        Console().print(plan.table())
     runtime = config.runtime
     runtime.micro_batch = plan.batch(TRAINING)
     runtime.sampling_batch = runtime.sampling_batch or plan.batch(SAMPLING)

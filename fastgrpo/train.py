@@ -123,6 +123,8 @@ def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer
         reweights=planner.reweights,
         world=world,
     )
+    # refuses ranks without samples before any is made
+    update.shares(num_samples, iteration=0)
     if world.is_first:
         OmegaConf.save(config, directory.config)
     return Trainer(

@@ -131,7 +131,7 @@ def test_each_sample_is_made_once_from_the_same_noise(tiny_weights: Path, tmp_pa
 
 def too_few(world: World, weights: Path, output: Path) -> str:
     with pytest.raises(ValueError, match="less than one in each step for each of 4 ranks") as raised:
-        make_trainer(world, weights, output, "train.group_size=1").step()
+        make_trainer(world, weights, output, "train.group_size=1")
     return str(raised.value)
 
 
