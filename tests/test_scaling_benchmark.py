@@ -15,7 +15,7 @@ from benchmarks.scaling.cluster import Cluster
 from benchmarks.scaling.efficiency import Speed, expected_maximum, predict, rows_computed, told
 from benchmarks.scaling.exchanges import Exchange
 from benchmarks.scaling.measured import Line, compare, largest_besides_weights, run
-from benchmarks.scaling.sharded import filled_up, units_of
+from benchmarks.scaling.sharded import Passes, filled_up, of_shards, units_of
 from benchmarks.scaling.tables import predictions
 from benchmarks.scaling.workload import Workload, meta_transformer, num_trained, workloads
 from fastgrpo.config import build, load_config
@@ -157,6 +157,18 @@ def test_units_are_all_weights_once_and_are_filled_up_by_first_dimensions(tiny_w
     assert sorted(shape for unit in units for shape in unit) == sorted(tuple(w.shape) for w in network.parameters())
     assert filled_up(((5, 2), (4,)), 4) == 8 * 2 + 4
     assert sum(filled_up(unit, 1) for unit in units) == sum(weight.numel() for weight in network.parameters())
+
+
+def test_nodes_with_copies_of_the_weights_sum_each_ranks_part_of_the_gradient() -> None:
+    passes = Passes(gathered={"rollout": 1}, rollout=0, policy=3, backward=2, reference=1, optimizer_steps=1)
+    # on 4 ranks 7 x 3 numbers are filled up to 8 x 3, of which each rank has 6
+    assert of_shards([((7, 3),)], 4, passes, compute_bytes=2, over_nodes=True) == [
+        Exchange("weights", "rollout", "all_gather", 48, 1),
+        Exchange("weights", "update", "all_gather", 48, 6),
+        Exchange("gradients", "update", "reduce_scatter", 96, 2),
+        Exchange("gradients over nodes", "update", "all_reduce", 24, 2),
+        Exchange("norms", "update", "all_reduce", 4, 1),
+    ]
 
 
 def test_seconds_of_exchanges_are_calls_hops_and_bytes() -> None:

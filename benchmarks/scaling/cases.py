@@ -35,10 +35,15 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A run of ``SETTINGS`` and what it adds to them."""
+    """A run of ``SETTINGS`` and what it adds to them, on each of some numbers of processes.
+
+    per_node: processes that are told to be of one node; by default all.
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
+    num_ranks: tuple[int, ...] = (1, 2, 4)
+    per_node: int | None = None
 
     @property
     def words(self) -> list[str]:
@@ -52,11 +57,12 @@ CASES = (
     Case("lora_search", ("algorithm=smart_grpo_paper", "algorithm.schedule.num_steps=4")),
     Case("full_gathered", (*_FULL, "adaptation.rollout_weights=gathered")),
     Case("full_sharded", (*_FULL, "adaptation.rollout_weights=sharded")),
+    Case("full_nodes", (*_FULL, "adaptation.shard_over=node"), num_ranks=(4,), per_node=2),
 )
 
 
-def expected(config: DictConfig, num_ranks: int) -> list[Exchange]:
-    """The exchanges of one iteration on ``num_ranks``, none of them for one.
+def expected(config: DictConfig, num_ranks: int, per_node: int | None = None) -> list[Exchange]:
+    """The exchanges of one iteration on ``num_ranks``, none of them for one; ``per_node`` as in ``Case``.
 
     For configs whose noise search, if any, searches every prompt, and which train all steps but the last.
     """
@@ -70,7 +76,10 @@ def expected(config: DictConfig, num_ranks: int) -> list[Exchange]:
     adaptation, transformer = build(config.adaptation), network_of(Path(resolve_path(config.model.weights)))
     if not isinstance(adaptation, FullFineTuning):
         return found + of_adapters(sum(w.numel() for w in adaptation(transformer).trainable.values()), shares)
-    return found + of_shards(units_of(transformer), num_ranks, _passes(config, shares, num_ranks), FLOAT32)
+    within_node = config.adaptation.shard_over == "node"
+    num_shards = per_node or num_ranks if within_node else num_ranks
+    passes = _passes(config, shares, num_ranks)
+    return found + of_shards(units_of(transformer), num_shards, passes, FLOAT32, over_nodes=within_node)
 
 
 def network_of(weights: Path) -> nn.Module:

@@ -16,7 +16,7 @@ from fastgrpo.trainer import Trainer
 
 Counts = Counter[Collective]
 # what grows with the weights; all else must be smaller than a latent
-_OF_WEIGHTS = {"gradients", "weights"}
+_OF_WEIGHTS = {"weights", "gradients", "gradients over nodes"}
 
 
 @dataclass

@@ -19,19 +19,22 @@ from fastgrpo.runtime.traffic import Collective
 from fastgrpo.train import build_trainer
 
 
-def train_on_ranks(directory: Path, num_ranks: int, overrides: list[str]) -> list[Measured]:
+def train_on_ranks(
+    directory: Path, num_ranks: int, overrides: list[str], per_node: int | None = None
+) -> list[Measured]:
     """What each rank of a run told.  Ranks are forked, so that libraries are imported once."""
-    arguments = (num_ranks, _free_port(), directory, overrides)
+    arguments = (num_ranks, per_node or num_ranks, _free_port(), directory, overrides)
     torch.multiprocessing.start_processes(_main, arguments, nprocs=num_ranks, start_method="fork")
     return [_read(directory / f"rank_{rank}.json") for rank in range(num_ranks)]
 
 
-def _main(rank: int, num_ranks: int, port: int, directory: Path, overrides: list[str]) -> None:
+def _main(rank: int, num_ranks: int, per_node: int, port: int, directory: Path, overrides: list[str]) -> None:
     with (directory / f"log_{rank}.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if num_ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        os.environ |= {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = load_config("train", overrides)
     world = join_world(device_of(config), config.distributed.timeout_seconds)

@@ -38,8 +38,13 @@ class Passes:
     optimizer_steps: int
 
 
-def of_shards(units: Sequence[Unit], num_ranks: int, passes: Passes, compute_bytes: int) -> list[Exchange]:
-    """Of an iteration; ``compute_bytes`` are those of a number in the type that the model computes in."""
+def of_shards(
+    units: Sequence[Unit], num_ranks: int, passes: Passes, compute_bytes: int, *, over_nodes: bool = False
+) -> list[Exchange]:
+    """Of an iteration; ``compute_bytes`` are those of a number in the type that the model computes in.
+
+    ``num_ranks`` share the weights; ``over_nodes`` says that these are of one node, and that other nodes have copies.
+    """
     found: list[Exchange] = []
     for unit in units:
         numbers = filled_up(unit, num_ranks)
@@ -52,6 +57,9 @@ def of_shards(units: Sequence[Unit], num_ranks: int, passes: Passes, compute_byt
             if calls:
                 found.append(Exchange("weights", stage, "all_gather", numbers * compute_bytes, calls))
         found.append(Exchange("gradients", "update", "reduce_scatter", numbers * FLOAT32, passes.backward))
+        if over_nodes:
+            part = numbers // num_ranks * FLOAT32
+            found.append(Exchange("gradients over nodes", "update", "all_reduce", part, passes.backward))
     num_weights = sum(map(len, units))
     return [*found, Exchange("norms", "update", "all_reduce", num_weights * FLOAT32, passes.optimizer_steps)]
 
