@@ -110,7 +110,8 @@ class Checkpoint:
             try:
                 self._verify(path, KINDS)
             except (ValueError, RankFailure) as error:
-                _log.warning("skipping checkpoint %s: %s", path, error)
+                if self.world.is_first:
+                    _log.warning("skipping checkpoint %s: %s", path, error)
             else:
                 return path
         return None

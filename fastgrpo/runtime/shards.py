@@ -46,7 +46,7 @@ def own_shards(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> dict
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     writers = _writers(tensors, num_ranks)
     turns = {name: turn for turn, name in enumerate(tensors)}
-    shards, waits = {}, False
+    shards = {}
     for item in planner.create_local_plan().items:
         name, tensor = item.index.fqn, tensors[item.index.fqn]
         is_own = _is_turn(tensor, turns[name], item) if isinstance(tensor, DTensor) else writers[name] == rank
@@ -54,10 +54,9 @@ def own_shards(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> dict
             part = planner.resolve_data(item)
             assert isinstance(part, Tensor)
             assert item.tensor_data is not None
-            shards[name] = Shard(_host_copy(part), list(item.tensor_data.chunk.offsets))
-            waits |= part.is_cuda
-    if waits:
-        torch.cuda.synchronize()
+            # not page-locked: that memory would be rounded up to powers of two and never given back
+            copy = torch.empty(part.shape, dtype=part.dtype).copy_(part.detach())
+            shards[name] = Shard(copy, list(item.tensor_data.chunk.offsets))
     return shards
 
 
@@ -134,9 +133,3 @@ def _is_turn(tensor: DTensor, turn: int, item: WriteItem) -> bool:
     is_turn = copies[turn % len(copies)] == tuple(coordinate[dim] for dim in repeated)
     # where there are more ranks than rows, some hold nothing
     return is_turn and (math.prod(item.tensor_data.chunk.sizes) > 0 or tensor.numel() == 0)
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """Its own storage, in page-locked memory if it comes from a GPU; complete after a synchronization."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach(), non_blocking=True)
