@@ -141,9 +141,9 @@ def test_what_was_not_expected_and_what_did_not_come_are_lines_that_disagree() -
         Counter({came: 2, images: 1}),
     )
     assert lines == [
-        Line("gradients", "update", "all_reduce", 40, 2, 2),
-        Line("rewards", "reward", "all_gather", 8, 1, 0),
-        Line("not expected", "rollout", "all_gather", 3072, 0, 1),
+        Line("gradients", "update", "all_reduce", 40, 2, 2, 80.0),
+        Line("rewards", "reward", "all_gather", 8, 1, 0, 0.0),
+        Line("not expected", "rollout", "all_gather", 3072, 0, 1, 1536.0),
     ]
     assert [line.agrees for line in lines] == [True, False, False]
     assert largest_besides_weights(lines, 2) == 1536

@@ -29,7 +29,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """Collectives of one stage, kind and payload: of an iteration how many were expected, and how many measured."""
+    """Collectives of one stage, kind and payload: of an iteration how many were expected, and how many measured.
+
+    wire_bytes: of those that were measured, through the busiest rank's link.
+    """
 
     what: str
     stage: str
@@ -37,6 +40,7 @@ class Line:
     payload_bytes: int
     expected_calls: int
     measured_calls: int
+    wire_bytes: float
 
     @property
     def agrees(self) -> bool:
@@ -85,9 +89,15 @@ def compare(expected: Sequence[Exchange], counts: Mapping[Collective, int]) -> l
         calls.setdefault(key, [0, 0])[0] += one.calls
         if one.what not in names.setdefault(key, []):
             names[key].append(one.what)
+    wire: dict[tuple[str, str, int], float] = {}
     for collective, count in counts.items():
-        calls.setdefault((collective.stage, collective.kind, collective.payload_bytes), [0, 0])[1] += count
-    return [Line(", ".join(names.get(key, ["not expected"])), *key, *both) for key, both in calls.items()]
+        key = collective.stage, collective.kind, collective.payload_bytes
+        calls.setdefault(key, [0, 0])[1] += count
+        wire[key] = wire.get(key, 0.0) + count * collective.wire_bytes
+    return [
+        Line(", ".join(names.get(key, ["not expected"])), *key, *both, wire.get(key, 0.0))
+        for key, both in calls.items()
+    ]
 
 
 def largest_besides_weights(lines: Sequence[Line], num_ranks: int) -> float:

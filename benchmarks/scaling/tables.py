@@ -56,11 +56,7 @@ def measured_part(runs: Sequence[Outcome]) -> str:
         both = totals(run.lines, lambda line: line.expected_calls), totals(run.lines, lambda line: line.measured_calls)
         for what, (calls, size) in both[1].items():
             stages = dict.fromkeys(f"{line.stage}, {line.kind}" for line in run.lines if line.what == what)
-            wire = sum(
-                line.measured_calls * wire_bytes(line.kind, line.payload_bytes, run.num_ranks)
-                for line in run.lines
-                if line.what == what
-            )
+            wire = sum(line.wire_bytes for line in run.lines if line.what == what)
             expected_calls, expected_size = both[0][what]
             rows.append(
                 [
