@@ -95,8 +95,8 @@ def compare(expected: Sequence[Exchange], counts: Mapping[Collective, int]) -> l
         calls.setdefault(key, [0, 0])[1] += count
         wire[key] = wire.get(key, 0.0) + count * collective.wire_bytes
     return [
-        Line(", ".join(names.get(key, ["not expected"])), *key, *both, wire.get(key, 0.0))
-        for key, both in calls.items()
+        Line(", ".join(names.get(key, ["not expected"])), *key, expected_calls, measured_calls, wire.get(key, 0.0))
+        for key, (expected_calls, measured_calls) in calls.items()
     ]
 
 
