@@ -98,6 +98,7 @@ def measured_part(runs: Sequence[Outcome]) -> str:
 
 def predicted_part(workloads: Sequence[Workload], cluster: Cluster, speed: Speed) -> str:
     """Bytes of an iteration at full size, and efficiency."""
+    found = predictions(workloads, cluster, speed)
     return "\n\n".join(
         [
             "## Predicted: H100 nodes",
@@ -115,9 +116,28 @@ def predicted_part(workloads: Sequence[Workload], cluster: Cluster, speed: Speed
             "uneven, to the rank with most samples; filled up, in the last of its micro-batches; exchanges, where they "
             "are waited for; slowest, to the slowest of ranks that differ by "
             f"{speed.variation:.0%}.",
-            _efficiency_table(predictions(workloads, cluster, speed)),
+            *_findings(found),
+            _efficiency_table(found),
         ]
     )
+
+
+def _findings(found: Sequence[Predicted]) -> list[str]:
+    """What the table says, in a sentence a workload."""
+    lines = []
+    for name, shards in dict.fromkeys((row.workload, row.shards) for row in found):
+        made = [row for row in found if (row.workload, row.shards) == (name, shards)]
+        weak = {row.num_gpus: row.prediction for row in made if row.scaling == "weak" and row.prediction}
+        strong = {row.num_gpus: row.prediction for row in made if row.scaling == "strong" and row.prediction}
+        most = weak[max(weak)]
+        even = ", ".join(f"{strong[num].efficiency:.0%} on {num}" for num in _DIVISORS if num in strong)
+        others = ", ".join(f"{one.efficiency:.0%} on {num}" for num, one in strong.items() if num in (128, 256, 512))
+        lines.append(
+            f"- {name}{', spread ' + _SHARDS[shards] if shards else ''}: weak, {most.efficiency:.0%} on {most.num_gpus} "
+            f"GPUs, {most.exchange_seconds / most.seconds:.1%} lost to exchanges; strong, {even}, which divide the "
+            f"images of an optimizer step, but {others}."
+        )
+    return ["\n".join(lines)]
 
 
 def _bytes_table(workloads: Sequence[Workload], num_gpus: int) -> str:
