@@ -132,9 +132,10 @@ def _findings(found: Sequence[Predicted]) -> list[str]:
         most = weak[max(weak)]
         even = ", ".join(f"{strong[num].efficiency:.0%} on {num}" for num in _DIVISORS if num in strong)
         others = ", ".join(f"{one.efficiency:.0%} on {num}" for num, one in strong.items() if num in (128, 256, 512))
+        title = f"{name}, spread {_SHARDS[shards]}" if shards else name
         lines.append(
-            f"- {name}{', spread ' + _SHARDS[shards] if shards else ''}: weak, {most.efficiency:.0%} on {most.num_gpus} "
-            f"GPUs, {most.exchange_seconds / most.seconds:.1%} lost to exchanges; strong, {even}, which divide the "
+            f"- {title}: weak, {most.efficiency:.0%} on {most.num_gpus} GPUs, "
+            f"{most.exchange_seconds / most.seconds:.1%} lost to exchanges; strong, {even}, which divide the "
             f"images of an optimizer step, but {others}."
         )
     return ["\n".join(lines)]
