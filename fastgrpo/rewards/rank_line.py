@@ -21,6 +21,7 @@ from torch import Tensor
 
 # nobody asks while a policy trains, and nobody greets while weights load; a process that ends closes its connections
 PATIENCE = timedelta(days=30)
+GOODBYE_SECONDS = 5.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,6 +42,11 @@ class Line:
         pair = dist.ProcessGroupGloo(store, int(scores), 2, timeout)
         return cls(other=policy if scores else scoring, pair=pair, timeout=timeout)
 
+    def greet(self, text: bytes) -> None:
+        # a policy may take longer to load than its rewards
+        self.send_numbers(len(text), timeout=PATIENCE)
+        self.send_text(text)
+
     def ask(self, about: Mapping[str, Any], images_BCHW: Tensor) -> None:
         text = json.dumps(about).encode()
         self.send_numbers(len(text), *images_BCHW.shape)
@@ -48,7 +54,8 @@ class Line:
         self._send(images_BCHW.to("cpu", torch.float32).contiguous())
 
     def say_goodbye(self) -> None:
-        self.send_numbers(0, 0, 0, 0, 0)
+        # a scoring rank that is waited for longer is not listening yet, or no more
+        self.send_numbers(0, 0, 0, 0, 0, timeout=timedelta(seconds=GOODBYE_SECONDS))
 
     def next_question(self) -> tuple[dict[str, Any], Tensor] | None:
         """Reward and texts, and images on the host; None for a goodbye."""

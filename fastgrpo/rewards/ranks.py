@@ -15,7 +15,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgrpo.rewards.rank_line import PATIENCE, Line
+from fastgrpo.rewards.rank_line import GOODBYE_SECONDS, Line
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -34,7 +34,6 @@ from fastgrpo.runtime.distributed import RankFailure, World, join_world
 from fastgrpo.runtime.meeting import meet
 from fastgrpo.runtime.slurm import slurm_environment
 
-_GOODBYE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +104,7 @@ class PolicyRank:
 
     def __exit__(self, *_: object) -> None:
         # a failing run may still be asking: then the scoring rank learns of its end from the connection
-        if self.scorer is None or not self.scorer.free.acquire(timeout=_GOODBYE_SECONDS):
+        if self.scorer is None or not self.scorer.free.acquire(timeout=GOODBYE_SECONDS):
             return
         try:
             self.scorer.say_goodbye()
@@ -154,13 +153,12 @@ class ScoringRank:
             try:
                 rewards, golden = build()
             except Exception as error:
-                is_input = isinstance(error, ValueError) and not isinstance(error, RewardError)
-                self._greet(failure=str(error) or type(error).__name__, is_input=is_input)
+                self._refuse(error)
                 raise
-            self._greet(golden={name: asdict(scores) for name, scores in golden.items()})
+            greeting = _greeting(golden={name: asdict(scores) for name, scores in golden.items()})
             slots = Semaphore(rewards.scoring.threads)
             for line in self.lines:
-                Thread(target=self._attend, args=(line, rewards, slots), daemon=True).start()
+                Thread(target=self._attend, args=(line, greeting, rewards, slots), daemon=True).start()
             num_left = len(self.lines)
             while num_left:
                 work = self._to_do.get()
@@ -171,17 +169,17 @@ class ScoringRank:
                 else:
                     raise RankFailure(f"policy rank {work.rank} is gone without a goodbye: {work.error}")
 
-    def _greet(self, failure: str = "", is_input: bool = False, golden: Mapping[str, Any] | None = None) -> None:
-        greeting = {"host": socket.gethostname(), "failure": failure, "is_input": is_input, "golden": golden}
+    def _refuse(self, error: Exception) -> None:
+        is_input = isinstance(error, ValueError) and not isinstance(error, RewardError)
         for line in self.lines:
-            text = json.dumps(greeting).encode()
-            # a policy may take longer to load than its rewards
-            line.send_numbers(len(text), timeout=PATIENCE)
-            line.send_text(text)
+            # a policy rank that is gone need not know; this rank fails with the error
+            with suppress(RuntimeError):
+                line.greet(_greeting(failure=str(error) or type(error).__name__, is_input=is_input))
 
-    def _attend(self, line: Line, rewards: Rewards, slots: Semaphore) -> None:
+    def _attend(self, line: Line, greeting: bytes, rewards: Rewards, slots: Semaphore) -> None:
         """Answer one policy rank, until it says goodbye or is gone."""
         try:
+            line.greet(greeting)
             while question := line.next_question():
                 about, images_BCHW = question
                 answer = partial(self._answer, rewards, about["reward"], about["texts"], images_BCHW)
@@ -208,6 +206,11 @@ class ScoringRank:
         done: Future[Tensor | str] = Future()
         self._to_do.put(lambda: done.set_result(answer()))
         return done.result()
+
+
+def _greeting(failure: str = "", is_input: bool = False, golden: Mapping[str, Any] | None = None) -> bytes:
+    about = {"host": socket.gethostname(), "failure": failure, "is_input": is_input, "golden": golden}
+    return json.dumps(about).encode()
 
 
 @dataclass(frozen=True)

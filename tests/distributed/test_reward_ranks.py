@@ -157,6 +157,29 @@ def test_rewards_that_cannot_be_built_stop_the_policy_ranks_too(error: type[Exce
     assert first.endswith("could not build its rewards: weights.pt does not exist")
 
 
+def fail_before_the_greeting(world: World) -> tuple[str, float]:
+    part = take_part("cpu", 30, 1)
+    began = time.monotonic()
+    if isinstance(part, ScoringRank):
+        run = partial(part.serve, lambda: (make_rewards(), {}))
+    else:
+        run = partial(leave_at_once, part)
+    with pytest.raises((KeyError, RankFailure)) as raised:
+        run()
+    return type(raised.value).__name__, time.monotonic() - began
+
+
+def leave_at_once(part: PolicyRank) -> None:
+    with part:
+        raise KeyError("a mistake in the policy's config")
+
+
+def test_a_policy_rank_that_fails_while_its_rewards_load_ends_both() -> None:
+    (policy, policy_seconds), (scoring, scoring_seconds) = on_ranks(2, fail_before_the_greeting)
+    assert (policy, scoring) == ("KeyError", "RankFailure")
+    assert max(policy_seconds, scoring_seconds) < 15
+
+
 def be_idle(world: World) -> list[float] | None:
     part = take_part("cpu", 2, 1)
     if isinstance(part, ScoringRank):
