@@ -38,11 +38,14 @@ class Failure:
 
 
 def raised(error: BaseException, standing: Standing, agreed: tuple[type[BaseException], ...]) -> Failure:
-    """A rank left by an exception."""
-    first_line = (str(error).splitlines() or [""])[0]
-    headline = f"{standing.name} raised {type(error).__name__}: {first_line} (iteration {standing.iteration})"
+    """A rank left by an exception; it is told by its first cause, of which the others may only have heard."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first_line = (str(cause).splitlines() or [""])[0]
+    headline = f"{standing.name} raised {type(cause).__name__}: {first_line} (iteration {standing.iteration})"
     # gloo's own errors are plain RuntimeErrors
-    is_echo = isinstance(error, RankFailure | dist.DistError) or "gloo" in str(error)
+    is_echo = isinstance(cause, RankFailure | dist.DistError) or "gloo" in str(cause)
     failure = Failure(culprits=(standing.rank,), headline=headline, text=traceback_of(error))
     return replace(failure, is_echo=is_echo, is_agreed=isinstance(error, agreed))
 

@@ -58,10 +58,10 @@ class Notices:
         return self._store.add("num_left", 0) == self._size
 
     def causes(self, ranks: Sequence[int]) -> list[Failure]:
-        """What some ranks left with by their own doing: they raised it alone, and not because another had failed."""
+        """What some ranks left with by their own doing, and not because another had failed."""
         keys = [key for rank in ranks if self._store.check([key := f"left/{rank}"])]
         found = [Failure.of_values(values) for key in keys if (values := json.loads(self._store.get(key)))]
-        return [failure for failure in found if not failure.is_echo and not failure.is_agreed]
+        return [failure for failure in found if not failure.is_echo]
 
     def say_goodbye(self, seconds: float, *, last: bool) -> None:
         """The last thing a rank writes.  ``last``: wait so long for the goodbyes of all others."""

@@ -14,6 +14,8 @@ A rank that computes for long is healthy as long as its threads get their turn, 
 """
 
 import os
+import select
+import signal
 import sys
 import threading
 import time
@@ -87,6 +89,7 @@ class Watch:
         self._notices.stand(own)
         everyone = [Standing(**values) for values in self.world.everyones(asdict(own), "watch")]
         self._machine = [standing for standing in everyone if standing.machine == own.machine]
+        self._ends = [os.pidfd_open(other.process_id) for other in self._machine if other.rank != own.rank]
         looked_at = self._everyone if self.world.is_first else [0]
         self._signs = Signs(looked_at, self.dead_after_seconds / self.every_seconds)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._give_signs, self._guard)]
@@ -100,11 +103,16 @@ class Watch:
         with self._ending:
             # from here on what others fail by does not end this process: it ends by its own exception
             self._raised = error
+        if error is not None and not isinstance(error, self.agreed):
+            # a launcher that has seen another rank end kills this one before it has said why
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             failure = self._leave(raised(error, self._standing(), self.agreed) if error else None)
             self._over.set()
             for thread in self._threads:
                 thread.join()
+            for end in self._ends:
+                os.close(end)
             self._say_goodbye()
         except RuntimeError:
             # the store went with the process that held it, which the threads notice as well
@@ -175,19 +183,18 @@ class Watch:
 
     def _guard(self) -> None:
         num_looks, num_beats = 0, 0
-        while not self._over.wait(self.every_seconds):
-            # out of file descriptors, nothing is known
-            with suppress(OSError):
+        while not self._over.is_set():
+            # at once when one ends: a launcher that hears of it kills the others within a tenth of a second
+            if select.select(self._ends, [], [], self.every_seconds)[0]:
                 gone = [other for other in self._machine if process_name(other.process_id) != other.process]
                 if gone and (failure := self._died(gone)):
                     self._end(failure)
+                self._over.wait(self.every_seconds)
             num_looks = num_looks + 1 if num_beats == self._num_beats else 0
             num_beats = self._num_beats
             if num_looks * self.every_seconds >= self.dead_after_seconds:
-                self._end(
-                    lost_store(self._notices.address, f"has not answered for {self.dead_after_seconds:g} s"),
-                    at_once=True,
-                )
+                why = f"has not answered for {self.dead_after_seconds:g} s"
+                self._end(lost_store(self._notices.address, why), at_once=True)
 
     def _died(self, gone: list[Standing]) -> Failure | None:
         notices = self._guards_notices

@@ -29,12 +29,15 @@ class Agreed(Exception):
 
 
 def run_ranks(
-    num_ranks: int, run: Callable[..., None], directory: Path, stopped: int = -1
+    num_ranks: int, run: Callable[..., None], directory: Path, stopped: int = -1, exchange_seconds: float = 20.0
 ) -> tuple[list[int | None], list[str]]:
     """Exit codes of ranks that call ``run(world, watch)`` inside a watch, None of one that is stopped, and stderr."""
     context, port = multiprocessing.get_context("fork"), _free_port()
     logs = [directory / f"{rank}.txt" for rank in range(num_ranks)]
-    ranks = [context.Process(target=main, args=(rank, num_ranks, port, logs[rank], run)) for rank in range(num_ranks)]
+    ranks = [
+        context.Process(target=main, args=(rank, num_ranks, port, logs[rank], run, exchange_seconds))
+        for rank in range(num_ranks)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -47,14 +50,18 @@ def run_ranks(
             process.join()
 
 
-def main(rank: int, num_ranks: int, port: int, log: Path, run: Callable[..., None]) -> None:
+def main(rank: int, num_ranks: int, port: int, log: Path, run: Callable[..., None], exchange_seconds: float) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
-    world = join_world("cpu", timeout_seconds=20)
-    watch = Watch(world=world, timeout_seconds=2.0, every_seconds=0.1, dead_after_seconds=1.5, agreed=(Agreed,))
+    world = join_world("cpu", timeout_seconds=exchange_seconds)
+    # what the watch believes is the longer of the two where a test wants to see exchanges fail
+    limit_seconds = 2.0 if exchange_seconds > 2.0 else 20.0
+    watch = Watch(
+        world=world, timeout_seconds=limit_seconds, every_seconds=0.1, dead_after_seconds=1.5, agreed=(Agreed,)
+    )
     with watch:
         watch.iteration = lambda: 7
         with StageTimer(world.device)("rollout"):
@@ -202,6 +209,17 @@ def test_the_rank_that_others_wait_for_is_named_with_its_stack(tmp_path: Path) -
     assert "in wait_in_vain" in logs[0]
     assert f"rank 2 on {HOST}: iteration 7, rollout, waiting in 'gradients'" in logs[0]
     assert logs[1] == logs[2] == headline
+
+
+def test_an_exchange_that_fails_asks_the_rank_that_was_missing_for_its_stack(tmp_path: Path) -> None:
+    codes, logs = run_ranks(3, one_hangs, tmp_path, exchange_seconds=1.0)
+    assert codes == [1, 1, 1]
+    headline = f"fastgrpo: rank 1 on {HOST} held up the others in 'gradients': iteration 7, rollout\n"
+    assert headline in logs[0]
+    assert "in wait_in_vain" in logs[0]
+    # and that of the rank itself, which raised because nobody came
+    assert "gloo" in logs[0].splitlines()[-1]
+    assert logs[1] == headline
 
 
 def a_long_rollout(world: World, _: Watch) -> None:
