@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from fastgrpo.cli import PREEMPTED
 from fastgrpo.config import load_config
 from fastgrpo.records.json_lines import read_rows
 from fastgrpo.train import train
@@ -146,7 +147,7 @@ def test_sigterm_saves_and_stops_with_a_message_and_the_run_goes_on(
     wait_for_iteration(3, output, process)
     process.terminate()
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 1
+    assert process.returncode == PREEMPTED
     stopped_after = iterations_done(output)
     assert f"stopped by signal 15 after iteration {stopped_after}, which is saved; go on with resume=true" in errors
     assert (output / f"checkpoints/step_{stopped_after:06d}").is_dir()

@@ -178,7 +178,7 @@ def fail(world: World, weights: Path, output: Path) -> list[str]:
         return scores
 
     # the process ends with the test
-    type(trainer.rewards).begin = failing  # type: ignore[method-assign]
+    type(trainer.rewards).begin = failing  # type: ignore[assignment, method-assign]
     with pytest.raises(ValueError, match="iteration 1 is saved") as raised:
         trainer.run()
     return [type(raised.value).__name__, str(raised.value)]
