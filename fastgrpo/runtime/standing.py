@@ -4,8 +4,14 @@ Ranks take part in the same exchanges in the same order.  So when some wait, the
 exchanges, and of several it is one that is not waiting itself.
 """
 
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from fastgrpo.runtime.distributed import World
+from fastgrpo.runtime.launch import machine_name, process_name
+from fastgrpo.runtime.timing import running_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,31 @@ class Standing:
     def __str__(self) -> str:
         waiting = f", waiting in {self.waiting_in!r} for {self.seconds:.0f} s" if self.waiting_in else ""
         return f"iteration {self.iteration}, {self.stage}{waiting}"
+
+
+class Whereabouts:
+    """This rank's standing, whenever one asks."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._process, self._machine = world, process_name(os.getpid()), machine_name()
+        # exchanges begun when they were last counted, and when that number was new
+        self._num_exchanges, self._since = -1, 0.0
+
+    def __call__(self, iteration: int) -> Standing:
+        now, num_exchanges = time.monotonic(), self._world.num_exchanges
+        if self._num_exchanges != num_exchanges:
+            self._num_exchanges, self._since = num_exchanges, now
+        return Standing(
+            rank=self._world.rank,
+            host=self._process.split()[0],
+            process=self._process,
+            machine=self._machine,
+            iteration=iteration,
+            stage=running_stage(),
+            waiting_in=self._world.waiting_in,
+            num_exchanges=num_exchanges,
+            seconds=now - self._since,
+        )
 
 
 @dataclass

@@ -37,10 +37,9 @@ from fastgrpo.runtime.failure import (
     speaker,
     traceback_of,
 )
-from fastgrpo.runtime.launch import machine_name, process_name
+from fastgrpo.runtime.launch import process_name
 from fastgrpo.runtime.notices import Notices
-from fastgrpo.runtime.standing import Signs, Standing, is_held_up, suspects
-from fastgrpo.runtime.timing import running_stage
+from fastgrpo.runtime.standing import Signs, Standing, Whereabouts, is_held_up, suspects
 
 FAILED = 1
 # of the timeout of exchanges: it must not come first, since some backends end the process then without a word
@@ -66,8 +65,6 @@ class Watch:
     iteration: Callable[[], int] = lambda: 0
     _over: threading.Event = field(default_factory=threading.Event, init=False)
     _failure: Failure | None = field(default=None, init=False)
-    # exchanges begun when they were last counted, and when that number was new
-    _exchange: tuple[int, float] = field(default=(-1, 0.0), init=False)
     _num_beats: int = field(default=0, init=False)
     _raised: BaseException | None = field(default=None, init=False)
     _ending: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -84,8 +81,8 @@ class Watch:
             return self
         self._prefix = self.world.on_first(lambda: uuid.uuid4().hex, "watch")
         self._notices, self._guards_notices, self._own_notices = (self._connect() for _ in range(3))
-        self._process, self._machine_name = process_name(os.getpid()), machine_name()
-        own = self._standing()
+        self._whereabouts = Whereabouts(self.world)
+        own = self._whereabouts(self.iteration())
         self._notices.stand(own)
         everyone = [Standing(**values) for values in self.world.everyones(asdict(own), "watch")]
         self._machine = [standing for standing in everyone if standing.machine == own.machine]
@@ -107,7 +104,7 @@ class Watch:
             # a launcher that has seen another rank end kills this one before it has said why
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            failure = self._leave(raised(error, self._standing(), self.agreed) if error else None)
+            failure = self._leave(raised(error, self._whereabouts(self.iteration()), self.agreed) if error else None)
             self._over.set()
             for thread in self._threads:
                 thread.join()
@@ -169,7 +166,7 @@ class Watch:
 
     def _give_sign(self) -> Failure | None:
         notices, rank = self._notices, self.world.rank
-        notices.stand(self._standing())
+        notices.stand(self._whereabouts(self.iteration()))
         if failure := notices.failure():
             return failure
         if notices.is_asked(rank):
@@ -187,7 +184,8 @@ class Watch:
             # at once when one ends: a launcher that hears of it kills the others within a tenth of a second
             if select.select(self._ends, [], [], self.every_seconds)[0]:
                 gone = [other for other in self._machine if process_name(other.process_id) != other.process]
-                if gone and (failure := self._died(gone)):
+                # the others end as well when a failure is known
+                if gone and self._failure is None and (failure := self._died(gone)):
                     self._end(failure)
                 self._over.wait(self.every_seconds)
             num_looks = num_looks + 1 if num_beats == self._num_beats else 0
@@ -249,22 +247,6 @@ class Watch:
         if rank == speaker([standing.rank for standing in self._machine], failure):
             print(failure.text, file=sys.stderr)
         sys.stderr.flush()
-
-    def _standing(self) -> Standing:
-        now, num_exchanges = time.monotonic(), self.world.num_exchanges
-        if self._exchange[0] != num_exchanges:
-            self._exchange = num_exchanges, now
-        return Standing(
-            rank=self.world.rank,
-            host=self._process.split()[0],
-            process=self._process,
-            machine=self._machine_name,
-            iteration=self.iteration(),
-            stage=running_stage(),
-            waiting_in=self.world.waiting_in,
-            num_exchanges=num_exchanges,
-            seconds=now - self._exchange[1],
-        )
 
     def _connect(self) -> Notices:
         return Notices(self._prefix, self.world.size, _CONNECT_SECONDS)
