@@ -25,7 +25,7 @@ from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.runtime.block_compile import Uncompiled
+from fastgrpo.runtime.block_compile import Uncompiled, num_compilations
 from fastgrpo.runtime.distributed import World
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.spread import Spread
@@ -106,7 +106,8 @@ def accumulate(model: PipelineModel, world: World) -> None:
 
 
 def train(world: World, case: Case) -> Trained:
-    os.environ["LOCAL_WORLD_SIZE"] = str(case.ranks_of_node)
+    if world.group is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(case.ranks_of_node)
     model = case.make()
     model.shard(world.group)
     weights = list(model.trainable.values())
@@ -188,9 +189,54 @@ def test_ranks_with_parts_of_the_weights_train_as_one_process_with_all(
     assert max(np.abs(alone.weights[name] - average).max() for name, average in alone.averages.items()) > 1e-4
 
 
+def train_two_of_three(world: World, case: Case) -> Trained | None:
+    group = dist.new_group([0, 1])
+    if world.rank == 2:
+        return None
+    with pytest.raises(ValueError, match=r"got 2 of 3 ranks, 1 a node; use adaptation\.shard_over=all"):
+        Case(case.weights, BY_NODE).make().shard(group)
+    return train(World(rank=world.rank, size=2, group=group, control=world.control), case)
+
+
+def test_ranks_that_only_score_have_no_part(tiny_weights: Path) -> None:
+    alone = trained_alone(tiny_weights)
+    *ranks, last = on_ranks(3, train_two_of_three, Case(tiny_weights))
+    assert last is None
+    for rank in ranks:
+        for name, weight in alone.weights.items():
+            np.testing.assert_allclose(rank.weights[name], weight, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+class Traced(Uncompiled):
+    """Blocks as torch.compile traces them, run by PyTorch's own kernels: without a compiler's minutes."""
+
+    def __call__(self, function: Any) -> Any:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+
+def gradients_of_traced(world: World, case: Case) -> tuple[int, dict[str, Array]]:
+    model = case.make()
+    model.shard(world.group)
+    accumulate(model, world)
+    found = {name: whole(weight.grad) for name, weight in model.trainable.items() if weight.grad is not None}
+    return num_compilations(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_traced_blocks_find_gathered_weights(checkpointing: bool, tiny_weights: Path) -> None:
+    alone = trained_alone(tiny_weights)
+    case = Case(tiny_weights, settings=(("compile", Traced()), ("checkpointing", checkpointing)))
+    for num_graphs, gradients in on_ranks(2, gradients_of_traced, case):
+        assert num_graphs > 0
+        assert gradients.keys() == alone.gradients.keys()
+        for name, gradient in alone.gradients.items():
+            np.testing.assert_allclose(gradients[name], gradient, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def num_bytes_held(world: World, case: Case) -> dict[str, int]:
     """Bytes of this rank's part, by kind, after a step."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(case.ranks_of_node)
+    if world.group is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(case.ranks_of_node)
     model = case.make()
     model.shard(world.group)
     weights = list(model.trainable.values())
