@@ -8,7 +8,8 @@ but to disturb it.  Each disturbance hits a random rank at a random moment of an
     kill    SIGKILL
     raise   SIGINT, an exception in one rank only
     stop    SIGSTOP: the process stays, and answers nobody
-    disk    a limit on the size of files it writes, from which its part of the next checkpoint is refused
+    disk    a limit on the size of files it writes, which refuses the next checkpoint; of the first rank, which writes
+            tensors that all ranks have
 
 Compared with the undisturbed job: metrics.jsonl but for time and memory, and weights, averages and optimizer state, bit
 for bit.  The log must say what happened to which rank.  Exits with 1 where that is not so.
@@ -50,8 +51,8 @@ SETTINGS = (
     "distributed.dead_after_seconds=10",
 )
 PATIENCE_SECONDS = 900.0
-# less than a rank's part of a checkpoint, and more than a job says
-_MOST_BYTES = 1 << 16
+# less than the weights of a checkpoint, and more than anything else that is written
+_MOST_BYTES = 1 << 20
 
 
 class Job:
@@ -119,6 +120,7 @@ class Fault:
     name: str
     strike: Callable[[int], object]
     says: str
+    ranks: Sequence[int] = range(NUM_RANKS)
 
 
 FAULTS = (
@@ -136,7 +138,8 @@ FAULTS = (
     Fault(
         name="disk",
         strike=lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (_MOST_BYTES, resource.RLIM_INFINITY)),
-        says=r"rank {rank} .*File too large",
+        says=r"rank {rank}\b.*File too large",
+        ranks=[0],
     ),
 )
 
@@ -158,8 +161,7 @@ def disturb(job: Job, fault: Fault, times: int, generator: random.Random, num_it
     for part in range(times):
         earliest, latest = (1 + (num_iterations - 2) * edge // times for edge in (part, part + 1))
         job.wait_for(generator.randrange(earliest, max(latest, earliest + 1)))
-        # the first rank writes more than checkpoints, and may not be kept from it
-        rank = generator.randrange(1 if fault.name == "disk" else 0, NUM_RANKS)
+        rank = generator.choice(fault.ranks)
         rows = read_rows(job.output / "metrics.jsonl")
         time.sleep(generator.uniform(0.0, 1.5 * rows[-1].get("seconds/iteration", 0.0)))
         done = job.iterations()[-1]
