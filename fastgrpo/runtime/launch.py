@@ -24,10 +24,16 @@ def is_restarted(directory: Path, world: World) -> bool:
 
 
 def mark_launch(directory: Path, world: World) -> None:
-    """Say in ``directory`` that this launch writes the run there, before anything else does; all ranks call it."""
+    """Say in ``directory`` that this launch writes the run there, before anything else does; all ranks call it.
+
+    Where a user started it by hand there is nothing to say, and what an earlier launch said is gone.
+    """
     names = _everyones(launch_names(), world)
 
     def write() -> None:
+        if not names:
+            (directory / FILE).unlink(missing_ok=True)
+            return
         temporary = directory / f"{FILE}.temporary"
         temporary.write_text(json.dumps(sorted(names)) + "\n", encoding="utf-8")
         os.replace(temporary, directory / FILE)
