@@ -19,7 +19,13 @@ class TrainingError(RuntimeError):
 
 
 class Preempted(TrainingError):
-    """A run that was asked to stop by a signal; it is saved, and goes on with resume=true."""
+    """A run that was asked to stop by a signal, and is saved."""
+
+    def __init__(self, signal_number: int, iteration: int) -> None:
+        super().__init__(
+            f"stopped by signal {signal_number} after iteration {iteration}, which is saved; go on with resume=true"
+        )
+        self.signal_number = signal_number
 
 
 @dataclass(kw_only=True)

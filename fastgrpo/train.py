@@ -51,7 +51,8 @@ def train(config: DictConfig) -> Path:
         dead_after_seconds=settings.dead_after_seconds,
         agreed=(TrainingError, RewardError, CheckpointError, RankFailure),
     )
-    with watch, part:
+    # left in reverse order: what failed is published before the scoring rank is told
+    with part, watch:
         trainer = build_trainer(config, part)
         watch.iteration = lambda: trainer.iteration
         trainer.resume()
@@ -77,10 +78,10 @@ def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer
     )
     directory = open_directory(config, golden_scores, world)
     num_samples = settings.prompts_per_iteration * settings.group_size
-    num_in_step = max(1, num_samples // settings.optimizer_steps // world.size)
+    most, most_in_share = (-(-num_samples // parts) for parts in (world.size, world.size * settings.optimizer_steps))
     planner = MemoryPlanner(
         algorithm=algorithm,
-        samples=num_in_step * settings.optimizer_steps,
+        samples=most,
         optimizer_steps=settings.optimizer_steps,
         rewards=rewards,
         prompt=texts[0],
@@ -90,7 +91,7 @@ def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer
     agree(config, model, world)
     model.shard(world.group)
     grid = algorithm.grid
-    batch_sizes = build_batch_sizes(config, at_most=num_in_step)
+    batch_sizes = build_batch_sizes(config, most_in_share, most)
     rollout = Rollout(
         model=model,
         grid=grid,
@@ -187,11 +188,11 @@ def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewa
 
 def _asked_rewards(config: DictConfig, part: PolicyRank) -> tuple[Rewards, dict[str, GoldenScores]]:
     """The rewards of a config as this rank's scoring rank computes them, and the golden scores that it found."""
-    node = config.reward.copy()
-    terms, watched = (part.rewards(map(str, node.pop(key))) for key in ("terms", "watch"))
     # waits until the scoring rank has loaded them
     golden_scores = part.golden_scores()
-    rewards: Rewards = build(node, terms=terms, watch=watched)
+    asked = {key: part.rewards(map(str, config.reward[key])) for key in ("terms", "watch")}
+    others = OmegaConf.masked_copy(config.reward, [str(key) for key in config.reward if key not in asked])
+    rewards: Rewards = build(others, **asked)
     return rewards, golden_scores
 
 

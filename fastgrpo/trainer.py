@@ -121,10 +121,7 @@ class Trainer:
                     self._save()
                 if self._stop_signal:
                     self.checkpoint.wait()
-                    raise Preempted(
-                        f"stopped by signal {self._stop_signal} after iteration {self.iteration}, which is saved; "
-                        "go on with resume=true"
-                    )
+                    raise Preempted(self._stop_signal, self.iteration)
             self.checkpoint.wait()
             self.record.finish()
 

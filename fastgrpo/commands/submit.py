@@ -59,10 +59,12 @@ def run_rank(config: DictConfig) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     try:
         train(config)
-    except Preempted:
-        # what submitit did with the signal before the run took it: queue the job again, and leave
-        assert signal.getsignal(signal.SIGUSR1) is before
-        signal.raise_signal(signal.SIGUSR1)
+    except Preempted as error:
+        # any other is a user's, who wants the job to end
+        if error.signal_number == signal.SIGUSR1:
+            # what submitit did with the signal before the run took it: queue the job again, and leave
+            assert signal.getsignal(signal.SIGUSR1) is before
+            signal.raise_signal(signal.SIGUSR1)
         raise
 
 

@@ -1,16 +1,20 @@
 """Ranks that only score: the scores of a reward beside the policy, to the bit, and failures that reach who asked."""
 
+import json
 import os
 import signal
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.same_recipe import largest_difference
+from fastgrpo.config import load_config
 from fastgrpo.rewards.jpeg import JpegSize
 from fastgrpo.rewards.ranks import PolicyRank, RankedReward, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
@@ -18,7 +22,9 @@ from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.runtime.distributed import RankFailure, World
+from fastgrpo.train import train
 from tests.ranks import on_ranks
+from tests.tiny_config import make_overrides
 
 PROMPTS = ["a red circle", "zwei blaue Quadrate", "丸"]
 GROUP_SIZE = 4
@@ -273,3 +279,18 @@ def test_a_policy_rank_that_is_killed_ends_its_scoring_rank_at_once(
 def test_a_ranked_reward_is_asked_in_threads_and_tried_on_its_own_rank() -> None:
     assert RankedReward.in_thread
     assert RankedReward.golden_set == "none"
+
+
+def train_run(world: World, overrides: list[str]) -> None:
+    train(load_config("train", overrides))
+
+
+def test_a_run_with_scoring_ranks_is_the_run_without(tiny_weights: Path, tmp_path: Path) -> None:
+    found: list[list[dict[str, Any]]] = []
+    for num_scoring in (0, 1, 2):
+        output = tmp_path / str(num_scoring)
+        words = ("train.iterations=2", "algorithm=smart_grpo_paper", f"distributed.reward_ranks={num_scoring}")
+        on_ranks(2 + num_scoring, train_run, make_overrides(tiny_weights, output, *words))
+        found.append([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+        assert len(found[-1]) == 3
+        assert largest_difference(found[0], found[-1]) == ("nothing", 0.0)
