@@ -55,35 +55,41 @@ class BatchSizes:
         )
 
 
-def batches(total: int, size: int, in_step_with: int = 0) -> Iterator[Batch]:
-    """``total`` rows in batches of ``size``, or in one of ``total`` if that is less.
+def batches(total: int, size: int, most: int = 0, *, in_step: bool = False) -> Iterator[Batch]:
+    """``total`` rows in batches of ``size``, or in one if they are less.
 
-    ``in_step_with`` rows of another rank, at most twice as many, make as many batches here: the last may have no row.
+    ``most`` rows, as many or one more, are those of the rank that has most: its shape is everybody's.  Ranks
+    ``in_step`` run as many batches as it does, of which the last may have no row.
     """
-    most = max(total, in_step_with)
-    for first in range(0, most, min(size, most)):
+    most = max(total, most)
+    for first in range(0, most if in_step else total, min(size, most)):
         yield _batch(first, total, most, size)
 
 
 def in_batches(
-    total: int, size: BatchSize, run: Callable[[Batch], Result], in_step_with: int = 0
+    total: int, size: BatchSize, run: Callable[[Batch], Result], most: int = 0, *, in_step: bool = False
 ) -> Iterator[tuple[Batch, Result]]:
     """``run`` of each of the ``batches``; of half the size from where one did not fit in memory.
 
     DoesNotFit where ranks keep step, of which none can take smaller batches alone.
     """
-    first, most = 0, max(total, in_step_with)
-    while first < most:
+    first, most = 0, max(total, most)
+    while first < (most if in_step else total):
         batch = _batch(first, total, most, size.value)
         try:
             result = run(batch)
         except torch.OutOfMemoryError as error:
-            if in_step_with:
+            if in_step:
                 raise out_of_step(size, error) from error
             size.halve(error)
             continue
         yield batch, result
         first += batch.size
+
+
+def even(rows: int, size: int) -> int:
+    """The least size that cuts ``rows`` into no more batches than ``size`` does: little is left to fill up."""
+    return -(-rows // -(-rows // size))
 
 
 def out_of_step(size: BatchSize, error: torch.OutOfMemoryError) -> DoesNotFit:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from rich.console import Console
 
-from fastgrpo.batches import BatchSizes
+from fastgrpo.batches import BatchSizes, even
 from fastgrpo.config import build
 from fastgrpo.memory_plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
 from fastgrpo.memory_stages import MemoryPlanner
@@ -65,11 +65,18 @@ def plan_device(config: DictConfig, planner: MemoryPlanner) -> tuple[FlowModel, 
     return planner(build_with, lambda: meter_of(device), usable_bytes(device), config.runtime.checkpointing)
 
 
-def build_batch_sizes(config: DictConfig, at_most: int | None = None) -> BatchSizes:
-    """How many samples run at a time; no more in training than an optimizer step has, so that rollout cuts as it."""
+def build_batch_sizes(config: DictConfig, most_in_share: int = 0, most: int = 0) -> BatchSizes:
+    """How many samples run at a time; where the rows of a rank are known, as even as they divide.
+
+    ``most_in_share``, those of an optimizer step, decide in training, so that rollout cuts as the update does.
+    """
     runtime = config.runtime
-    training = runtime.micro_batch if at_most is None else min(runtime.micro_batch, at_most)
-    return BatchSizes.of(training, runtime.sampling_batch, runtime.decode_batch)
+    training, sampling = runtime.micro_batch, runtime.sampling_batch or runtime.micro_batch
+    decoding = runtime.decode_batch or runtime.micro_batch
+    if training > 0 and most > 0:
+        training, sampling = even(most_in_share, training), even(most, sampling)
+        decoding = even(sampling, decoding)
+    return BatchSizes.of(training, sampling, decoding)
 
 
 def device_of(config: DictConfig) -> str:

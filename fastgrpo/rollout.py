@@ -7,8 +7,9 @@ between steps, so what is replayed is exactly what was stored.
 Letters: B samples of this rank, D of them differentiated, T trained steps, C H W of a latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.runtime.batch_size import BatchSize
 from fastgrpo.types import Conditions, Samples, TrainedSteps, Trajectories
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +59,12 @@ class Rollout:
         end = len(self.grid) - 1
         first, last = (steps[0], steps[-1] + 1) if steps else (end, end)
         with self.model.gathered():
-            most = samples.most if self.model.in_lockstep else 0
-            x_BCHW = self._prefix(samples, conditions, start_BCHW, range(first), is_shared, most)
+            x_BCHW = self._prefix(samples, conditions, start_BCHW, range(first), is_shared)
             noise = self._step_noise(samples, steps)
             x_BCHW, trained, gradients = self._window(
-                x_BCHW, conditions, range(first, last), noise, num_differentiated, most
+                x_BCHW, conditions, range(first, last), noise, num_differentiated, samples.most
             )
-            images_BCHW = self._images(x_BCHW, conditions, range(last, end), hand_on, most)
+            images_BCHW = self._images(x_BCHW, conditions, range(last, end), hand_on, samples.most)
         return Trajectories(images_BCHW, start_BCHW, trained, gradients)
 
     def _prefix(
@@ -71,12 +74,11 @@ class Rollout:
         start_BCHW: Tensor,
         steps: range,
         is_shared: bool,
-        most: int,
     ) -> Tensor:
         """Latents after the steps of the ODE before the window, of each prompt once where its start is shared."""
         # ranks with as many samples have not always as many prompts
-        if not is_shared or most:
-            return self._deterministic(start_BCHW, conditions, steps, most)
+        if not is_shared or self.model.in_lockstep:
+            return self._deterministic(start_BCHW, conditions, steps, samples.most)
         first_of: dict[int, int] = {}
         for place, prompt_id in enumerate(samples.prompt_ids):
             first_of.setdefault(prompt_id, place)
@@ -86,9 +88,9 @@ class Rollout:
             torch.tensor(index).to(start_BCHW.device, non_blocking=True)
             for index in (rows, [number[prompt_id] for prompt_id in samples.prompt_ids])
         )
-        return self._deterministic(start_BCHW[rows_P], conditions.take(rows), steps, most)[prompts_B]
+        return self._deterministic(start_BCHW[rows_P], conditions.take(rows), steps)[prompts_B]
 
-    def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range, most: int) -> Tensor:
+    def _deterministic(self, x_BCHW: Tensor, conditions: Conditions, steps: range, most: int = 0) -> Tensor:
         """Latents after some steps of the ODE."""
         if not steps:
             return x_BCHW
@@ -97,7 +99,7 @@ class Rollout:
             return self._ode(batch.of(x_BCHW), batch.conditions(conditions), steps)[: batch.count]
 
         with self.model.sampling(lossy=True):
-            return torch.cat([x for _, x in in_batches(len(x_BCHW), self.batch_sizes.sampling, run, most)])
+            return torch.cat([x for _, x in self._cut(len(x_BCHW), self.batch_sizes.sampling, run, most)])
 
     def _window(
         self,
@@ -151,7 +153,7 @@ class Rollout:
             return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), [gradient[kept] for gradient in gradients]
 
         x, trained, gradients = zip(
-            *(part for _, part in in_batches(len(x_BCHW), self.batch_sizes.training, run, most)), strict=True
+            *(part for _, part in self._cut(len(x_BCHW), self.batch_sizes.training, run, most)), strict=True
         )
         return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if with_gradients else []
 
@@ -219,10 +221,15 @@ class Rollout:
 
         images: list[Tensor] = []
         with self.model.sampling(lossy=True):
-            for _, images_BCHW in in_batches(len(x_BCHW), self.batch_sizes.sampling, run, most):
+            for _, images_BCHW in self._cut(len(x_BCHW), self.batch_sizes.sampling, run, most):
                 hand_on(images_BCHW)
                 images.append(images_BCHW)
         return torch.cat(images)
+
+    def _cut(
+        self, total: int, size: BatchSize, run: Callable[[Batch], Result], most: int
+    ) -> Iterator[tuple[Batch, Result]]:
+        return in_batches(total, size, run, most, in_step=self.model.in_lockstep)
 
     def _ode(self, x_BCHW: Tensor, conditions: Conditions, steps: range) -> Tensor:
         def velocity(x_BCHW: Tensor, t: float, unconditional: Tensor | None) -> Tensor | GuidedVelocity:

@@ -5,6 +5,7 @@ pool that is spread over the ranks; their scores are all that travels.
 Letters: P prompts, K candidates, B samples of this rank, C H W of a latent.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import Candidates, NoiseDraw
+from fastgrpo.algorithm.noise import SEARCH_STREAM, Candidates, NoiseDraw
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.distributed import World
@@ -45,12 +46,16 @@ class StartNoise:
             rows=samples.rows,
         )
 
-        def score(candidates: Candidates, estimate_steps: int) -> Tensor:
-            searched = Prompts([prompts.texts[place] for place in candidates.prompts], candidates.prompt_ids)
-            return self._scores(searched, candidates, estimate_steps)
+        with ExitStack() as rounds:
 
-        # once for all rounds
-        with model.gathered(), model.sampling(lossy=True):
+            def score(candidates: Candidates, estimate_steps: int) -> Tensor:
+                # once for all rounds, and not where nothing is searched
+                if candidates.stream == SEARCH_STREAM:
+                    rounds.enter_context(model.gathered())
+                    rounds.enter_context(model.sampling(lossy=True))
+                searched = Prompts([prompts.texts[place] for place in candidates.prompts], candidates.prompt_ids)
+                return self._scores(searched, candidates, estimate_steps)
+
             return self.algorithm.noise(draw, score)
 
     def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:

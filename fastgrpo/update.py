@@ -12,7 +12,8 @@ Letters: B samples of this rank, T trained steps, C H W of a latent.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from fastgrpo.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.runtime.batch_size import BatchSize
 from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import piece
+from fastgrpo.runtime.spread import pieces
 from fastgrpo.types import Conditions, TrainedSteps
 from fastgrpo_kernels import GRPOStats
 
@@ -93,9 +94,9 @@ class Update:
         others: list[_Seen] = []
         grad_norms = []
         end = 0
-        for share in shares:
-            begin, end = end, end + len(piece(share, self.world.rank, self.world.size))
-            most = -(-len(share) // self.world.size) if self.model.in_lockstep else 0
+        for share, own in zip(shares, pieces(shares, self.world.size)[self.world.rank], strict=True):
+            begin, end = end, end + len(own)
+            most = -(-len(share) // self.world.size)
             samples = _take(slice(begin, end), trained, conditions_B, advantages_B)
             if first:
                 others += self._accumulate(*samples, most, is_on_policy=False)
@@ -123,7 +124,7 @@ class Update:
 
     def num_differentiated(self, shares: Shares) -> int:
         """Of how many of this rank's first samples the rollout is to take gradients: of the first optimizer step's."""
-        return len(piece(shares[0], self.world.rank, self.world.size)) if self.reweights else 0
+        return len(pieces(shares, self.world.size)[self.world.rank][0]) if self.reweights else 0
 
     def _reweight(self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[Sequence[Tensor]]) -> "_Seen":
         """Leave the gradient of the summed loss: the sum of d loss / d log_prob times d log_prob / d weights.
@@ -146,19 +147,20 @@ class Update:
     ) -> list["_Seen"]:
         """Leave the gradient of the summed loss of some samples; begun anew where a batch does not fit in memory."""
 
-        def run(batch: Batch) -> list[_Seen]:
+        def run(batch: Batch, *, is_last: bool) -> Iterator[_Seen]:
             rows = trained.map(lambda part_TB: batch.of(part_TB, dim=1))
-            return [
-                self._backward(rows, place, batch, batch.conditions(conditions), advantages_B, is_on_policy)
-                for place in range(len(trained.steps))
-            ]
+            for place in range(len(rows.steps)):
+                is_last_pass = is_last and place == len(rows.steps) - 1
+                with nullcontext() if is_last_pass else self.model.accumulating():
+                    seen = self._backward(rows, place, batch, batch.conditions(conditions), advantages_B, is_on_policy)
+                yield seen
 
         while True:
             try:
-                cut = batches(len(advantages_B), self.batch_size.value, most)
-                return [seen for batch in cut for seen in run(batch)]
+                cut = list(batches(len(advantages_B), self.batch_size.value, most, in_step=self.model.in_lockstep))
+                return [seen for batch in cut for seen in run(batch, is_last=batch is cut[-1])]
             except torch.OutOfMemoryError as error:
-                if most:
+                if self.model.in_lockstep:
                     raise out_of_step(self.batch_size, error) from error
                 self.optimizer.zero_grad(set_to_none=True)
                 self.batch_size.halve(error)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.batches import Batch, batches, in_batches
-from fastgrpo.runtime.batch_size import BatchSize
+from fastgrpo.batches import Batch, batches, even, in_batches
+from fastgrpo.runtime.batch_size import BatchSize, DoesNotFit
 from fastgrpo.types import Conditions
 
 
@@ -18,6 +18,38 @@ def test_batches_cover_each_row_once_and_have_one_size(total: int, size: int) ->
     cut = list(batches(total, size))
     assert torch.equal(torch.cat([batch.of(rows)[: batch.count] for batch in cut]), rows)
     assert {len(batch.of(rows)) for batch in cut} == {min(size, total)}
+
+
+@given(total=st.integers(1, 40), size=st.integers(1, 50))
+def test_even_batches_are_no_more_and_fill_up_less_than_one_row_each(total: int, size: int) -> None:
+    num_batches = len(list(batches(total, size)))
+    assert len(list(batches(total, even(total, size)))) == num_batches
+    assert num_batches * even(total, size) - total < num_batches
+
+
+@given(total=st.integers(1, 40), size=st.integers(1, 50), data=st.data())
+def test_ranks_in_step_run_as_many_batches_of_one_shape(total: int, size: int, data: st.DataObject) -> None:
+    most = data.draw(st.integers(total, total + 1))
+    cut = list(batches(total, size, most, in_step=True))
+    others = list(batches(most, size))
+    assert [batch.size for batch in cut] == [batch.size for batch in others]
+    rows = torch.arange(total)
+    assert all(len(batch.of(rows)) == batch.size for batch in cut)
+    assert torch.equal(torch.cat([batch.of(rows)[: batch.count] for batch in cut]), rows)
+    # out of step it stops where its rows end
+    alone = list(batches(total, size, most))
+    assert alone == cut[: len(alone)]
+    assert all(batch.count == 0 for batch in cut[len(alone) :])
+
+
+def test_what_does_not_fit_is_not_halved_where_ranks_keep_step() -> None:
+    def run(batch: Batch) -> None:
+        raise torch.OutOfMemoryError("too many")
+
+    size = BatchSize(value=8, key="runtime.micro_batch")
+    with pytest.raises(DoesNotFit, match=r"runtime\.micro_batch=8: too many; lower runtime\.micro_batch"):
+        list(in_batches(13, size, run, in_step=True))
+    assert size.value == 8
 
 
 def test_a_batch_is_filled_up_with_the_first_rows() -> None:

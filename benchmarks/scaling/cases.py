@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.scaling.exchanges import FLOAT32, Exchange, Shares, always, of_adapters, shares_of
 from benchmarks.scaling.sharded import Passes, of_shards, units_of
+from fastgrpo.batches import even
 from fastgrpo.config import build, load_config, resolve_path
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.runtime.spread import Spread
@@ -105,20 +106,20 @@ def load(case: Case, *words: str) -> DictConfig:
 def _passes(config: Any, shares: Shares, num_ranks: int) -> Passes:
     num_trained = config.algorithm.schedule.num_steps - 1
     is_guided, has_reference = config.model.guidance_scale != 1, config.algorithm.objective.kl_coef > 0
-    smallest = min(map(len, shares))
-    size = min(config.runtime.micro_batch, max(1, smallest // num_ranks))
+    size = even(-(-max(map(len, shares)) // num_ranks), config.runtime.micro_batch)
+    most = Spread.of_shares(shares, num_ranks).most
 
     def batches(rows: int) -> int:
         return -(-rows // min(rows, size))
 
-    in_rollout = batches(Spread.of_shares(shares, num_ranks).most)
     in_update = [num_trained * batches(-(-len(share) // num_ranks)) for share in shares]
     gathers = config.adaptation.rollout_weights == "gathered"
     return Passes(
-        # for the candidates of a search too, of which there may be none
-        gathered={"search": 1, "rollout": 1} if gathers else {},
-        # trained steps run the branches one by one, the last step both at once
-        rollout=0 if gathers else in_rollout * (num_trained * (1 + is_guided) + 1),
+        gathered={"rollout": 1} if gathers else {},
+        # trained steps run the branches one by one; the last step both at once, for as many as are sampled at a time
+        rollout=0
+        if gathers
+        else num_trained * (1 + is_guided) * batches(most) + -(-most // config.runtime.micro_batch),
         policy=sum(in_update) + is_guided * sum(in_update[1:]),
         backward=sum(in_update),
         reference=has_reference * sum(in_update),

@@ -21,6 +21,7 @@ from benchmarks.scaling.cluster import Cluster
 from benchmarks.scaling.exchanges import FLOAT32, Exchange, always, of_adapters, shares_of
 from benchmarks.scaling.sharded import Passes, filled_up
 from benchmarks.scaling.workload import Workload
+from fastgrpo.batches import even
 from fastgrpo.runtime.spread import Spread
 
 BFLOAT16 = 2
@@ -72,7 +73,7 @@ def predict(
     """
     rows = Rows.of(workload, num_gpus, num_images)
     pace, computing = (_seconds(workload, one, speed) for one in (rows, rows.filled))
-    even = num_images * workload.image_flops / num_gpus / speed.flops_per_second
+    evenly = num_images * workload.image_flops / num_gpus / speed.flops_per_second
     exchanges = sum(
         one.calls * cluster.seconds(one.kind, one.payload_bytes, num_gpus)
         for one in told(workload, num_gpus, num_images)
@@ -82,8 +83,8 @@ def predict(
     return Prediction(
         num_gpus=num_gpus,
         num_images=num_images,
-        even_seconds=even,
-        uneven_seconds=pace - even,
+        even_seconds=evenly,
+        uneven_seconds=pace - evenly,
         filled_seconds=computing - pace,
         exchange_seconds=exchanges,
         slowest_seconds=computing * speed.variation * expected_maximum(num_gpus),
@@ -101,16 +102,15 @@ class Rows:
     @classmethod
     def of(cls, workload: Workload, num_gpus: int, num_images: int) -> "Rows":
         """As training spreads them."""
-        even = num_images // workload.optimizer_steps // num_gpus
-        if even == 0:
+        if num_images < workload.optimizer_steps * num_gpus:
             raise ValueError(
                 f"{num_images} images in {workload.optimizer_steps} optimizer steps are less than one a step for each "
                 f"of {num_gpus} GPUs; use fewer GPUs, fewer optimizer steps or more images"
             )
         shares = shares_of(num_images, workload.optimizer_steps)
         in_update = tuple(-(-len(share) // num_gpus) for share in shares)
-        # training takes no larger micro-batches than an even share of an optimizer step
-        return cls(Spread.of_shares(shares, num_gpus).most, in_update, min(workload.micro_batch, even))
+        # training cuts an optimizer step into micro-batches as even as they divide
+        return cls(Spread.of_shares(shares, num_gpus).most, in_update, even(max(in_update), workload.micro_batch))
 
     @property
     def filled(self) -> "Rows":
@@ -123,7 +123,7 @@ def passes(workload: Workload, rows: Rows) -> Passes:
     """Of the network whose weights are spread, gathered for the rollout."""
     steps = [workload.trained_steps * math.ceil(most / min(most, rows.micro_batch)) for most in rows.in_update]
     return Passes(
-        gathered={"search": 1, "rollout": 1},
+        gathered={"rollout": 1},
         rollout=0,
         policy=sum(steps) + (workload.branches > 1) * sum(steps[1:]),
         backward=sum(steps),
@@ -172,14 +172,16 @@ def _waits_for_shards(
     def waits(images: int, flops: float, exchanged: float, first: float) -> float:
         return first + max(0.0, exchanged - images * flops / speed.flops_per_second)
 
-    # of all units at once there is nothing to hide behind
+    # of all units at once there is nothing to hide behind; nodes sum their gradients in the last pass of each step
     total = sum(passes(workload, rows).gathered.values()) * gathered
     for step, most in enumerate(rows.in_update):
         batch = min(most, rows.micro_batch)
         unknown = step > 0 and workload.branches > 1
         forwards = [1, *([1] if unknown else []), *([workload.branches] if workload.has_reference else [])]
         one = sum(waits(batch * n, workload.forward_flops, gathered, gathers[-1]) for n in forwards)
-        backward = gathered + sum(scatters) + sum(over_nodes)
-        one += waits(batch, workload.backward_flops, backward, gathers[0] + scatters[-1] + over_nodes[-1])
-        total += math.ceil(most / batch) * workload.trained_steps * one
+        not_last = gathered + sum(scatters), gathers[0] + scatters[-1]
+        last = not_last[0] + sum(over_nodes), not_last[1] + over_nodes[-1]
+        num_passes = math.ceil(most / batch) * workload.trained_steps
+        total += num_passes * one + (num_passes - 1) * waits(batch, workload.backward_flops, *not_last)
+        total += waits(batch, workload.backward_flops, *last)
     return total

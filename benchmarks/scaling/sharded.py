@@ -4,8 +4,8 @@ A unit is what is gathered at a time: a layer that makes modulations, the rest o
 
     a pass forward     an all-gather of each unit, in the type that the model computes in
     a pass backward    the same again, and a reduce-scatter of each unit's gradient in float32
-    nodes that copy    with that an all-reduce of each rank's part over the nodes, in float32
     an optimizer step  an all-reduce of the norms of all weights, in float32
+    nodes that copy    with its last pass backward an all-reduce of each rank's part over the nodes, in float32
 
 Each weight is cut along its first dimension, which is filled up to a multiple of the number W of ranks.
 """
@@ -59,7 +59,7 @@ def of_shards(
         found.append(Exchange("gradients", "update", "reduce_scatter", numbers * FLOAT32, passes.backward))
         if over_nodes:
             part = numbers // num_ranks * FLOAT32
-            found.append(Exchange("gradients over nodes", "update", "all_reduce", part, passes.backward))
+            found.append(Exchange("gradients over nodes", "update", "all_reduce", part, passes.optimizer_steps))
     num_weights = sum(map(len, units))
     return [*found, Exchange("norms", "update", "all_reduce", num_weights * FLOAT32, passes.optimizer_steps)]
 

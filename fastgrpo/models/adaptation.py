@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
-from fastgrpo.models.sharding import Shards, gathered, whole
+from fastgrpo.models.sharding import Shards, gathered, summed_within_nodes, whole
 from fastgrpo.types import Conditions
 
 Inputs = tuple[Tensor, Conditions]
@@ -60,6 +60,10 @@ class Adaptation(ABC):
         """Whether a forward pass now waits for one of every other rank, whose weights it needs."""
         return False
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Inside, ranks sum gradients no more than memory asks for: others come before ``sum_gradients``."""
+        return nullcontext()
+
     def sum_gradients(self, sum_: Sum) -> None:
         """Replace each gradient by its sum over the ranks; one that is not there counts, and is left, as zeros."""
         for weight in self.trainable.values():
@@ -83,7 +87,8 @@ class FullFineTuning:
     """Train every weight.  The reference policy is a frozen copy: without ``keep_reference``, kl_coef must be 0.
 
     On several ranks weights, gradients, optimizer state and average are spread over all of them, or with
-    ``shard_over`` ``node`` over those of a node, so that nodes exchange gradients alone.
+    ``shard_over`` ``node`` over those of a node, so that nodes exchange gradients alone,
+    once an optimizer step.
     rollout_weights: ``gathered``, each rank holds all weights while it samples, or ``sharded``, block after block.
     """
 
@@ -114,6 +119,7 @@ class FullAdaptation(Adaptation):
         self._compute_dtype = next(transformer.parameters()).dtype
         self._plain_class = type(transformer)
         self._num_ranks = 1
+        self._copies_over_nodes = False
         self._is_gathered = False
 
     def shard(self, group: ProcessGroup | None) -> None:
@@ -126,6 +132,7 @@ class FullAdaptation(Adaptation):
             if transformer is not None:
                 shards(transformer, compute_dtype=self._compute_dtype)
         self._num_ranks = shards.mesh.size()
+        self._copies_over_nodes = shards.mesh.ndim > 1
         self.trainable = dict(self.transformer.named_parameters())
 
     @property
@@ -147,6 +154,10 @@ class FullAdaptation(Adaptation):
     @property
     def in_lockstep(self) -> bool:
         return self._num_ranks > 1 and not self._is_gathered
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        # over the ranks of a node memory asks for it, over nodes nothing does
+        return summed_within_nodes(self.transformer) if self._copies_over_nodes else nullcontext()
 
     def sum_gradients(self, sum_: Sum) -> None:
         # those of shards are sums since the backward pass

@@ -77,6 +77,9 @@ class FlowModel(Protocol):
     def in_lockstep(self) -> bool:
         """Whether every rank must call ``velocity`` equally often now: weights are spread over ranks, not gathered."""
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        """For each backward pass but the last before ``sum_gradients``: inside, ranks tell each other less."""
+
     def sum_gradients(self, sum_: Callable[[list[Tensor]], None]) -> None:
         """Replace the gradient of each trained weight by its sum over the ranks, zeros where there is none.
 

@@ -126,6 +126,9 @@ class Policy(ABC):
     def in_lockstep(self) -> bool:
         return self.adaptation.in_lockstep
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        return self.adaptation.accumulating()
+
     def sum_gradients(self, sum_: Sum) -> None:
         self.adaptation.sum_gradients(sum_)
 

@@ -6,6 +6,7 @@ and each keeps its part:
 
     forward, backward   all-gather of each block            param_dtype
     backward            reduce-scatter of each gradient     reduce_dtype, a sum and not a mean
+    the last backward   all-reduce of its parts over nodes  reduce_dtype, where each node has a copy
 
 The linear layers that make modulations run before their block does, so each is gathered by itself.
 Letters: W ranks, N nodes.  arXiv:2304.11277.
@@ -91,6 +92,19 @@ def gathered(transformer: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+
+
+@contextmanager
+def summed_within_nodes(transformer: nn.Module) -> Iterator[None]:
+    """Inside, gradients of weights that nodes copy are added up by each node; the next pass outside sums them all."""
+    units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_requires_all_reduce(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_requires_all_reduce(True, recurse=False)
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -25,9 +25,7 @@ class Spread:
     @classmethod
     def of_shares(cls, shares: Sequence[Sequence[int]], num_ranks: int) -> "Spread":
         """Each share evenly, so that no rank waits in any of them; a rank holds its rows of the first share first."""
-        return cls(
-            tuple(tuple(row for share in shares for row in piece(share, rank, num_ranks)) for rank in range(num_ranks))
-        )
+        return cls(tuple(tuple(row for part in own for row in part) for own in pieces(shares, num_ranks)))
 
     @property
     def total(self) -> int:
@@ -44,6 +42,18 @@ class Spread:
         return tuple(row for rows in self.rows for row in rows)
 
 
-def piece(rows: Sequence[int], rank: int, num_ranks: int) -> Sequence[int]:
-    """A rank's part of some rows: neighbours, as many as any other rank has or one less."""
-    return rows[rank * len(rows) // num_ranks : (rank + 1) * len(rows) // num_ranks]
+def pieces(shares: Sequence[Sequence[int]], num_ranks: int) -> list[list[Sequence[int]]]:
+    """Each rank's part of each share: neighbours, of a share and of all together as many as others have or one less.
+
+    Ranks take turns in having one more: those of a share come after those of the shares before it.
+    """
+    by_rank: list[list[Sequence[int]]] = [[] for _ in range(num_ranks)]
+    turn = 0
+    for share in shares:
+        each, longer = divmod(len(share), num_ranks)
+        end = 0
+        for rank, own in enumerate(by_rank):
+            first, end = end, end + each + ((rank - turn) % num_ranks < longer)
+            own.append(share[first:end])
+        turn += longer
+    return by_rank

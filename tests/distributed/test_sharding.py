@@ -5,7 +5,9 @@ One process with whole weights is one path, 1, 2 and 4 ranks with parts of them 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.models.adaptation import FullFineTuning
@@ -29,6 +32,7 @@ from fastgrpo.runtime.block_compile import Uncompiled, num_compilations
 from fastgrpo.runtime.distributed import World
 from fastgrpo.runtime.ema import EMA
 from fastgrpo.runtime.spread import Spread
+from fastgrpo.runtime.traffic import Traffic
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
 from tests import tiny_flux
@@ -97,11 +101,12 @@ def inputs(model: PipelineModel, world: World) -> tuple[Tensor, Conditions]:
 
 
 def accumulate(model: PipelineModel, world: World) -> None:
-    """Leave gradients of two backward passes."""
+    """Leave gradients of three backward passes."""
     x_BCHW, conditions = inputs(model, world)
-    for factor in (1.0, 0.5):
+    for factor in (1.0, 0.5, 0.7):
         policy, reference = (guided(v) for v in model.velocity_and_reference(x_BCHW, T, conditions))
-        (factor * (policy - 1).square().sum() + (policy - reference).square().sum()).backward()
+        with nullcontext() if factor == 0.7 else model.accumulating():
+            (factor * (policy - 1).square().sum() + (policy - reference).square().sum()).backward()
     model.sum_gradients(lambda gradients: world.sum_(gradients, "gradients"))
 
 
@@ -187,6 +192,25 @@ def test_ranks_with_parts_of_the_weights_train_as_one_process_with_all(
     # the steps were no small ones, and the average is not the weights
     assert np.abs(alone.velocities_BSCHW[:, 0] - alone.velocities_BSCHW[:, 2]).max() > 1e-3
     assert max(np.abs(alone.weights[name] - average).max() for name, average in alone.averages.items()) > 1e-4
+
+
+def exchanges_of_gradients(world: World, case: Case) -> tuple[int, int, int]:
+    """Units of weights, and how often gradients are summed within nodes and over them in one accumulation."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(case.ranks_of_node)
+    model = case.make()
+    model.shard(world.group)
+    with Traffic() as traffic:
+        accumulate(model, world)
+    kinds: Counter[str] = Counter()
+    for exchange, calls in traffic.take().items():
+        kinds[exchange.kind] += calls
+    num_units = sum(isinstance(module, FSDPModule) for module in model.adaptation.transformer.modules())
+    return num_units, kinds["reduce_scatter"], kinds["all_reduce"]
+
+
+def test_nodes_with_copies_exchange_a_gradient_once_a_step_and_not_in_each_pass(tiny_weights: Path) -> None:
+    for num_units, within, over in on_ranks(4, exchanges_of_gradients, Case(tiny_weights, BY_NODE, (), 2)):
+        assert (within, over) == (3 * num_units, num_units)
 
 
 def train_two_of_three(world: World, case: Case) -> Trained | None:

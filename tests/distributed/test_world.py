@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastgrpo.runtime.distributed import RankFailure, World
-from fastgrpo.runtime.spread import Spread
+from fastgrpo.runtime.spread import Spread, pieces
 from tests.ranks import on_ranks
 
 
@@ -19,7 +21,21 @@ def test_rows_are_spread_evenly_and_each_once(total: int, num_ranks: int) -> Non
 
 def test_each_share_is_spread_evenly_and_a_rank_holds_the_first_share_first() -> None:
     spread = Spread.of_shares([[1, 3, 5, 7, 9], [0, 2, 4, 6, 8]], 2)
-    assert spread.rows == ((1, 3, 0, 2), (5, 7, 9, 4, 6, 8))
+    # who has one more of the first has one less of the second
+    assert spread.rows == ((1, 3, 5, 0, 2), (7, 9, 4, 6, 8))
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5), num_ranks=st.integers(1, 9))
+def test_no_rank_has_more_than_one_row_more_of_any_share_or_of_all(sizes: list[int], num_ranks: int) -> None:
+    total = sum(sizes)
+    shares = [list(range(number, total * len(sizes), len(sizes)))[:size] for number, size in enumerate(sizes)]
+    cut = pieces(shares, num_ranks)
+    for number, share in enumerate(shares):
+        assert [row for own in cut for row in own[number]] == share
+        lengths = [len(own[number]) for own in cut]
+        assert max(lengths) - min(lengths) <= 1
+    totals = [sum(map(len, own)) for own in cut]
+    assert max(totals) - min(totals) <= 1
 
 
 def gather_squares(world: World, spread: Spread) -> list[list[float]]:
