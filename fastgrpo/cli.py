@@ -182,6 +182,9 @@ def _run(command: Command, config: DictConfig) -> int:
         return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
     except KeyboardInterrupt:
         return _report(RuntimeError("interrupted"), INTERRUPTED)
+    except Exception as error:
+        _tell_launcher(error)
+        raise
     return 0
 
 
@@ -219,7 +222,16 @@ def _report(error: Exception, code: int) -> int:
     if os.environ.get("FASTGRPO_TRACEBACK", "0") not in ("", "0"):
         traceback.print_exception(error)
     print(f"fastgrpo: {' '.join(str(error).split())}", file=sys.stderr)
+    _tell_launcher(error)
     return code
+
+
+def _tell_launcher(error: Exception) -> None:
+    """torchrun ends with what its first failed rank has told it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _hide_known_warnings() -> None:

@@ -188,6 +188,25 @@ def test_the_traceback_shows_when_asked_for(
     assert error.endswith("fastgrpo: unknown key sed; did you mean seed?\n")
 
 
+def test_torchrun_is_told_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    assert cli.main(["train", "sed=1"]) == 2
+    message = json.loads(told.read_text())["message"]["message"]
+    assert message == "ValueError: unknown key sed; did you mean seed?"
+
+
+def test_torchrun_is_told_what_nobody_expected(
+    train_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    monkeypatch.setattr("fastgrpo.train.build_trainer", lambda config, part: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*train_words, f"output={tmp_path / 'run'}"])
+    assert "ZeroDivisionError: division by zero" in json.loads(told.read_text())["message"]["extraInfo"]["py_callstack"]
+
+
 def test_a_prompt_is_taken_as_it_stands(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = r"it's (one), [two]: {three} \ 'four' "
     words = ["sample", f"model.weights={tiny_weights}", *MODEL, "num_steps=1", "images_per_prompt=1"]
