@@ -5,6 +5,7 @@ There is no Slurm here: its commands are those of ``fake_slurm.py``, all else is
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,9 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from fastgrpo.commands.submit import local_environment, submit
+from fastgrpo.commands.submit import local_environment, run_rank, submit
 from fastgrpo.config import load_config
+from fastgrpo.health import Preempted
 from fastgrpo.runtime.slurm import first_host, slurm_environment, tasks_per_node
 from tests.distributed import fake_slurm
 from tests.tiny import make_pipeline
@@ -219,6 +222,26 @@ def test_a_job_that_slurm_warns_saves_queues_again_and_ends_as_one_run(
     assert "#SBATCH --signal=USR1@600\n" in script
     assert "#SBATCH --requeue\n" in script
     assert "#SBATCH --job-name=smart_grpo\n" in script
+
+
+@pytest.mark.parametrize(("stopped_by", "num_queued"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_only_slurms_warning_queues_a_job_again(
+    stopped_by: signal.Signals, num_queued: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``scancel`` sends SIGTERM."""
+
+    def stopped(config: DictConfig) -> None:
+        raise Preempted(stopped_by, 7)
+
+    monkeypatch.setattr("fastgrpo.commands.submit.train", stopped)
+    queued: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: queued.append(number))
+    try:
+        with pytest.raises(Preempted, match=f"stopped by signal {int(stopped_by)} after iteration 7, which is saved"):
+            run_rank(OmegaConf.create())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(queued) == num_queued
 
 
 @needs_submitit
