@@ -1,4 +1,7 @@
-"""Run a function on several ranks, in processes forked from the test: a rank starts in milliseconds."""
+"""Run a function on several ranks, in processes forked from the test: a rank starts in milliseconds.
+
+On GPUs, whose driver does not outlive a fork, they are started anew.
+"""
 
 import multiprocessing
 import os
@@ -15,16 +18,19 @@ from fastgrpo.runtime.distributed import World, join_world, leave_world
 _SECONDS = 120.0
 
 
-def on_ranks(num_ranks: int, run: Callable[..., Any], *args: Any, seconds: float = _SECONDS) -> list[Any]:
-    """What ``run(world, *args)`` returns on each rank of a gloo world; what one of them raises fails the test.
+def on_ranks(
+    num_ranks: int, run: Callable[..., Any], *args: Any, seconds: float = _SECONDS, device: str = "cpu"
+) -> list[Any]:
+    """What ``run(world, *args)`` returns on each rank; what one of them raises fails the test.
 
-    Results travel as pickles: return numbers, lists and small tensors.
+    The world is joined by gloo, or by NCCL if ``device`` is cuda.  Results travel as pickles: return numbers, lists and
+    small tensors.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
     ranks = [
-        context.Process(target=_main, args=(rank, num_ranks, port, pipes[rank][1], run, args), daemon=True)
+        context.Process(target=_main, args=(rank, num_ranks, port, device, pipes[rank][1], run, args), daemon=True)
         for rank in range(num_ranks)
     ]
     for rank in ranks:
@@ -47,7 +53,9 @@ def _receive(rank: int, pipe: Connection, seconds: float) -> Any:
     return value
 
 
-def _main(rank: int, num_ranks: int, port: int, pipe: Connection, run: Callable[..., Any], args: Any) -> None:
+def _main(
+    rank: int, num_ranks: int, port: int, device: str, pipe: Connection, run: Callable[..., Any], args: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -57,7 +65,7 @@ def _main(rank: int, num_ranks: int, port: int, pipe: Connection, run: Callable[
     }
     torch.set_num_threads(1)
     try:
-        world: World = join_world("cpu", timeout_seconds=60)
+        world: World = join_world(device, timeout_seconds=60)
         pipe.send((True, run(world, *args)))
         # a rank that leaves first would break the others' last exchange
         world.barrier("the end of the test")
