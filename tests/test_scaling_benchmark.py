@@ -17,6 +17,7 @@ from benchmarks.scaling.exchanges import Exchange
 from benchmarks.scaling.measured import Line, compare, largest_besides_weights, run
 from benchmarks.scaling.sharded import Passes, filled_up, of_shards, units_of
 from benchmarks.scaling.tables import predictions
+from benchmarks.scaling.timed import Case, Timed, cases_of, efficiencies
 from benchmarks.scaling.workload import Workload, meta_transformer, num_trained, workloads
 from fastgrpo.config import build, load_config
 from fastgrpo.rewards.ranks import PolicyRank
@@ -265,3 +266,13 @@ def test_sizes_of_published_networks_are_theirs(published: list[Workload]) -> No
     linear = nn.Linear(4, 6, device="meta")
     network = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": linear})})
     assert num_trained(network, build(load_config("train", ["adaptation.rank=2"]).adaptation)) == 2 * (4 + 6)
+
+
+def test_timed_runs_are_compared_a_rank_with_the_first_of_their_round() -> None:
+    first, weak, strong = cases_of([2, 8], prompts=6)
+    assert (first, weak, strong) == (Case("first", 2, 6), Case("weak", 8, 24), Case("strong", 8, 6))
+    rounds = [
+        {first: Timed(36, 10.0, 0.0), weak: Timed(144, 36.0, 0.0)},
+        {first: Timed(36, 20.0, 0.0), weak: Timed(144, 80.0, 0.0)},
+    ]
+    assert efficiencies(weak, first, rounds) == [0.9, 1.0]

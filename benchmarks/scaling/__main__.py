@@ -5,7 +5,7 @@
 Trains the embedded model on 1, 2 and 4 processes, joined by gloo, with adapters, with a noise search and with all
 weights in three ways, counts every collective of every rank, and compares them with what sizes of weights and rows say.
 From the same formulas it predicts the efficiency of SD3.5-medium and FLUX.1-dev on 8 to 1024 H100s.  Nothing here is
-timed.  Exits with 1 where a byte or a call is not as expected.
+timed; ``benchmarks.scaling.timed`` is.  Exits with 1 where a byte or a call is not as expected.
 """
 
 import argparse
