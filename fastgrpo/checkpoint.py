@@ -84,7 +84,7 @@ class Checkpoint:
         path = self.directory / f"step_{state.iteration:06d}"
         tensors, text = as_named_tensors(state)
         try:
-            temporary = self.world.on_first(partial(begin_sealed, path), "the directory of a checkpoint")
+            temporary = Path(self.world.on_first(lambda: str(begin_sealed(path)), "the directory of a checkpoint"))
             files = self.world.together(lambda: self._files(tensors, text), "the copy of a checkpoint")
         except (OSError, RuntimeError) as error:
             raise self._failure(path, error) from error
@@ -106,7 +106,8 @@ class Checkpoint:
         """The newest checkpoint that is complete and undamaged; others are skipped with a warning."""
         self.wait()
         # a replaced one counts only if the run was killed before its replacement stood in its place
-        for path in self.world.on_first(lambda: sorted(self._paths(), key=_age, reverse=True), "checkpoints"):
+        for name in self.world.on_first(self._names, "checkpoints"):
+            path = self.directory / name
             try:
                 self._verify(path, KINDS)
             except (ValueError, RankFailure) as error:
@@ -183,6 +184,10 @@ class Checkpoint:
         except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             remedy = "resume from another checkpoint, or delete this one"
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}; {remedy}") from error
+
+    def _names(self) -> list[str]:
+        """The newest first."""
+        return [path.name for path in sorted(self._paths(), key=_age, reverse=True)]
 
     def _paths(self) -> list[Path]:
         return [path for path in self.directory.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]

@@ -60,15 +60,14 @@ class Evaluation:
         num_images = len(self.texts) * self.images_per_prompt
         spread = Spread.evenly(num_images, self.world.size)
         own = spread.rows[self.world.rank]
-        shown: dict[int, Tensor] = {}
+        shown: dict[str, Tensor] = {}
         rewards_BR = self.world.gather(
             lambda: self._rewards(own, spread.most, shown)[: len(own)], spread, len(self.rewards.all), "evaluation"
         )
         rewards = self.rewards.of_groups(rewards_BR, self.images_per_prompt)
         scores = {name: scores_PG.cpu() for name, scores_PG in rewards.named.items()}
-        parts = self.world.to_first(shown, "images to show") or []
-        images = {prompt: image for part in parts for prompt, image in part.items()}
-        images_BCHW = torch.stack([images[prompt] for prompt in sorted(images)]) if images else torch.empty(0)
+        images = self.world.to_first(shown, "images to show")
+        images_BCHW = torch.stack([images[name] for name in sorted(images, key=int)]) if images else torch.empty(0)
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
         return EvaluationResult(
             scores=scores,
@@ -79,7 +78,7 @@ class Evaluation:
             verified=verdict[: len(images_BCHW), 0].tolist() if verdict is not None else None,
         )
 
-    def _rewards(self, own: tuple[int, ...], most: int, shown: dict[int, Tensor]) -> Tensor:
+    def _rewards(self, own: tuple[int, ...], most: int, shown: dict[str, Tensor]) -> Tensor:
         """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
         rollout = Rollout(
             model=self.model, grid=self.grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=self.seed
@@ -103,7 +102,7 @@ class Evaluation:
                 for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
                     prompt, place = divmod(row, self.images_per_prompt)
                     if place == 0 and prompt < self.num_shown and row in own:
-                        shown[prompt] = image_CHW.cpu()
+                        shown[str(prompt)] = image_CHW.cpu()
         return awaited.collect()
 
     def _portions(self, rows: tuple[int, ...]) -> Iterator[Samples]:

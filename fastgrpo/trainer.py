@@ -36,6 +36,8 @@ from fastgrpo.types import Rewards as NamedRewards
 from fastgrpo.update import Update, UpdateStats
 
 STAGES = ("encode", "search", "rollout", "reward", "update")
+# what ranks tell each other of their seconds
+TOLD = ("iteration", *STAGES, *(WAIT + stage for stage in STAGES))
 
 
 @dataclass(kw_only=True)
@@ -193,12 +195,15 @@ class Trainer:
 
     def _agree(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
         """Tell the other ranks how long this one took, and whether it was asked to stop; the first one's seconds."""
-        ranks = self.world.everyones((seconds, self._stop_request.number), "the end of the iteration")
-        self._stop_signal = max(number for _, number in ranks)
-        waited_R = [sum(s[stage] for stage in s if stage.startswith(WAIT)) for s, _ in ranks]
-        own = {stage: [s[stage] - s.get(WAIT + stage, 0.0) for s, _ in ranks] for stage in STAGES}
+        told = [*(seconds.get(name, 0.0) for name in TOLD), self._stop_request.number]
+        table = self.world.table(torch.tensor(told, device=self.world.device, dtype=torch.float64), "seconds")
+        *seconds_R, signals_R = table.T.tolist()
+        of = dict(zip(TOLD, seconds_R, strict=True))
+        self._stop_signal = int(max(signals_R))
+        own = {stage: [a - b for a, b in zip(of[stage], of[WAIT + stage], strict=True)] for stage in STAGES}
+        waited_R = [sum(waits) for waits in zip(*(of[WAIT + stage] for stage in STAGES), strict=True)]
         self.record.ranks(self.iteration, own, waited_R)
-        return ranks[0][0]
+        return {name: seconds_R[0] for name, seconds_R in of.items()}
 
     def _evaluate(self) -> dict[str, float]:
         timer = StageTimer(self.model.device)

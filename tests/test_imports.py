@@ -117,3 +117,10 @@ def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
 def test_every_module_of_the_package_has_a_layer() -> None:
     modules = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "fastgrpo"}
     assert modules - {"__init__"} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_pickle_crosses_a_network(path: Path) -> None:
+    names = {node.attr for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Attribute)}
+    collectives_of_objects = {name for name in names if name.endswith(("_object", "_object_list"))}
+    assert not collectives_of_objects, f"{path} uses {collectives_of_objects}, which unpickle what others send"

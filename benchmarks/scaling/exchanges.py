@@ -5,21 +5,20 @@
     gradients     of adapters: every number, once an optimizer step           numbers x 4
                   of weights that are spread over ranks: ``sharded.py``
     statistics    5 sums, the largest ratio, a norm of each optimizer step    W (6 + steps) x 8
-    seconds       of each stage, and a stop signal, as a pickle               W x 8, then W x its bytes
+    seconds       of each stage and waited in it, all, and a stop signal      W x 12 x 8
 
 most is the number of rows of the rank that has most, and W the number of ranks.  Each rank adds a row that says whether
 its others are to be believed.
 """
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.timing import NO_STAGE, WAIT
+from fastgrpo.runtime.timing import NO_STAGE
 from fastgrpo.trainer import STAGES
 
-FLOAT32, FLOAT64, INT64 = 4, 8, 8
+FLOAT32, FLOAT64 = 4, 8
 _STATISTICS = 6
 
 Shares = Sequence[Sequence[int]]
@@ -44,14 +43,11 @@ def rows_gathered(what: str, stage: str, spread: Spread, num_columns: int) -> Ex
 def always(num_ranks: int, shares: Shares, num_rewards: int, searches: Sequence[int] = ()) -> list[Exchange]:
     """What every kind of training tells; ``searches`` are the candidates, of all prompts, of each round."""
     rewards = rows_gathered("rewards", "reward", Spread.of_shares(shares, num_ranks), num_rewards)
-    waits = ["search"] * bool(searches) + ["reward", "update"]
-    pickled = len(pickle.dumps(({**dict.fromkeys(("iteration", *STAGES, *(WAIT + stage for stage in waits)), 0.5)}, 0)))
     return [
         *(rows_gathered("scores", "search", Spread.evenly(num, num_ranks), 1) for num in searches),
         rewards,
         Exchange("statistics", "update", "all_gather", num_ranks * (_STATISTICS + len(shares)) * FLOAT64),
-        Exchange("length of seconds", NO_STAGE, "all_gather", num_ranks * INT64),
-        Exchange("seconds", NO_STAGE, "all_gather", num_ranks * pickled),
+        Exchange("seconds", NO_STAGE, "all_gather", num_ranks * (2 * len(STAGES) + 2) * FLOAT64),
     ]
 
 

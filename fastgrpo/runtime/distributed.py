@@ -2,17 +2,19 @@
 
 Ranks compute the same iteration on rows of their own (``spread.py``).  What travels: scores and rewards, one sum of
 gradients an optimizer step, statistics.  Each of these is a method of ``World``; a run of one process is a world of one
-rank, whose methods return at once.
+rank, whose methods return at once.  No pickle is sent: numbers travel as tensors, all else as JSON.
 """
 
+import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +32,7 @@ class RankFailure(RuntimeError):
 
 @dataclass(kw_only=True, eq=False)
 class World:
-    """One rank of ``size``.  ``group`` carries tensors on ``device``, ``control`` Python objects on the host.
+    """One rank of ``size``.  ``group`` carries tensors on ``device``, ``control`` what is on the host.
 
     ``waiting_in`` is what this rank waits for the others in, while it does; ``num_exchanges`` counts how often it has.
     """
@@ -86,41 +88,51 @@ class World:
         parts = together.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
-    def to_first(self, value: Result, what: str) -> list[Result] | None:
-        """The objects of all ranks on the first one, None on the others: for what only it needs, as images to show."""
+    def to_first(self, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+        """Named tensors of all ranks on the first one, on the host: for what only it needs, as images to show.
+
+        Names differ from rank to rank.  On the others nothing.
+        """
         if self.size == 1:
-            return [value]
-        everyone: list[Any] | None = [None] * self.size if self.is_first else None
+            return {name: tensor.cpu() for name, tensor in tensors.items()}
+        own = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         with self._exchange(what):
-            dist.gather_object(value, everyone, group=self.control, group_dst=0)
-        return everyone
+            lengths = self._lengths(own)
+            everyone = _rooms(max(lengths), self.size if self.is_first else 0)
+            dist.gather(_padded(own, max(lengths)), everyone or None, group=self.control, group_dst=0)
+        parts = [safetensors.torch.load(_cut(room, length)) for room, length in zip(everyone, lengths, strict=False)]
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
     def everyones(self, value: Result, what: str) -> list[Result]:
-        """The objects of all ranks, small ones: they travel as pickles through the host."""
+        """The values of all ranks, small ones: they travel as JSON through the host, which makes lists of tuples."""
         if self.size == 1:
             return [value]
-        everyone: list[Any] = [None] * self.size
+        own = json.dumps(value).encode()
         with self._exchange(what):
-            dist.all_gather_object(everyone, value, group=self.control)
-        return everyone
+            lengths = self._lengths(own)
+            everyone = _rooms(max(lengths), self.size)
+            dist.all_gather(everyone, _padded(own, max(lengths)), group=self.control)
+        return [json.loads(_cut(room, length)) for room, length in zip(everyone, lengths, strict=True)]
 
     def on_first(self, run: Callable[[], Result], what: str) -> Result:
-        """What ``run`` returns on the first rank, on every rank; where it raises there, it raises on all."""
+        """What ``run`` returns on the first rank, on every rank, as ``everyones`` would; where it raises, all raise."""
         if self.size == 1:
             return run()
-        box: list[Any] = [None, None]
-        error = None
+        box, error = b"", None
         if self.is_first:
             try:
-                box = [run(), None]
+                box = json.dumps([run(), None]).encode()
             except Exception as raised:
-                error, box = raised, [None, _described(0, raised)]
+                error, box = raised, json.dumps([None, _described(0, raised)]).encode()
         with self._exchange(what):
-            dist.broadcast_object_list(box, group=self.control, group_src=0)
-        if box[1] is not None:
-            raise error or RankFailure(box[1])
-        result: Result = box[0]
-        return result
+            length = torch.tensor([len(box)])
+            dist.broadcast(length, group=self.control, group_src=0)
+            text = _padded(box, int(length))
+            dist.broadcast(text, group=self.control, group_src=0)
+        result, failure = json.loads(_cut(text, len(text)))
+        if failure is not None:
+            raise error or RankFailure(failure)
+        return result  # type: ignore[no-any-return]
 
     def together(self, run: Callable[[], Result], what: str) -> Result:
         """What ``run`` returns on this rank; where it raises on some rank, it raises on all, as ``gather`` does."""
@@ -141,6 +153,11 @@ class World:
         if self.size > 1:
             with self._exchange(what):
                 dist.barrier(group=self.control)
+
+    def _lengths(self, own: bytes) -> list[int]:
+        everyone = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather(list(everyone.split(1)), torch.tensor([len(own)]), group=self.control)
+        return everyone.tolist()
 
     def _all_gather(self, tensor: Tensor, what: str) -> Tensor:
         everyone = tensor.new_empty(self.size, *tensor.shape)
@@ -186,6 +203,18 @@ def leave_world() -> None:
     """End what ``join_world`` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _rooms(length: int, number: int) -> list[Tensor]:
+    return [torch.empty(length, dtype=torch.uint8) for _ in range(number)]
+
+
+def _padded(text: bytes, length: int) -> Tensor:
+    return torch.frombuffer(bytearray(text.ljust(length, b"\0")), dtype=torch.uint8)
+
+
+def _cut(room: Tensor, length: int) -> bytes:
+    return bytes(room[:length].numpy())
 
 
 def _described(rank: int, error: Exception) -> str:

@@ -85,7 +85,7 @@ def test_what_fails_on_one_rank_is_raised_on_all_and_they_can_go_on() -> None:
 
 
 def run_on_first(world: World) -> object:
-    found = world.on_first(lambda: ("made by", world.rank), "a directory")
+    found = world.on_first(lambda: ["made by", world.rank], "a directory")
     try:
         world.on_first(lambda: 1 // 0, "a mistake")
     except (ZeroDivisionError, RankFailure) as error:
@@ -94,4 +94,50 @@ def run_on_first(world: World) -> object:
 
 
 def test_what_the_first_rank_does_or_raises_reaches_all() -> None:
-    assert on_ranks(2, run_on_first) == [(("made by", 0), "ZeroDivisionError"), (("made by", 0), "RankFailure")]
+    assert on_ranks(2, run_on_first) == [(["made by", 0], "ZeroDivisionError"), (["made by", 0], "RankFailure")]
+
+
+def tell_values(world: World) -> list[object]:
+    # of another length on each rank, and what JSON has to write in its own way
+    own = {"rank": world.rank, "text": "é" * world.rank, "numbers": [1.5, None, True][: world.rank]}
+    return world.everyones(own, "values")
+
+
+def test_values_of_any_length_reach_all() -> None:
+    expected = [
+        {"rank": 0, "text": "", "numbers": []},
+        {"rank": 1, "text": "é", "numbers": [1.5]},
+        {"rank": 2, "text": "éé", "numbers": [1.5, None]},
+    ]
+    assert on_ranks(3, tell_values) == [expected] * 3
+
+
+def show_images(world: World) -> dict[str, list[float]]:
+    # of the first rank none, and of the others of several types and shapes
+    own = {
+        f"{world.rank} {n}": torch.full((n, 2), 0.5 * world.rank, dtype=torch.float16)
+        for n in range(world.rank % 2 * 2)
+    }
+    if world.rank == 2:
+        own["whole numbers"] = torch.arange(3)
+    return {name: tensor.flatten().tolist() for name, tensor in world.to_first(own, "images").items()}
+
+
+def test_named_tensors_reach_the_first_rank_alone() -> None:
+    first, *others = on_ranks(3, show_images)
+    assert first == {"1 0": [], "1 1": [0.5, 0.5], "whole numbers": [0, 1, 2]}
+    assert others == [{}, {}]
+    alone = World().to_first({"a": torch.ones(2)}, "images")
+    assert alone["a"].tolist() == [1.0, 1.0]
+
+
+def send_what_json_has_not(world: World) -> str:
+    try:
+        world.on_first(lambda: {1, 2}, "a set")
+    except (TypeError, RankFailure) as error:
+        return f"{type(error).__name__} {world.everyones(world.rank, 'ranks')}"
+    return "nothing"
+
+
+def test_what_json_has_not_is_an_error_on_all_and_they_go_on() -> None:
+    assert on_ranks(2, send_what_json_has_not) == ["TypeError [0, 1]", "RankFailure [0, 1]"]
