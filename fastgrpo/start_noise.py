@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.noise import SEARCH_STREAM, Candidates, NoiseDraw
+from fastgrpo.algorithm.noise import Candidates, NoiseDraw
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.runtime.distributed import World
@@ -49,10 +49,9 @@ class StartNoise:
         with ExitStack() as rounds:
 
             def score(candidates: Candidates, estimate_steps: int) -> Tensor:
-                # once for all rounds, and not where nothing is searched
-                if candidates.stream == SEARCH_STREAM:
-                    rounds.enter_context(model.gathered())
-                    rounds.enter_context(model.sampling(lossy=True))
+                # both are re-entrant: held from the first round to the last, and not where nothing is searched
+                rounds.enter_context(model.gathered())
+                rounds.enter_context(model.sampling(lossy=True))
                 searched = Prompts([prompts.texts[place] for place in candidates.prompts], candidates.prompt_ids)
                 return self._scores(searched, candidates, estimate_steps)
 

@@ -148,11 +148,11 @@ class Update:
         """Leave the gradient of the summed loss of some samples; begun anew where a batch does not fit in memory."""
 
         def run(batch: Batch, *, is_last: bool) -> Iterator[_Seen]:
-            rows = trained.map(lambda part_TB: batch.of(part_TB, dim=1))
+            rows, own = trained.map(lambda part_TB: batch.of(part_TB, dim=1)), batch.conditions(conditions)
             for place in range(len(rows.steps)):
                 is_last_pass = is_last and place == len(rows.steps) - 1
                 with nullcontext() if is_last_pass else self.model.accumulating():
-                    seen = self._backward(rows, place, batch, batch.conditions(conditions), advantages_B, is_on_policy)
+                    seen = self._backward(rows, place, batch, own, advantages_B, is_on_policy)
                 yield seen
 
         while True:

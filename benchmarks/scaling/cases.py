@@ -106,20 +106,19 @@ def load(case: Case, *words: str) -> DictConfig:
 def _passes(config: Any, shares: Shares, num_ranks: int) -> Passes:
     num_trained = config.algorithm.schedule.num_steps - 1
     is_guided, has_reference = config.model.guidance_scale != 1, config.algorithm.objective.kl_coef > 0
-    size = even(-(-max(map(len, shares)) // num_ranks), config.runtime.micro_batch)
+    sampled = config.runtime.micro_batch
+    trained = even(-(-max(map(len, shares)) // num_ranks), sampled)
     most = Spread.of_shares(shares, num_ranks).most
 
-    def batches(rows: int) -> int:
-        return -(-rows // min(rows, size))
+    def batches(rows: int, size: int = trained) -> int:
+        return -(-rows // size)
 
     in_update = [num_trained * batches(-(-len(share) // num_ranks)) for share in shares]
     gathers = config.adaptation.rollout_weights == "gathered"
     return Passes(
         gathered={"rollout": 1} if gathers else {},
         # trained steps run the branches one by one; the last step both at once, for as many as are sampled at a time
-        rollout=0
-        if gathers
-        else num_trained * (1 + is_guided) * batches(most) + -(-most // config.runtime.micro_batch),
+        rollout=0 if gathers else num_trained * (1 + is_guided) * batches(most) + batches(most, sampled),
         policy=sum(in_update) + is_guided * sum(in_update[1:]),
         backward=sum(in_update),
         reference=has_reference * sum(in_update),

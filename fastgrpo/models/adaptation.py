@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.models.sharding import Shards, gathered, summed_within_nodes, whole
@@ -118,8 +119,8 @@ class FullAdaptation(Adaptation):
         self._piece = piece
         self._compute_dtype = next(transformer.parameters()).dtype
         self._plain_class = type(transformer)
-        self._num_ranks = 1
-        self._copies_over_nodes = False
+        # of the ranks that share the weights, once they do
+        self._mesh: DeviceMesh | None = None
         self._is_gathered = False
 
     def shard(self, group: ProcessGroup | None) -> None:
@@ -131,8 +132,7 @@ class FullAdaptation(Adaptation):
         for transformer in (self.transformer, self._copy):
             if transformer is not None:
                 shards(transformer, compute_dtype=self._compute_dtype)
-        self._num_ranks = shards.mesh.size()
-        self._copies_over_nodes = shards.mesh.ndim > 1
+        self._mesh = shards.mesh
         self.trainable = dict(self.transformer.named_parameters())
 
     @property
@@ -153,11 +153,12 @@ class FullAdaptation(Adaptation):
 
     @property
     def in_lockstep(self) -> bool:
-        return self._num_ranks > 1 and not self._is_gathered
+        return self._mesh is not None and self._mesh.size() > 1 and not self._is_gathered
 
     def accumulating(self) -> AbstractContextManager[None]:
         # over the ranks of a node memory asks for it, over nodes nothing does
-        return summed_within_nodes(self.transformer) if self._copies_over_nodes else nullcontext()
+        has_copies = self._mesh is not None and self._mesh.ndim > 1
+        return summed_within_nodes(self.transformer) if has_copies else nullcontext()
 
     def sum_gradients(self, sum_: Sum) -> None:
         # those of shards are sums since the backward pass
