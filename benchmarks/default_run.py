@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from benchmarks.report import RESULTS, table, write_report
+from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.records.run_directory import RunDirectory
 
 STAGES = ("encode", "search", "rollout", "reward", "update")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import table, write_report
+from fastgrpo.compile.networks import Eager
 from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.model_on_device import build_model
+from fastgrpo.memory.model_on_device import build_model
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.clip_score import clip_score
-from fastgrpo.runtime.compile import Eager
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene

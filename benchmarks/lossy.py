@@ -22,7 +22,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise, rank_correlation
 from fastgrpo.algorithm.solver import Solver
 from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.model_on_device import build_batch_sizes, build_model
+from fastgrpo.memory.model_on_device import build_batch_sizes, build_model
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout

@@ -34,9 +34,9 @@ import torch
 
 from benchmarks.kill_resume import VARYING
 from benchmarks.report import table, write_report
-from fastgrpo.checkpoint import Checkpoint
+from fastgrpo.checkpoints.checkpoint import Checkpoint
+from fastgrpo.checkpoints.train_state import as_named_tensors
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.train_state import as_named_tensors
 
 NUM_RANKS = 4
 SETTINGS = (

@@ -26,14 +26,14 @@ from torch import Tensor
 from benchmarks.kernels.timing import cuda_clock
 from benchmarks.report import table, write_report
 from benchmarks.rewards.networks import ARCHITECTURES
+from fastgrpo.compile.networks import Eager, as_dtype, cast_pixels, check_drift
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.networks.network_reward import NetworkReward
-from fastgrpo.runtime.compile import Eager, as_dtype, cast_pixels, check_drift
-from fastgrpo.runtime.tensorrt import TensorRT
-from fastgrpo.runtime.tensorrt_export import Input, Profile, export, inputs_of, save_onnx
-from fastgrpo.runtime.tensorrt_onnx import OnnxBuilder, build_plan
-from fastgrpo.runtime.tensorrt_torch import TorchTensorRTBuilder
+from fastgrpo.tensorrt.backend import TensorRT
+from fastgrpo.tensorrt.export import Input, Profile, export, inputs_of, save_onnx
+from fastgrpo.tensorrt.onnx_builder import OnnxBuilder, build_plan
+from fastgrpo.tensorrt.torch_builder import TorchTensorRTBuilder
 
 PROFILE = Profile(opt_batch=64, max_batch=64)
 # compute capabilities that TensorRT-RTX builds for and H100 machines' neighbours have: A100, and L4, L40 and RTX 40

@@ -19,7 +19,7 @@ from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal, plain_noise, rank_correlation
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.model_on_device import build_batch_sizes, build_model
+from fastgrpo.memory.model_on_device import build_batch_sizes, build_model
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Prompts, Samples

@@ -162,12 +162,12 @@ def _run(command: Command, config: DictConfig) -> int:
     # by now load_config has imported the pieces that the config names, so these cost nothing
     from torch import OutOfMemoryError
 
-    from fastgrpo.checkpoint import CheckpointError
+    from fastgrpo.checkpoints.checkpoint import CheckpointError
+    from fastgrpo.distributed.world import RankFailure
     from fastgrpo.health import Preempted, TrainingError
+    from fastgrpo.memory.batch_size import DoesNotFit
     from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.rewards.reward import RewardError
-    from fastgrpo.runtime.batch_size import DoesNotFit
-    from fastgrpo.runtime.distributed import RankFailure
 
     hide_loading_bars()
     try:

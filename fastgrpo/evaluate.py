@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
-from fastgrpo.batches import BatchSizes
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.world import World
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import Spread
 from fastgrpo.types import Prompts, Samples
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.solver import Euler, Solver
-from fastgrpo.batches import Batch, BatchSizes, in_batches
+from fastgrpo.memory.batch_size import BatchSize
+from fastgrpo.memory.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.runtime.batch_size import BatchSize
 from fastgrpo.types import Conditions, Samples, TrainedSteps, Trajectories
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 

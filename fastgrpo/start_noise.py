@@ -14,10 +14,10 @@ from torch import Tensor
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.world import World
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import Spread
 from fastgrpo.types import Noise, Prompts, Samples
 
 

@@ -10,28 +10,28 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.checkpoint import Checkpoint, CheckpointError
+from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError
+from fastgrpo.checkpoints.same_run import agree, open_directory
 from fastgrpo.config import build, resolve_path
+from fastgrpo.distributed.watch import Watch
+from fastgrpo.distributed.world import RankFailure, World, leave_world
+from fastgrpo.ema import EMA
 from fastgrpo.evaluate import Evaluation
+from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.health import Health, TrainingError
-from fastgrpo.memory_stages import MemoryPlanner
-from fastgrpo.metrics import Metrics
-from fastgrpo.model_on_device import build_batch_sizes, build_planned_model, device_of, set_threads
+from fastgrpo.memory.model_on_device import build_batch_sizes, build_planned_model, device_of, set_threads
+from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.profiling.profile import Profile, unprofiled
 from fastgrpo.prompts import PromptSource, load_prompts
-from fastgrpo.record import NoRecord, Record, Recorder
-from fastgrpo.records.run_directory import RunDirectory
+from fastgrpo.records.metrics import Metrics
+from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.self_test import GoldenScores, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.distributed import RankFailure, World, leave_world
-from fastgrpo.runtime.ema import EMA
-from fastgrpo.runtime.profile import Profile, unprofiled
-from fastgrpo.runtime.watch import Watch
-from fastgrpo.same_run import agree, open_directory
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update

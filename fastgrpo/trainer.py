@@ -13,23 +13,23 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import rank_correlation
-from fastgrpo.checkpoint import Checkpoint, TrainState
+from fastgrpo.checkpoints.checkpoint import Checkpoint, TrainState
+from fastgrpo.compile.blocks import num_compilations
+from fastgrpo.distributed.signals import StopRequest
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.world import RankFailure, World
+from fastgrpo.ema import EMA
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.health import Health, Preempted
+from fastgrpo.memory.device import peak_bytes
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.profiling.profile import Step, unprofiled
+from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
-from fastgrpo.record import Recorder
+from fastgrpo.records.record import Recorder
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.block_compile import num_compilations
-from fastgrpo.runtime.distributed import RankFailure, World
-from fastgrpo.runtime.ema import EMA
-from fastgrpo.runtime.memory import peak_bytes
-from fastgrpo.runtime.profile import Step, unprofiled
-from fastgrpo.runtime.signals import StopRequest
-from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.timing import WAIT, StageTimer
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Noise, Samples
 from fastgrpo.types import Rewards as NamedRewards

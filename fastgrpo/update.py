@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.objective import ClippedSurrogate
-from fastgrpo.batches import Batch, batches, out_of_step
+from fastgrpo.distributed.spread import pieces
+from fastgrpo.distributed.world import World
+from fastgrpo.memory.batch_size import BatchSize
+from fastgrpo.memory.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.runtime.batch_size import BatchSize
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import pieces
 from fastgrpo.types import Conditions, TrainedSteps
 from fastgrpo_kernels import GRPOStats
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastgrpo.runtime.distributed import World, join_world, leave_world
+from fastgrpo.distributed.world import World, join_world, leave_world
 
 _SECONDS = 120.0
 

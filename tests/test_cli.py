@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fastgrpo import cli
-from fastgrpo.checkpoint import Checkpoint
+from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo_kernels import combined
 from tests.tiny import PROMPTS, make_pipeline
 

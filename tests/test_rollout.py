@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.schedule import SD3Schedule
-from fastgrpo.batches import BatchSizes
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout

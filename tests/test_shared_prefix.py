@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgrpo.algorithm.dynamics import CPS
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.algorithm.solver import AdamsBashforth, CachedGuidance, Euler, Solver
-from fastgrpo.batches import BatchSizes
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3

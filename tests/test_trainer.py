@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastgrpo.checkpoint import Checkpoint
+from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.health import TrainingError
-from fastgrpo.metrics import METRICS, explain
-from fastgrpo.record import Record
+from fastgrpo.records.metrics import METRICS, explain
+from fastgrpo.records.record import Record
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards

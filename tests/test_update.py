@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.objective import ClippedSurrogate
 from fastgrpo.algorithm.schedule import SD3Schedule
-from fastgrpo.batches import BatchSizes
+from fastgrpo.memory.batch_size import BatchSize
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.batch_size import BatchSize
 from fastgrpo.types import Conditions, Prompts, Samples, Trajectories
 from fastgrpo.update import Update, UpdateStats
 

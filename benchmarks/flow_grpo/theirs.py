@@ -25,8 +25,8 @@ from benchmarks.flow_grpo.peer import Peer
 from benchmarks.flow_grpo.recipe import MICRO_BATCH, NUM_STEPS, Job
 from benchmarks.flow_grpo.side import Iteration, now
 from benchmarks.flow_grpo.their_update import TheirUpdate
+from fastgrpo.memory.device import peak_bytes
 from fastgrpo.prompts import PromptSource, load_prompts
-from fastgrpo.runtime.memory import peak_bytes
 
 _ID_TOKENS = 256
 _REWARD_THREADS = 8

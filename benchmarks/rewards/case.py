@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.ocr_pictures import samples, to_images
 from benchmarks.rewards.networks import ARCHITECTURES, Architecture
 from benchmarks.rewards.peers import PilScorer
+from fastgrpo.compile.networks import Eager, Inductor
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.jpeg import JpegSize
@@ -23,9 +24,8 @@ from fastgrpo.rewards.networks.preprocess import Preprocess
 from fastgrpo.rewards.ocr import Ocr
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.shapes import ShapesReward
-from fastgrpo.runtime.compile import Eager, Inductor
-from fastgrpo.runtime.tensorrt import TensorRT
-from fastgrpo.runtime.tensorrt_torch import TorchTensorRTBuilder
+from fastgrpo.tensorrt.backend import TensorRT
+from fastgrpo.tensorrt.torch_builder import TorchTensorRTBuilder
 
 ONE_BY_ONE, PIL_BATCHED, AS_IS = "pil_one_by_one", "pil_batched", "as_it_is"
 ENGINES = Path.home() / ".cache" / "fastgrpo" / "benchmark_engines"

@@ -10,7 +10,7 @@ chooses the faster of both by this sum; rings of a node cross the network throug
 import math
 from dataclasses import dataclass
 
-from fastgrpo.runtime.traffic import wire_bytes
+from fastgrpo.distributed.traffic import wire_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

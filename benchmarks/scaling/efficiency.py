@@ -21,8 +21,8 @@ from benchmarks.scaling.cluster import Cluster
 from benchmarks.scaling.exchanges import FLOAT32, Exchange, always, of_adapters, shares_of
 from benchmarks.scaling.sharded import Passes, filled_up
 from benchmarks.scaling.workload import Workload
-from fastgrpo.batches import even
-from fastgrpo.runtime.spread import Spread
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.memory.batches import even
 
 BFLOAT16 = 2
 

@@ -14,8 +14,8 @@ its others are to be believed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.timing import NO_STAGE
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.profiling.timing import NO_STAGE
 from fastgrpo.trainer import STAGES
 
 FLOAT32, FLOAT64 = 4, 8

@@ -1,6 +1,6 @@
 """The exchanges of real iterations beside the expected ones: equal to the byte and the call, or listed.
 
-A rank counts what it tells (``fastgrpo.runtime.traffic``) in each iteration of a whole training run, and apart from
+A rank counts what it tells (``fastgrpo.distributed.traffic``) in each iteration of a whole training run, and apart from
 that what it tells between iterations: evaluations, checkpoints, the beginning and the end.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.scaling.exchanges import Exchange
-from fastgrpo.runtime.profile import Step
-from fastgrpo.runtime.traffic import Collective, Traffic
+from fastgrpo.distributed.traffic import Collective, Traffic
+from fastgrpo.profiling.profile import Step
 from fastgrpo.trainer import Trainer
 
 Counts = Counter[Collective]

@@ -12,10 +12,10 @@ import torch.multiprocessing
 
 from benchmarks.scaling.measured import Counts, Measured, run
 from fastgrpo.config import load_config
-from fastgrpo.model_on_device import device_of
+from fastgrpo.distributed.traffic import Collective
+from fastgrpo.distributed.world import join_world, leave_world
+from fastgrpo.memory.model_on_device import device_of
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.runtime.distributed import join_world, leave_world
-from fastgrpo.runtime.traffic import Collective
 from fastgrpo.train import build_trainer
 
 

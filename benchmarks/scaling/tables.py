@@ -9,7 +9,7 @@ from benchmarks.scaling.efficiency import BFLOAT16, Prediction, Rows, Speed, pas
 from benchmarks.scaling.measured import Outcome, totals
 from benchmarks.scaling.sharded import of_shards
 from benchmarks.scaling.workload import Workload
-from fastgrpo.runtime.traffic import wire_bytes
+from fastgrpo.distributed.traffic import wire_bytes
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # powers of two do not divide the images of two optimizer steps; these do

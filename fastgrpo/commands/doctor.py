@@ -17,7 +17,7 @@ from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
 from fastgrpo.config import build, resolve_path
 from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
-from fastgrpo.model_on_device import build_batch_sizes, build_model, device_of
+from fastgrpo.memory.model_on_device import build_batch_sizes, build_model, device_of
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
 from fastgrpo.prompts import PromptSource, load_prompts

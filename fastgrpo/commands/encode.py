@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from fastgrpo.config import resolve_path
-from fastgrpo.model_on_device import build_model
+from fastgrpo.memory.model_on_device import build_model
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.prompts import load_prompts

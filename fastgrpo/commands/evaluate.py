@@ -18,9 +18,9 @@ from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
 from fastgrpo.config import build, resolve_path
 from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.files.whole import write_whole
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
-from fastgrpo.records.run_directory import write_whole
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.shapes.world import parse_caption
 from fastgrpo.train import build_evaluation, build_rewards

@@ -9,13 +9,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fastgrpo.config import build, resolve_path
-from fastgrpo.memory_plan import MemoryPlan
-from fastgrpo.memory_stages import MemoryPlanner
-from fastgrpo.model_on_device import build_model, plan_device
+from fastgrpo.memory.byte_count import WithoutData
+from fastgrpo.memory.device import CountingMeter
+from fastgrpo.memory.model_on_device import build_model, plan_device
+from fastgrpo.memory.plan import MemoryPlan
+from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.prompts import load_prompts
-from fastgrpo.runtime.byte_count import WithoutData
-from fastgrpo.runtime.memory import CountingMeter
 from fastgrpo.train import build_rewards
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}

@@ -17,10 +17,10 @@ from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
 from fastgrpo.config import build, resolve_path
-from fastgrpo.model_on_device import build_batch_sizes
+from fastgrpo.files.whole import write_whole
+from fastgrpo.memory.model_on_device import build_batch_sizes
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
-from fastgrpo.records.run_directory import write_whole
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.train import build_rewards

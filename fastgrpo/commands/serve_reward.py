@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fastgrpo.model_on_device import device_of
+from fastgrpo.memory.model_on_device import device_of
 from fastgrpo.rewards.remote.connection import read_token
 from fastgrpo.rewards.remote.limits import Limits
 from fastgrpo.train import build_rewards

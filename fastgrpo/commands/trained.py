@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fastgrpo.checkpoint import Checkpoint
+from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.config import check, check_own
-from fastgrpo.model_on_device import build_model
+from fastgrpo.files.run_directory import RunDirectory
+from fastgrpo.memory.model_on_device import build_model
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.records.run_directory import RunDirectory
 
 # what a run brings along; every other key is the command's
 _OF_RUN = ("model", "adaptation")

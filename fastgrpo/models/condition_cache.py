@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgrpo.private_directory import check_own, make_private
+from fastgrpo.files.private_directory import check_own, make_private
 from fastgrpo.types import Conditions
 
 _log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ class Network(Protocol):
 
 
 class Compile(Protocol):
-    """How blocks and decoding run: see ``fastgrpo.runtime.block_compile``."""
+    """How blocks and decoding run: see ``fastgrpo.compile.blocks``."""
 
     def __call__(self, function: Any) -> Any:
         """What runs a function that is called often, or the function itself."""

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastgrpo.records.run_directory import write_whole
+from fastgrpo.files.whole import write_whole
 
 _AXIS = {"seconds": "training time [s], without evaluation", "iteration": "iteration", "images": "images made"}
 # title, unit, and which keys it shows; a key that ends in / stands for all that begin with it

@@ -26,13 +26,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastgrpo.distributed.meeting import meet
+from fastgrpo.distributed.slurm import slurm_environment
+from fastgrpo.distributed.world import RankFailure, World, join_world
 from fastgrpo.rewards.rank_line import GOODBYE_SECONDS, Line
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.runtime.distributed import RankFailure, World, join_world
-from fastgrpo.runtime.meeting import meet
-from fastgrpo.runtime.slurm import slurm_environment
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.launch import is_restarted, launch_names, mark_launch, process_name
+from fastgrpo.distributed.launch import is_restarted, launch_names, mark_launch, process_name
+from fastgrpo.distributed.world import World
 from tests.ranks import on_ranks
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT")
@@ -35,7 +35,7 @@ def test_torchruns_next_attempt_goes_on_and_another_torchrun_of_the_same_id_does
     assert is_restarted(tmp_path, World())
     # this process is its parent, as another agent would be
     ask = (
-        "import sys, pathlib; from fastgrpo.runtime.launch import *; "
+        "import sys, pathlib; from fastgrpo.distributed.launch import *; "
         "print(is_restarted(pathlib.Path(sys.argv[1]), World()))"
     )
     environment = os.environ | {"TORCHELASTIC_RESTART_COUNT": "1"}

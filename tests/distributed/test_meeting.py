@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgrpo.runtime.distributed import join_world
-from fastgrpo.runtime.meeting import meet
+from fastgrpo.distributed.meeting import meet
+from fastgrpo.distributed.world import join_world
 
 
 def attempt(rank: int, port: int, num_that_die: int, results: multiprocessing.Queue) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.same_recipe import largest_difference
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import Spread
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.world import World
 from tests.distributed.test_same_recipe import SEARCH, make_trainer, rows_of
 from tests.ranks import on_ranks
 

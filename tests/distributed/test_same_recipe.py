@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.same_recipe import largest_difference
 from fastgrpo.config import load_config
+from fastgrpo.distributed.world import World
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.runtime.distributed import World
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
 from fastgrpo.types import Samples, Trajectories

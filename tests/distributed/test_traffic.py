@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.runtime.distributed import World
-from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.timing import StageTimer
-from fastgrpo.runtime.traffic import Collective, Total, Traffic, by_stage_and_kind, total, wire_bytes
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.traffic import Collective, Total, Traffic, by_stage_and_kind, total, wire_bytes
+from fastgrpo.distributed.world import World
+from fastgrpo.profiling.timing import StageTimer
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.runtime.distributed import RankFailure, World, join_world
-from fastgrpo.runtime.failure import Failure
-from fastgrpo.runtime.spread import Spread
-from fastgrpo.runtime.standing import Signs, Standing, is_held_up, suspects, table
-from fastgrpo.runtime.timing import StageTimer
-from fastgrpo.runtime.watch import Watch
+from fastgrpo.distributed.failure import Failure
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.standing import Signs, Standing, is_held_up, suspects, table
+from fastgrpo.distributed.watch import Watch
+from fastgrpo.distributed.world import RankFailure, World, join_world
+from fastgrpo.profiling.timing import StageTimer
 from tests.ranks import _free_port
 
 PATIENCE_SECONDS = 60.0

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.runtime.distributed import RankFailure, World
-from fastgrpo.runtime.spread import Spread, pieces
+from fastgrpo.distributed.spread import Spread, pieces
+from fastgrpo.distributed.world import RankFailure, World
 from tests.ranks import on_ranks
 
 

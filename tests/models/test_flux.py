@@ -13,9 +13,10 @@ from torch import Tensor
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule
-from fastgrpo.batches import BatchSizes
 from fastgrpo.commands.doctor import ratio_deviation
+from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.config import build, load_config
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.flux_network import FluxNetwork
@@ -23,7 +24,6 @@ from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.rollout import Rollout
-from fastgrpo.runtime.block_compile import num_compilations
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import combined

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.compile.blocks import Uncompiled
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.fp8 import Fp8, block_layers, fp8_linear, fp8_product_reference, quantize_rows
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.runtime.block_compile import Uncompiled
 from fastgrpo_kernels import combined
 
 TEXTS = ["a red circle", "two blue squares"]

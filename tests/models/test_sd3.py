@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import SD3Schedule
-from fastgrpo.batches import BatchSizes
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3

@@ -8,12 +8,12 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.memory.byte_count import LiveBytes, make_fake
 from fastgrpo.models.architectures import SD3Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.sd3_network import SD3Network
-from fastgrpo.runtime.byte_count import LiveBytes, make_fake
 from fastgrpo.types import Conditions
 
 WIDTH, NUM_BLOCKS, IMAGE_TOKENS, TEXT_TOKENS = 1536, 24, 1024, 205

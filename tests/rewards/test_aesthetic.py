@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.aesthetic import aesthetic, full_size
 from fastgrpo.rewards.networks.clip import vit_l_14
 from fastgrpo.rewards.networks.network_reward import NetworkReward
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import save_aesthetic_head, save_clip, shapes_of, to_images
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.networks.preprocess import Preprocess
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.miniatures import save_clip, to_images
 
 

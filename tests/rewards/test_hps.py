@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.hps import clean_prompt, full_size, hps
 from fastgrpo.rewards.networks.clip import vit_h_14
 from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.networks.open_clip import config_of, to_transformers
 from fastgrpo.rewards.networks.tokens import load_clip_tokenizer
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.miniatures import official_shapes, recorded, recorded_images, save_hps, shapes_of
 
 RECORD = recorded("hps")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.image_reward import ImageRewardPackage, full_size, image_reward
 from fastgrpo.rewards.networks.blip import blip_configs
 from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.networks.tokens import load_blip_tokenizer
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.miniatures import (
     official_shapes,
     recorded,

@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.networks.clip import vit_h_14
 from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.pick_score import full_size, pick_score
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import PROMPTS, save_clip, shapes_of, to_images
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.config import build, load_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import GoldenSet, golden_set
@@ -18,7 +19,6 @@ from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import SHIPPED, GoldenScores, compare, golden_scores, identity, record, self_test
 from fastgrpo.rewards.shapes import ShapesReward
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.runtime.compile import Eager
 from fastgrpo.shapes.world import IMAGE_SIZE
 
 TESTED = GoldenScores(identity="it", scores=[0.0, 1.0, 2.0, 4.0], tolerance=0.05)

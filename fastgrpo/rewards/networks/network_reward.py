@@ -52,7 +52,7 @@ class RewardNetwork(nn.Module):
 
 
 class Backend(Protocol):
-    """What runs a network: the pieces of ``fastgrpo.runtime.compile`` and ``fastgrpo.runtime.tensorrt``."""
+    """What runs a network: the pieces of ``fastgrpo.compile.networks`` and ``fastgrpo.tensorrt.backend``."""
 
     @property
     def dtype(self) -> torch.dtype:

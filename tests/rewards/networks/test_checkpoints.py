@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
+from fastgrpo.compile.networks import Eager
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.networks import checkpoints
 from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory, load_tensors
-from fastgrpo.runtime.compile import Eager
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import PROMPTS, save_clip, to_images
 

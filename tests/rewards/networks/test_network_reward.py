@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
+from fastgrpo.compile.networks import DriftError, Eager
 from fastgrpo.rewards.aesthetic import aesthetic
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.hps import hps
@@ -18,7 +19,6 @@ from fastgrpo.rewards.networks.network_reward import NetworkReward
 from fastgrpo.rewards.pick_score import pick_score
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scoring import Scoring
-from fastgrpo.runtime.compile import DriftError, Eager
 from tests.rewards.fixtures.random_inputs import random_image
 from tests.rewards.miniatures import save_aesthetic_head, save_clip, save_hps, save_image_reward, to_images
 

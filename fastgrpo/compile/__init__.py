@@ -1,0 +1,1 @@
+"""torch.compile and CUDA graphs: blocks of the policy, networks of rewards."""

@@ -1,0 +1,1 @@
+"""Many ranks: who has which rows, what they tell each other, and what happens when one fails."""

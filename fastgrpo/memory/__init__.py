@@ -1,0 +1,1 @@
+"""How much fits on a device, and the batches that follow."""

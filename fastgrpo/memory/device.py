@@ -1,0 +1,67 @@
+"""Memory of a device: how much there is for a run, how much is in use, and the most that was."""
+
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from fastgrpo.compile.cuda_graphs import eagerly
+from fastgrpo.memory.byte_count import LiveBytes
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was allocated on a CUDA device, or the largest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What this process may allocate in all: on a CUDA device less what others use, else the machine's memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Meter(Protocol):
+    """``peak(run)``: the most bytes in use while ``run`` runs, those that were in use before included."""
+
+    def peak(self, run: Callable[[], object]) -> int: ...
+
+
+class AllocatorMeter:
+    """What PyTorch's allocator gives out on a CUDA device.  Compiled functions run eagerly: each size compiles anew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak(self, run: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        with eagerly():
+            run()
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+class CountingMeter:
+    """Live tensors on a CPU, or FakeTensors; ``resident`` bytes were there before this meter."""
+
+    def __init__(self, resident: int = 0) -> None:
+        self._resident = resident
+        self._counter = LiveBytes()
+
+    def peak(self, run: Callable[[], object]) -> int:
+        self._counter.peak = self._counter.live
+        with self._counter, eagerly():
+            run()
+        return self._resident + self._counter.peak
+
+
+def meter_of(device: torch.device) -> Meter:
+    """The meter of a device that has its model."""
+    return AllocatorMeter(device) if device.type == "cuda" else CountingMeter(resident=peak_bytes(device))

@@ -1,0 +1,127 @@
+"""The stages of an iteration as the memory planner runs them, with one sample or two, and the plan made of that.
+
+A stage runs the functions that the iteration runs, on zeros: shapes alone decide how much memory they take.
+Letters: B samples, T trained steps, C H W of a latent.
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.memory.device import Meter
+from fastgrpo.memory.plan import (
+    DECODING,
+    REWARD,
+    SAMPLING,
+    TRAINING,
+    Cost,
+    MemoryPlan,
+    Stages,
+    measure,
+    plan_memory,
+)
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.types import Conditions
+
+# AdamW's two moments and the average, in float32 as the trained weights are
+_BYTES_PER_TRAINED = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlanner:
+    """(build, meter, memory) -> the built model and the plan for it.
+
+    samples, optimizer_steps: of an iteration.  rewards: None leaves them out of the plan.  prompt: one that they judge.
+    reweights: whether the rollout takes the gradients of single samples, which are kept until the update.
+    """
+
+    algorithm: Algorithm
+    samples: int
+    optimizer_steps: int
+    rewards: Rewards | None = None
+    prompt: str = ""
+    reweights: bool = False
+
+    def __call__(
+        self, build: Callable[[bool], FlowModel], meter: Callable[[], Meter], memory: int, checkpointing: bool
+    ) -> tuple[FlowModel, MemoryPlan]:
+        """``build(checkpointing)`` makes the model, again with checkpointing where it is needed and was not asked for.
+
+        DoesNotFit if there is a stage of which not even one sample fits.
+        """
+        model = build(checkpointing)
+        plan = self._plan(model, meter(), memory, checkpointing)
+        if plan.lacks_room and not checkpointing:
+            del model
+            gc.collect()
+            return self(build, meter, memory, checkpointing=True)
+        plan.check()
+        return model, plan
+
+    def _plan(self, model: FlowModel, meter: Meter, memory: int, checkpointing: bool) -> MemoryPlan:
+        costs: dict[str, Cost] = {}
+        with ExitStack() as stack:
+            # entered outside of what is measured: merging has a peak of its own, the same for any number of samples
+            meter.peak(lambda: stack.enter_context(model.sampling(lossy=True)))
+            costs |= measure(self._rollout_stages(model), meter)
+        costs |= measure({TRAINING: partial(self._train, model)}, meter)
+        for weight in model.trainable.values():
+            weight.grad = None
+        totals = {SAMPLING: self.samples, TRAINING: max(1, self.samples // self.optimizer_steps)}
+        if self.rewards is not None:
+            totals[REWARD] = min(self.samples, self.rewards.scoring.micro_batch)
+        return plan_memory(costs, totals, held=self._held(model), memory=memory, checkpointing=checkpointing)
+
+    def _rollout_stages(self, model: FlowModel) -> Stages:
+        image_1CHW = model.decode(_latents(model, 1))
+
+        def sample(num_samples: int) -> None:
+            model.velocity(_latents(model, num_samples), self.algorithm.grid[0], self._conditions(model, num_samples))
+
+        def decode(num_samples: int) -> None:
+            model.decode(_latents(model, num_samples))
+
+        stages: dict[str, Callable[[int], object]] = {SAMPLING: sample, DECODING: decode}
+        if (rewards := self.rewards) is not None:
+            stages[REWARD] = lambda num_samples: rewards.score(
+                image_1CHW.repeat(num_samples, 1, 1, 1), [self.prompt] * num_samples
+            )
+        return stages
+
+    def _train(self, model: FlowModel, num_samples: int) -> None:
+        """Replay a step of so many samples and add its gradient, as ``Update`` does."""
+        algorithm, grid = self.algorithm, self.algorithm.grid
+        step = algorithm.timesteps(len(grid) - 1, 0, 0)[0]
+        x_BCHW, conditions = _latents(model, num_samples), self._conditions(model, num_samples)
+        reference = None
+        if algorithm.objective.kl_coef > 0:
+            velocity, reference = model.velocity_and_reference(x_BCHW, grid[step], conditions)
+        else:
+            velocity = model.velocity(x_BCHW, grid[step], conditions)
+        log_prob_B, kl_B = algorithm.dynamics(grid, step).log_prob(x_BCHW, velocity, x_BCHW, reference)
+        loss, _ = algorithm.objective(log_prob_B, log_prob_B.detach(), torch.zeros_like(log_prob_B), kl_B)
+        loss.backward()
+
+    def _conditions(self, model: FlowModel, num_samples: int) -> Conditions:
+        return model.encode([self.prompt]).repeat(num_samples)
+
+    def _held(self, model: FlowModel) -> int:
+        """Bytes that an iteration keeps beside its stages."""
+        x_1CHW = _latents(model, 1)
+        num_trained_steps = len(self.algorithm.timesteps(len(self.algorithm.grid) - 1, 0, 0))
+        # x, x_next and the unconditional branch of each trained step; twice, as parts and joined
+        per_sample = 2 * (model.decode(x_1CHW).nbytes + 3 * num_trained_steps * x_1CHW.nbytes)
+        num_trained = sum(weight.numel() for weight in model.trainable.values())
+        first_share = -(-self.samples // self.optimizer_steps) if self.reweights else 0
+        return self.samples * per_sample + (_BYTES_PER_TRAINED + 4 * first_share) * num_trained
+
+
+def _latents(model: FlowModel, num_samples: int) -> Tensor:
+    return torch.zeros(num_samples, *model.latent_shape, device=model.device)

@@ -1,0 +1,202 @@
+"""What a run measures: one JSON object an iteration in ``metrics.jsonl``, TensorBoard, pictures, curves, a summary.
+
+``METRICS`` explains every key once.  Numbers that are not finite are written as null, their names under "nonfinite".
+Letters: B images, H W pixels.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo.files.run_directory import RunDirectory
+from fastgrpo.files.whole import write_whole
+from fastgrpo.records.grids import draw_before_after, draw_grid, png, to_uint8
+from fastgrpo.records.json_lines import append_row, read_rows, truncate_rows
+from fastgrpo.records.plots import draw_curves
+from fastgrpo.records.summary import summarize
+
+METRICS = {
+    "iteration": "iterations done, from 1; 0 is the state before training",
+    "images": "images that training has made so far, over all GPUs; those of searches and evaluations not counted",
+    "seconds": "training time so far, without evaluation, over all resumptions",
+    "reward/<name>": "mean of one named reward over the iteration's images",
+    "reward/total": "mean of the weighted sum of the rewards: what is maximised",
+    "reward/group_std": "standard deviation of the total reward within a group, mean over groups; 0 teaches nothing",
+    "zero_variance_groups": "share of groups whose images all have the same reward: they give no gradient",
+    "eval/<name>": "mean on the evaluation prompts, from plain N(0, I) noise, the same prompts and noise each time",
+    "loss": "mean of the objective over the iteration's optimizer steps",
+    "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; absent if that is 0",
+    "approx_kl": "KL(old policy, policy) estimated from the ratios; 0 when an iteration has one optimizer step",
+    "ratio_deviation": "max |ratio - 1| before the first optimizer step: 0 when rollout and update agree",
+    "clip_fraction": "share of trained steps whose ratio lies outside 1 ± clip_range",
+    "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",
+    "skipped_steps": "optimizer steps skipped in this iteration because loss or gradient was not finite",
+    "images_per_second": "images of the iteration divided by its seconds, over all GPUs",
+    "seconds/iteration": "wall-clock time of the iteration, without evaluation and checkpoint; this and all that "
+    "follow are of the first rank, those of the others are in ranks.jsonl",
+    "seconds/encode": "text encoding",
+    "seconds/search": "noise search: estimates, decoding and their rewards",
+    "seconds/rollout": "denoising and decoding of the iteration's images",
+    "seconds/reward": "rewards of the iteration's images, as far as nothing else hid it",
+    "seconds/update": "forward and backward passes and optimizer steps",
+    "seconds/wait": "part of these stages in which other ranks were waited for; 0 where there is one",
+    "seconds/evaluate": "evaluation, in the iterations that have one",
+    "seconds/checkpoint": "writing the checkpoint of the iteration before, 0 where there was none",
+    "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
+    "compilations": "graphs that torch.compile made in the iteration; 0 after the first",
+    "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
+    "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
+    "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
+}
+_log = logging.getLogger(__name__)
+
+
+def explain(key: str) -> str:
+    """The line of ``METRICS`` for a key as logged, ``reward/strict`` for one.  KeyError for an unknown one."""
+    return METRICS[key] if key in METRICS else METRICS[key.split("/")[0] + "/<name>"]
+
+
+class Sink(Protocol):
+    """Where metrics go besides the run directory's own files."""
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None: ...
+
+    def truncate_to(self, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Scalars and image grids for TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = lambda **options: SummaryWriter(str(directory), **options)
+        self._writer = self._open()
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None:
+        self._writer.add_image(name, np.asarray(image), iteration, dataformats="HWC")
+
+    def truncate_to(self, iteration: int) -> None:
+        """TensorBoard hides what earlier files hold of later iterations."""
+        self._writer.close()
+        self._writer = self._open(purge_step=iteration + 1)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """The same for Weights & Biases; a resumed run goes on under its id, the run directory's path."""
+
+    def __init__(self, directory: Path, project: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            remedy = "pip install 'fastgrpo[wandb]', or set wandb=false"
+            raise ValueError(f"wandb=true asks for a package that is not installed; {remedy}") from error
+        self._wandb = wandb
+        identity = str(directory.resolve()).strip("/").replace("/", "-")[-64:]
+        self._run = wandb.init(project=project, name=directory.name, id=identity, dir=str(directory), resume="allow")
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def image(self, iteration: int, name: str, image: Image.Image) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=iteration)
+
+    def truncate_to(self, iteration: int) -> None:
+        """Nothing to do: wandb keeps the first value of a step, and a resumed run computes the same ones again."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Metrics:
+    """The writer of a run's measurements; use it as a context manager, in one process of the run."""
+
+    def __init__(self, run: RunDirectory, *, tensorboard: bool = True, wandb_project: str | None = None) -> None:
+        self._run = run
+        self._sinks: list[Sink] = [TensorBoard(run.tensorboard)] if tensorboard else []
+        if wandb_project is not None:
+            self._sinks.append(Wandb(run.path, wandb_project))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Append one iteration's object; on disk when this returns, as far as a kill of the process goes."""
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        row: dict[str, Any] = {"iteration": iteration} | {name: finite.get(name) for name in numbers}
+        if len(finite) < len(numbers):
+            row["nonfinite"] = sorted(numbers.keys() - finite.keys())
+        append_row(self._run.metrics, row)
+        for sink in self._sinks:
+            sink.scalars(iteration, finite)
+
+    def truncate_to(self, iteration: int) -> None:
+        """On resume from ``iteration``: drop later lines, and the last one if a kill left half of it."""
+        truncate_rows(self._run.metrics, iteration)
+        for sink in self._sinks:
+            sink.truncate_to(iteration)
+
+    def evaluation_grid(
+        self, iteration: int, images_BCHW: Tensor, prompts: Sequence[str], verified: Sequence[bool] | None = None
+    ) -> Path:
+        """Save evaluation images in [0, 1] as a labelled grid, and beside those of the first evaluation of the run.
+
+        Call it with the same prompts and noise each time, first before training.
+        """
+        images_BHWC = to_uint8(images_BCHW)
+        grid = draw_grid(images_BHWC, prompts, verified)
+        path = self._run.images / f"evaluation_{iteration:06d}.png"
+        write_whole(path, png(grid))
+        first = self._first_evaluation(images_BHWC, prompts)
+        write_whole(self._run.images / "before_after.png", png(draw_before_after(first, images_BHWC, prompts)))
+        for sink in self._sinks:
+            sink.image(iteration, "evaluation", grid)
+        return path
+
+    def finish(self) -> dict[str, Any]:
+        """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``, at any time; returns the summary."""
+        rows = read_rows(self._run.metrics)
+        draw_curves(rows, self._run.curves, title=self._run.path.name)
+        summary = summarize(rows)
+        write_whole(self._run.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        return summary
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def _first_evaluation(self, images_BHWC: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        pixels, texts = self._run.images / ".first.npy", self._run.images / ".first.json"
+        if texts.exists() and json.loads(texts.read_text(encoding="utf-8")) == list(prompts):
+            first: np.ndarray = np.load(pixels, allow_pickle=False)
+            return first
+        if texts.exists():
+            _log.warning("evaluation prompts have changed: before_after.png starts anew")
+        with open(pixels, "wb") as file:
+            np.save(file, images_BHWC, allow_pickle=False)
+        # written last, it says that the pixels are whole
+        write_whole(texts, json.dumps(list(prompts)).encode())
+        return images_BHWC

@@ -1,0 +1,1 @@
+"""Reward networks as TensorRT engines."""

@@ -1,0 +1,339 @@
+"""What a run writes can be read back: rows, scalars, pixels, curves, summary; a resumed run writes it without seams."""
+
+import importlib.util
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fastgrpo.files.run_directory import RunDirectory
+from fastgrpo.records.grids import cell_origin, enlargement
+from fastgrpo.records.json_lines import read_rows
+from fastgrpo.records.metrics import METRICS, Metrics, explain
+from fastgrpo.records.plots import draw_curves
+from fastgrpo.records.progress import Progress
+
+PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle and many more words", "ü"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", resume=False)
+
+
+@pytest.fixture
+def metrics(run: RunDirectory) -> Metrics:
+    return Metrics(run, tensorboard=False)
+
+
+def colors(size: int = 64) -> torch.Tensor:
+    """Four images: red, green, blue, and one whose top left pixel alone is white."""
+    images_BCHW = torch.zeros(4, 3, size, size)
+    for index in range(3):
+        images_BCHW[index, index] = 1.0
+    images_BCHW[3, :, 0, 0] = 1.0
+    return images_BCHW
+
+
+def test_every_key_of_a_run_is_explained() -> None:
+    keys = "iteration images seconds reward/strict reward/total reward/group_std eval/strict loss kl ratio_deviation"
+    keys += " clip_fraction grad_norm images_per_second peak_bytes search/gain search/rank_correlation"
+    keys += " zero_variance_groups skipped_steps seconds/iteration seconds/encode seconds/search seconds/rollout"
+    keys += " seconds/reward seconds/update seconds/evaluate seconds/checkpoint"
+    for key in keys.split():
+        assert explain(key)
+    assert explain("reward/total") == METRICS["reward/total"] != explain("reward/clip")
+    with pytest.raises(KeyError):
+        explain("unheard_of")
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_logged(run: RunDirectory, metrics: Metrics) -> None:
+    metrics.log(1, {"loss": 0.1, "images": 96, "kl": 0.5})
+    assert json.loads(run.metrics.read_text()) == {"iteration": 1, "loss": 0.1, "images": 96, "kl": 0.5}
+
+
+def test_numbers_that_are_not_finite_are_null_and_named(run: RunDirectory, metrics: Metrics) -> None:
+    metrics.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "kl": 0.0})
+    text = run.metrics.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    row = {"iteration": 1, "loss": None, "grad_norm": None, "kl": 0.0, "nonfinite": ["grad_norm", "loss"]}
+    assert read_rows(run.metrics) == [row]
+
+
+@pytest.mark.parametrize(
+    "tail", ["", '{"iteration": 6, "lo', '{"iteration": 6}', "\0\0\0\n", '[1]\n{"iteration": 3}\n']
+)
+def test_a_resumed_run_continues_the_rows_without_a_seam(run: RunDirectory, metrics: Metrics, tail: str) -> None:
+    for iteration in range(1, 6):
+        metrics.log(iteration, {"loss": iteration})
+    with open(run.metrics, "a") as file:
+        file.write(tail)
+    metrics.truncate_to(3)
+    metrics.log(4, {"loss": 4.5})
+    assert [(row["iteration"], row["loss"]) for row in read_rows(run.metrics)] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
+
+
+def test_a_half_written_last_line_alone_is_dropped_with_a_warning(
+    run: RunDirectory, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.log(1, {"loss": 1.0})
+    whole = run.metrics.read_bytes()
+    run.metrics.write_bytes(whole + b'{"iteration": 2')
+    with caplog.at_level(logging.WARNING):
+        metrics.truncate_to(5)
+    assert run.metrics.read_bytes() == whole
+    assert "is not whole" in caplog.text
+
+
+def test_truncating_before_anything_was_written_is_no_error(run: RunDirectory, metrics: Metrics) -> None:
+    metrics.truncate_to(0)
+    assert read_rows(run.metrics) == []
+
+
+def test_a_file_that_cannot_be_written_is_named(run: RunDirectory, metrics: Metrics) -> None:
+    run.metrics.mkdir()
+    with pytest.raises(ValueError, match=r"cannot write .*metrics\.jsonl"):
+        metrics.log(1, {"loss": 1.0})
+
+
+def test_tensorboard_has_the_scalars_and_forgets_those_after_a_resume(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(run) as metrics:
+        for iteration in (1, 2, 3):
+            metrics.log(iteration, {"loss": iteration / 2, "kl": float("nan")})
+        metrics.evaluation_grid(3, colors(), PROMPTS)
+    with Metrics(RunDirectory.create(run.path, resume=True)) as metrics:
+        metrics.truncate_to(2)
+        metrics.log(3, {"loss": 9.0})
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    assert "kl" not in events.Tags()["scalars"]
+
+
+def test_wandb_asked_for_and_missing_names_the_extra(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'fastgrpo\[wandb\]'"):
+        Metrics(run, tensorboard=False, wandb_project="shapes")
+
+
+def test_wandb_is_given_scalars_and_grids_under_one_id_of_the_run(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, Any]] = []
+    logger = SimpleNamespace(
+        log=lambda values, step: calls.append((sorted(values), step)), finish=lambda: calls.append(("finish", None))
+    )
+    ids: list[str] = []
+
+    def init(**options: Any) -> Any:
+        ids.append(options["id"])
+        return logger
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda image: image))
+    for _ in range(2):
+        with Metrics(run, tensorboard=False, wandb_project="shapes") as metrics:
+            metrics.log(1, {"loss": 1.0, "kl": float("inf")})
+            metrics.evaluation_grid(1, colors(), PROMPTS)
+    assert calls == [(["loss"], 1), (["evaluation"], 1), ("finish", None)] * 2
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("size", [64, 40, 100])
+def test_a_grid_shows_each_image_enlarged_at_its_place(metrics: Metrics, size: int) -> None:
+    page = np.asarray(
+        Image.open(metrics.evaluation_grid(7, colors(size), PROMPTS, verified=[True, False, True, False]))
+    )
+    scale = enlargement(size, size)
+    assert size * scale >= 96
+    for index, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        x, y = cell_origin(index, 4, 1, size, size)
+        assert (page[y : y + size * scale, x : x + size * scale] == color).all()
+        assert (page[y - 1, x : x + size] == 255).all()
+    x, y = cell_origin(3, 4, 1, size, size)
+    assert (page[y : y + scale, x : x + scale] == 255).all()
+    assert (page[y + scale, x : x + scale] == 0).all()
+
+
+def test_each_label_stands_below_its_image_with_its_mark(metrics: Metrics) -> None:
+    page = np.asarray(Image.open(metrics.evaluation_grid(0, colors(), PROMPTS, verified=[True, False, True, False])))
+    marks = []
+    for index in range(4):
+        x, y = cell_origin(index, 4, 1, 64, 64)
+        mark = page[y + 131 : y + 146, x : x + 13].reshape(-1, 3).astype(int)
+        marks.append("green" if (mark[:, 1] > mark[:, 0] + 60).any() else "red")
+        label = page[y + 131 : y + 176, x + 14 : x + 128]
+        assert (label < 100).any(), "the label's text is drawn"
+        assert (page[y + 128 : y + 176, x + 129 : x + 138] == 255).all(), "the text stays within its cell"
+    assert marks == ["green", "red", "green", "red"]
+
+
+def test_before_and_after_stand_side_by_side_also_after_a_resume(run: RunDirectory, metrics: Metrics) -> None:
+    metrics.evaluation_grid(0, colors(), PROMPTS)
+    resumed = Metrics(RunDirectory.create(run.path, resume=True), tensorboard=False)
+    resumed.evaluation_grid(10, 1.0 - colors(), PROMPTS)
+    page = np.asarray(Image.open(run.images / "before_after.png"))
+    x, y = cell_origin(0, 4, 2, 64, 64)
+    assert tuple(page[y + 5, x + 5]) == (255, 0, 0)
+    assert tuple(page[y + 5, x + 128 + 4 + 5]) == (0, 255, 255)
+
+
+def test_changed_evaluation_prompts_start_before_and_after_anew(
+    run: RunDirectory, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.evaluation_grid(0, colors(), PROMPTS)
+    metrics.evaluation_grid(1, 1.0 - colors()[:1], ["another"])
+    page = np.asarray(Image.open(run.images / "before_after.png"))
+    x, y = cell_origin(0, 1, 2, 64, 64)
+    assert tuple(page[y + 5, x + 5]) == (0, 255, 255)
+    assert "starts anew" in caplog.text
+
+
+def test_odd_pixels_and_odd_labels_are_drawn(metrics: Metrics) -> None:
+    images_BCHW = torch.tensor([float("nan"), -3.0, 7.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    page = np.asarray(Image.open(metrics.evaluation_grid(0, images_BCHW, ["x" * 500 + "\n猫 " * 99])))
+    x, y = cell_origin(0, 1, 1, 64, 64)
+    assert tuple(page[y, x]) == (0, 0, 255)
+    assert (page[:, x + 129 :] == 255).all()
+
+
+def test_a_label_for_each_image_is_asked_for(metrics: Metrics) -> None:
+    with pytest.raises(ValueError, match="give one an image"):
+        metrics.evaluation_grid(0, colors(), ["only one"])
+
+
+ROWS: list[dict[str, Any]] = [
+    {"iteration": 0, "seconds": 0.0, "eval/strict": 0.42},
+    {"iteration": 1, "seconds": 2.0, "images": 96, "reward/total": 0.5, "kl": None, "images_per_second": 10.0},
+    {"iteration": 2, "seconds": 3.0, "images": 192, "reward/total": 0.6, "images_per_second": 50.0, "peak_bytes": 7},
+    {"iteration": 3, "seconds": 4.0, "images": 288, "images_per_second": 48.0, "eval/strict": 0.6, "skipped_steps": 2},
+]
+
+
+def test_curves_show_what_was_measured(tmp_path: Path) -> None:
+    draw_curves(ROWS, tmp_path / "a.png", title="run")
+    draw_curves(ROWS, tmp_path / "b.png", title="run")
+    draw_curves([], tmp_path / "empty.png", title="run")
+    drawn, empty = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("a.png", "empty.png"))
+    blue = (31, 119, 180)
+    height, width = (size // 2 for size in drawn.shape[:2])
+    panels = [drawn[:height, :width], drawn[:height, width:], drawn[height:, :width], drawn[height:, width:]]
+    # nothing but nulls was logged for kl, the third panel
+    assert [bool((panel == blue).all(axis=-1).any()) for panel in panels] == [True, True, False, True]
+    assert not (empty == blue).all(axis=-1).any()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(ValueError, match="x must be one of"):
+        draw_curves(ROWS, tmp_path / "c.png", title="run", x="epochs")
+
+
+def test_the_summary_states_first_and_last_evaluation_speed_and_machine(run: RunDirectory, metrics: Metrics) -> None:
+    for row in ROWS:
+        values = {name: float("nan") if value is None else value for name, value in row.items() if name != "iteration"}
+        metrics.log(row["iteration"], values)
+    assert metrics.finish() == json.loads(run.summary.read_text())
+    summary = json.loads(run.summary.read_text())
+    assert summary["first_evaluation"] == {"iteration": 0, "seconds": 0.0, "eval/strict": 0.42}
+    assert summary["last_evaluation"] == {"iteration": 3, "seconds": 4.0, "eval/strict": 0.6}
+    keys = ("iterations", "images", "seconds", "images_per_second", "peak_bytes", "skipped_steps")
+    assert [summary[key] for key in keys] == [3, 288, 4.0, 48.0, 7, 2]
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["hardware"]["cpu_cores"] >= 1
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_logged_nothing_has_a_summary_too(metrics: Metrics) -> None:
+    summary = metrics.finish()
+    assert (summary["iterations"], summary["first_evaluation"], summary["images_per_second"]) == (0, None, None)
+
+
+def test_a_taken_directory_is_refused_unless_resuming(run: RunDirectory, metrics: Metrics) -> None:
+    # an empty one, as Hydra makes, is not taken
+    assert RunDirectory.create(run.path, resume=False) == run
+    metrics.log(1, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"run already holds a run; continue it with resume=true or give a new name="):
+        RunDirectory.create(run.path, resume=False)
+    assert RunDirectory.create(str(run.path), resume=True) == run
+
+
+def test_a_directory_in_use_by_another_process_is_refused_until_that_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from fastgrpo.files.run_directory import RunDirectory;"
+        "run = RunDirectory.create(sys.argv[1], resume=True); print('holds it', flush=True); time.sleep(600)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holds it\n"
+        with pytest.raises(ValueError, match=r"another process is writing the run in .*; wait for it, stop it"):
+            RunDirectory.create(tmp_path, resume=True)
+        process.kill()
+    assert RunDirectory.create(tmp_path, resume=True).path == tmp_path
+
+
+@pytest.mark.parametrize("path", ["file", "file/run", "/proc/no/run"])
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot write the run directory .*; set output"):
+        RunDirectory.create(tmp_path / path, resume=False)
+
+
+@pytest.mark.parametrize("module", ["wandb", "torch.utils.tensorboard"])
+def test_metrics_can_be_imported_without_its_optional_writers(module: str) -> None:
+    spec = importlib.util.find_spec("fastgrpo.records.metrics")
+    assert spec is not None
+    assert spec.origin is not None
+    top_level = [line for line in Path(spec.origin).read_text().splitlines() if line.startswith(("import", "from"))]
+    assert not any(module in line for line in top_level)
+
+
+def clock_of(times: list[float]) -> Any:
+    return iter(times).__next__
+
+
+def test_a_log_file_gets_the_first_line_every_nth_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"images_per_second": 23.44, "reward/total": 0.6123}
+    with Progress(12, first=2, every=5, clock=clock_of([0.0, 10.0, 80.0, 200.0, 100.0])) as progress:
+        for iteration in range(3, 13):
+            progress.update(iteration, values | ({"eval/strict": 0.5} if iteration == 4 else {}))
+            progress._clock = lambda: 80.0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "iteration 3/12  23.4 images/s  reward 0.612  1:30 left",
+        "iteration 5/12  23.4 images/s  reward 0.612  eval/strict 0.500  3:07 left",
+        "iteration 10/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:20 left",
+        "iteration 12/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:00 left",
+    ]
+
+
+def test_a_run_with_a_time_limit_counts_down_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1000, max_seconds=60.0, every=100, clock=clock_of([0.0, 10.0, 20.0, 70.0])) as progress:
+        for iteration, seconds in ((1, 8.0), (2, 16.0), (3, 61.0)):
+            progress.update(iteration, {"seconds": seconds})
+    assert capsys.readouterr().out.splitlines() == ["iteration 1/1000  0:52 left", "iteration 3/1000  0:00 left"]
+
+
+def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    with Progress(2, console=console, clock=clock_of([0.0, 4.0, 8.0])) as progress:
+        progress.update(1, {"reward/total": 0.25})
+        progress.update(2, {"reward/total": 0.75})
+    assert "iteration 1/2  reward 0.250  0:04 left" in screen.getvalue()
+    assert "iteration 2/2  reward 0.750  0:00 left" in screen.getvalue()
+    assert screen.getvalue().count("\n") == 1
+
+
+def test_the_readme_explains_every_metric_in_the_same_words() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{key}` | {meaning} |" in readme for key, meaning in METRICS.items())
