@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import load_config
-from fastgrpo.memory.model_on_device import build_model
+from fastgrpo.parts import build_model
 
 
 def pixel_drift(images_BCHW: Tensor, exact_BCHW: Tensor) -> dict[str, float]:

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.compile.networks import Eager
-from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.memory.model_on_device import build_model
+from fastgrpo.config import load_config
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.clip_score import clip_score
+from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene
@@ -34,7 +37,9 @@ def main() -> None:
     results = {}
     for guidance in (1.0, 2.5):
         model.guidance_scale = guidance
-        means = build_evaluation(config, model, build(config.reward), build(config.algorithm), texts)().means
+        rewards, algorithm = build(config.reward), build(config.algorithm)
+        evaluating = Evaluating(**config.evaluate)
+        means = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, texts)().means
         results[f"images, guidance {guidance:g}"] = means
     captions, images_BCHW = _drawn()
     vae = model.pipeline.vae

@@ -21,8 +21,11 @@ from benchmarks.report import table, write_report
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise, rank_correlation
 from fastgrpo.algorithm.solver import Solver
-from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.memory.model_on_device import build_batch_sizes, build_model
+from fastgrpo.config import load_config
+from fastgrpo.files.locations import resolve_path
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
@@ -78,7 +81,7 @@ class Bench:
         self.rewards: Rewards = build(config.reward)
         # one model holds both: fp8 is entered on lossy steps alone
         self.models = {name: _moved(build_model(config, lossy)) for name, lossy in _lossy_pieces().items()}
-        self.batch_sizes = build_batch_sizes(config)
+        self.batch_sizes = BatchSizes.of_runtime(read_runtime(config))
         texts = load_prompts(resolve_path(config.prompts.held_out))[: arguments.prompts]
         self.prompts = Prompts(texts, ids=list(range(len(texts))))
         self.group_size = arguments.group

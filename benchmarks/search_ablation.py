@@ -18,8 +18,11 @@ from benchmarks.report import table, write_report
 from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal, plain_noise, rank_correlation
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
-from fastgrpo.config import build, load_config, resolve_path
-from fastgrpo.memory.model_on_device import build_batch_sizes, build_model
+from fastgrpo.config import load_config
+from fastgrpo.files.locations import resolve_path
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.rollout import Rollout
 from fastgrpo.types import Prompts, Samples
@@ -38,7 +41,7 @@ class Judge:
         texts = load_prompts(resolve_path(config.prompts.held_out))
         self.prompts = Prompts(texts, ids=list(range(len(texts))))
         self.conditions = self.model.encode(texts)
-        self.batch_sizes = build_batch_sizes(config)
+        self.batch_sizes = BatchSizes.of_runtime(read_runtime(config))
 
     def draw(self, seed: int, group_size: int) -> NoiseDraw:
         return NoiseDraw(

@@ -6,6 +6,7 @@ interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBAC
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -16,10 +17,11 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from fastgrpo.config import compose_config, config_groups, load_config
+# all else that takes more than a moment to import is imported inside main, which says in a line what went wrong
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 
@@ -33,7 +35,7 @@ class Command:
     details: str
     examples: tuple[str, ...]
 
-    def __call__(self, config: DictConfig) -> None:
+    def __call__(self, config: "DictConfig") -> None:
         module, _, name = self.run.rpartition(".")
         run: Callable[[DictConfig], Path | None] = getattr(import_module(module), name)
         # the first of several ranks says it for all
@@ -137,7 +139,13 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        return _report(RuntimeError("interrupted"), INTERRUPTED)
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         return _show(f"fastgrpo {version('fastgrpo')}")
     if not words or words[0] in ("--help", "-h", "help"):
@@ -153,12 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _load(words[0], words[1:])
     except ValueError as error:
         return _report(error, BAD_INPUT)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return _run(command, config)
 
 
-def _run(command: Command, config: DictConfig) -> int:
+def _run(command: Command, config: "DictConfig") -> int:
     # by now load_config has imported the pieces that the config names, so these cost nothing
     from torch import OutOfMemoryError
 
@@ -173,15 +179,13 @@ def _run(command: Command, config: DictConfig) -> int:
     try:
         command(config)
     except Preempted as error:
-        return _report(error, PREEMPTED)
+        return _report(error, INTERRUPTED if error.signal_number == signal.SIGINT else PREEMPTED)
     except (TrainingError, RewardError, CheckpointError, DoesNotFit, RankFailure) as error:
         return _report(error, FAILED)
     except ValueError as error:
         return _report(error, BAD_INPUT)
     except OutOfMemoryError as error:
         return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
-    except KeyboardInterrupt:
-        return _report(RuntimeError("interrupted"), INTERRUPTED)
     except Exception as error:
         _tell_launcher(error)
         raise
@@ -196,7 +200,9 @@ def _find_command(name: str) -> Command:
     return COMMANDS[name]
 
 
-def _load(name: str, overrides: Sequence[str]) -> DictConfig:
+def _load(name: str, overrides: Sequence[str]) -> "DictConfig":
+    from fastgrpo.config import load_config
+
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             example = override.lstrip("-").split("=")[0] or "key"
@@ -265,6 +271,10 @@ def _overview() -> str:
 
 
 def _explanation(name: str, command: Command) -> str:
+    from omegaconf import OmegaConf
+
+    from fastgrpo.config import compose_config, config_groups
+
     config = compose_config(name)
     groups = config_groups(name)
     lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]

@@ -1,44 +1,49 @@
-"""From the command line's overrides to a checked config, and from a config's ``_target_`` to an object.
+"""From the command line's overrides to a checked config.
 
-Every mistake becomes one ``ValueError`` that names the key, before anything is built.
+A run that goes on keeps the config that it began with, in which the overrides change what they name (``config.yaml`` of
+its directory; what may change is decided in ``checkpoints/changes.py``).  Every mistake becomes one ``ValueError`` that
+names the key, before anything is built.
 """
 
-import inspect
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastgrpo.files.locations import resolve_path
+from fastgrpo.overrides import TEXT_KEYS, is_plain, key_of, quoted, value_of
+from fastgrpo.pieces import check, fits
+
 _CONFIGS = "fastgrpo_configs"
-# keys whose value is a sentence
-_TEXT_KEYS = ("prompt",)
+_RESUMING = ("train", "submit")
+# caches are the user's own, whoever that is when they are opened
+_CACHES = ("cache", "condition_cache", "directory")
+HISTORY = "history"
 
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """``configs/<name>.yaml`` with the overrides applied and every interpolation resolved."""
-    overrides = [_quoted(override) for override in overrides]
+    """``configs/<name>.yaml`` with the overrides applied and every interpolation resolved.
+
+    With ``resume=true``, the config that the run in ``output`` began with takes the place of the default one.
+    """
+    overrides = [quoted(override) for override in overrides]
+    groups = config_groups(name)
     try:
-        config = compose_config(name, overrides)
-        OmegaConf.resolve(config)
+        default = _resolved(name, [override for override in overrides if key_of(override) in groups])
+        begun = _begun(name, overrides, groups) if name in _RESUMING else None
+        config = _continued(begun, name, overrides, groups) if begun else _resolved(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, name)) from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
-    groups = config_groups(name)
-    default = compose_config(name, [override for override in overrides if _key(override) in groups])
-    OmegaConf.resolve(default)
     _check_plain(OmegaConf.to_container(config), OmegaConf.to_container(default), "", name)
     check(config)
     return config
@@ -67,26 +72,86 @@ def _chosen(top: Path, name: str) -> list[str]:
     return chosen + [group for other in below for group in _chosen(top, other)]
 
 
-def _key(override: str) -> str:
-    """The key of an override, without its sign and its package."""
-    return override.lstrip("+~").split("=")[0].split("@")[0]
+def _resolved(name: str, overrides: Sequence[str]) -> DictConfig:
+    config = compose_config(name, overrides)
+    OmegaConf.resolve(config)
+    _expand_home(config)
+    return config
 
 
-def _quoted(override: str) -> str:
-    """``prompt=...`` is text as it stands: Hydra would read commas and braces in it as lists."""
-    key, equals, text = override.partition("=")
-    if key not in _TEXT_KEYS or not equals or text[:1] in ("'", '"'):
-        return override
-    # in Hydra's grammar backslashes count only before a quote
-    text = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text)
-    return f"{key}='{text}'"
+def _expand_home(node: Any, key: str = "") -> None:
+    """Write ``~`` out in every value that is a path."""
+    for child in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        # a value that is missing is asked for later
+        if OmegaConf.is_missing(node, child):
+            continue
+        value, name = node[child], str(child) if OmegaConf.is_dict(node) else key
+        if OmegaConf.is_config(value):
+            _expand_home(value, name)
+        elif isinstance(value, str) and value.startswith("~") and name not in (*TEXT_KEYS, *_CACHES):
+            node[child] = resolve_path(value)
+
+
+def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig | None:
+    """The config of the run that the overrides want to go on with, as its directory has it; None if there is none."""
+    # a key of the run's own recipe may be unknown to the default one, so only what says where the run is may be asked
+    about = [override for override in overrides if key_of(override) in {*groups, "name", "output", "resume"}]
+    config = _resolved(name, about)
+    path = Path(str(config.output)) / "config.yaml"
+    if config.resume is not True or not path.is_file():
+        return None
+    begun: Any = OmegaConf.load(path)
+    begun.pop(HISTORY, None)
+    return begun
+
+
+def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig:
+    """The begun config with the overrides applied: each changes what it names and nothing else."""
+    plain = [override for override in overrides if is_plain(override) and key_of(override) not in groups]
+    structural = [override for override in overrides if override not in plain]
+    default, chosen = _resolved(name, []), _resolved(name, structural)
+    # keys that the run's version did not have yet
+    config = OmegaConf.merge({key: default[key] for key in default if not _has_target(default[key])}, begun)
+    _take_differences(config, default, chosen)
+    for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):
+        if (subtree := OmegaConf.select(chosen, group)) is not None:
+            OmegaConf.update(config, group, subtree, merge=False, force_add=True)
+    for override in plain:
+        key = key_of(override)
+        # a key that still has no value is there, though select does not say so
+        if key not in _keys(config):
+            raise ValueError(_unknown(key, name))
+        OmegaConf.update(config, key, value_of(override))
+    OmegaConf.resolve(config)
+    _expand_home(config)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _take_differences(config: Any, before: Any, after: Any) -> None:
+    """Change in ``config`` what differs between two others: what an experiment, or a key with + or ~, changes."""
+    for key in {*before, *after}:
+        if key not in after:
+            config.pop(key, None)
+        elif key not in before or before[key] != after[key]:
+            if key in before and all(OmegaConf.is_dict(part.get(key)) for part in (before, after, config)):
+                _take_differences(config[key], before[key], after[key])
+            else:
+                config[key] = after[key]
+
+
+def _has_target(node: Any) -> bool:
+    return OmegaConf.is_dict(node) and "_target_" in node
 
 
 def _explain(error: Exception, name: str) -> str:
     """Hydra's words in one line, and for an unknown key the nearest known ones."""
     text = " ".join(str(error).split()).split(" Config search path:")[0].split(" See https://hydra.cc")[0]
     unknown = re.match(r"Could not override '([^']*)'", text)
-    return _unknown(unknown[1], name) if unknown else text
+    if unknown:
+        return _unknown(unknown[1], name)
+    is_grammar = re.search("no viable alternative|mismatched input|extraneous input|token recognition error", text)
+    return f"{text}; give a text with such characters in quotes, as output=\"'[a] b'\"" if is_grammar else text
 
 
 def _unknown(key: str, name: str) -> str:
@@ -96,10 +161,17 @@ def _unknown(key: str, name: str) -> str:
         return (
             f"{key} is a key of the default choice of its group, not of the one you took; drop it or take the default"
         )
-    last = re.split(r"[./]", key)[-1]
-    alike = [other for other in known if re.split(r"[./]", other)[-1] == last]
-    near = list(dict.fromkeys(alike + get_close_matches(key, known, n=3, cutoff=0.6)))[:3]
-    return f"unknown key {key}; " + (f"did you mean {', '.join(near)}?" if near else f"see fastgrpo {name} --help")
+    parent, _, last = key.rpartition(".")
+    alike = [other for other in known if re.split(r"[./]", other)[-1] == re.split(r"[./]", key)[-1]]
+    siblings = {other.rpartition(".")[2]: other for other in known if parent and other.rpartition(".")[0] == parent}
+    near = alike + [siblings[word] for word in get_close_matches(last, siblings, n=3, cutoff=0.6)]
+    # a key that is unlike its siblings may be meant for elsewhere, but is not its own group
+    near += [other for other in get_close_matches(key, known, n=3, cutoff=0.6) if other != parent]
+    if near:
+        return f"unknown key {key}; did you mean {', '.join(list(dict.fromkeys(near))[:3])}?"
+    return f"unknown key {key}; " + (
+        f"{parent} has {', '.join(siblings)}" if siblings else f"see fastgrpo {name} --help"
+    )
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
@@ -112,7 +184,7 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 def _check_plain(value: Any, default: Any, key: str, name: str) -> None:
     """Keys that no piece explains must be those of the default config, and of its types."""
     if not isinstance(default, dict):
-        if default is not None and not isinstance(default, list) and not _fits(value, type(default)):
+        if default is not None and not isinstance(default, list) and not fits(value, type(default)):
             raise ValueError(f"{key} must be {type(default).__name__}, got {value!r}")
         return
     if "_target_" in default:
@@ -126,115 +198,3 @@ def _check_plain(value: Any, default: Any, key: str, name: str) -> None:
         if child not in value:
             raise ValueError(f"{full} must have a value; leave out ~{full}")
         _check_plain(value[child], default[child], full, name)
-
-
-def check(node: Any, key: str = "") -> None:
-    """Compare each ``_target_`` and its values with the signature it names; ValueError with the full key."""
-    if OmegaConf.is_list(node):
-        for index, child in enumerate(node):
-            check(child, f"{key}[{index}]")
-        return
-    if not OmegaConf.is_dict(node):
-        return
-    if "_target_" in node:
-        _check_call(node, key)
-    for name in node:
-        check(node[name], f"{key}.{name}" if key else str(name))
-
-
-def _check_call(node: DictConfig, key: str) -> None:
-    target = find_target(str(node["_target_"]), key)
-    parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name in map(str, node):
-        if name in ("_target_", "_partial_", "_convert_"):
-            continue
-        if name not in parameters and not takes_any:
-            raise ValueError(f"unknown key {key}.{name}; {target.__qualname__} takes {', '.join(parameters) or 'none'}")
-        if name in hints and not _fits(node[name], hints[name]):
-            wanted = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
-            raise ValueError(f"{key}.{name} must be {wanted}, got {node[name]!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a plain type; what is not plain is left to the piece itself."""
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint in (int, str, bool):
-        return type(value) is hint
-    return True
-
-
-def find_target(path: str, key: str) -> Any:
-    """The class or function at a dotted path."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{key}._target_: cannot find {path!r} ({error})") from error
-
-
-def build(config: DictConfig, **extra: Any) -> Any:
-    """The object of a checked config.  A piece's own ValueError comes through as it was raised."""
-    _check_complete(config, extra)
-    try:
-        # objects given to instantiate itself would come out as configs: Hydra takes dataclasses for schemas
-        return instantiate(config, _partial_=True)(**extra) if extra else instantiate(config)
-    except HydraException as error:
-        cause = error.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from None
-        raise
-
-
-def _check_complete(node: Any, extra: Mapping[str, Any]) -> None:
-    """Refuse a piece that lacks a value without default; ``extra`` are those that do not come from the config."""
-    if not OmegaConf.is_dict(node):
-        return
-    for child in node.values():
-        _check_complete(child, {})
-    if "_target_" in node:
-        target = find_target(str(node["_target_"]), "")
-        for name, parameter in inspect.signature(target).parameters.items():
-            if (
-                parameter.default is parameter.empty
-                and not {name} & {*node, *extra}
-                and "VAR" not in parameter.kind.name
-            ):
-                raise ValueError(f"{node['_target_']} needs {name}; leave it in the config")
-
-
-def check_own(node: Any, key: str, source: Path) -> None:
-    """Refuse a part of a config read from a run directory that is more than data.
-
-    Each ``_target_`` must be a class that fastgrpo.models defines: other parts of the package import what they are
-    told to.
-    """
-    if isinstance(node, list):
-        for index, child in enumerate(node):
-            check_own(child, f"{key}[{index}]", source)
-    if isinstance(node, str) and "${" in node:
-        raise ValueError(f"{source}: {key} is the interpolation {node!r}; the config of a run holds values only")
-    if not isinstance(node, dict):
-        return
-    if "_target_" in node:
-        path = str(node["_target_"])
-        module = path.rpartition(".")[0]
-        found = find_target(path, key) if module.startswith("fastgrpo.models.") else None
-        if not inspect.isclass(found) or found.__module__ != module:
-            raise ValueError(f"{source}: {key}._target_ is {path!r}, which is not a model or adaptation of fastgrpo")
-    for name, child in node.items():
-        check_own(child, f"{key}.{name}", source)
-
-
-def resolve_path(path: str) -> str:
-    """``pkg://package/inside`` as a path in the installed package; any other path as it is."""
-    if not path.startswith("pkg://"):
-        return path
-    package, _, inside = path.removeprefix("pkg://").partition("/")
-    return str(files(package) / inside)

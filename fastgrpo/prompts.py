@@ -54,7 +54,7 @@ def _order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_prompts)
 
 
-def load_prompts(path: str | Path) -> list[str]:
+def load_prompts(path: str | Path, key: str = "prompts.path") -> list[str]:
     """Prompts of a text file, one a line, or of a ``.jsonl`` file, one ``{"prompt": ...}`` object a line.
 
     Raises ValueError, with the file, the line and the remedy, for anything that is not a usable prompt.
@@ -63,7 +63,7 @@ def load_prompts(path: str | Path) -> list[str]:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"prompt file {path} does not exist; check prompts.path") from error
+        raise ValueError(f"prompt file {path} does not exist; check {key}") from error
     except OSError as error:
         raise ValueError(f"prompt file {path} cannot be read ({error.strerror}); give a readable text file") from error
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")

@@ -1,37 +1,39 @@
-"""Hydra config -> objects -> ``Trainer.run()``.  Each key of ``configs/train.yaml`` is read here, once."""
+"""A config -> its parts -> a trainer -> a run, from its first iteration or its last checkpoint to its end."""
 
+import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError
-from fastgrpo.checkpoints.same_run import agree, open_directory
-from fastgrpo.config import build, resolve_path
+from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.watch import Watch
 from fastgrpo.distributed.world import RankFailure, World, leave_world
 from fastgrpo.ema import EMA
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.files.run_directory import RunDirectory
-from fastgrpo.health import Health, TrainingError
-from fastgrpo.memory.model_on_device import build_batch_sizes, build_planned_model, device_of, set_threads
+from fastgrpo.health import Health, Preempted, TrainingError
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.memory.device import device_of, set_threads
+from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
-from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.prompts import PromptSource
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
-from fastgrpo.rewards.self_test import GoldenScores, self_test
+from fastgrpo.rewards.source import Loaded
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
+from fastgrpo.settings import Evaluating, Runtime
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update
@@ -39,197 +41,208 @@ from fastgrpo.update import Update
 
 def train(config: DictConfig) -> Path:
     """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory."""
-    settings = config.distributed
-    part = take_part(device_of(config), settings.timeout_seconds, settings.reward_ranks)
+    parts = RunParts.read(config)
+    distribution = parts.distribution
+    part = take_part(device_of(parts.runtime), distribution.timeout_seconds, distribution.reward_ranks)
     if isinstance(part, ScoringRank):
-        part.serve(lambda: build_rewards(config, prompts=[text for texts in _load_texts(config) for text in texts]))
-        return Path(config.output)
+        part.serve(lambda: _load_rewards(parts))
+        return parts.output
+    world = part.world
     watch = Watch(
-        world=part.world,
-        timeout_seconds=settings.timeout_seconds,
-        every_seconds=settings.beat_seconds,
-        dead_after_seconds=settings.dead_after_seconds,
+        world=world,
+        timeout_seconds=distribution.timeout_seconds,
+        every_seconds=distribution.beat_seconds,
+        dead_after_seconds=distribution.dead_after_seconds,
         agreed=(TrainingError, RewardError, CheckpointError, RankFailure),
     )
     # left in reverse order: what failed is published before the scoring rank is told
     with part, watch:
-        trainer = build_trainer(config, part)
+        run = _find_run(parts, world)
+        trainer = assemble(parts, part, run)
         watch.iteration = lambda: trainer.iteration
         trainer.resume()
-        trainer.run()
-        if trainer.model.has_lora and part.world.is_first:
-            with trainer.ema.applied():
-                trainer.model.save_lora(RunDirectory(Path(config.output)).lora)
+        if world.is_first:
+            _say_what_to_know(parts, run, trainer)
+        try:
+            trainer.run()
+        except Preempted:
+            _write_lora(trainer, run)
+            if world.is_first:
+                print(f"go on with: fastgrpo train {shlex.quote(f'output={parts.output}')} resume=true", flush=True)
+            raise
+        _write_lora(trainer, run)
     leave_world()
-    return Path(config.output)
+    return parts.output
 
 
 def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer:
-    """Everything a run needs, checked before the first forward pass; makes the run directory."""
-    part = part or PolicyRank(world=World())
-    world = part.world
-    settings = config.train
-    _check_positive(config, "train.iterations", "evaluate.every", "train.learning_rate", "train.max_minutes")
-    texts, held_out = _load_texts(config)
-    prompts = PromptSource(texts, settings.prompts_per_iteration, config.seed)
-    algorithm: Algorithm = build(config.algorithm)
-    rewards, golden_scores = (
-        build_rewards(config, prompts=texts + held_out) if part.scores_itself else _asked_rewards(config, part)
-    )
-    directory = open_directory(config, golden_scores, world)
-    num_samples = settings.prompts_per_iteration * settings.group_size
-    most, most_in_share = (-(-num_samples // parts) for parts in (world.size, world.size * settings.optimizer_steps))
-    planner = MemoryPlanner(
-        algorithm=algorithm,
-        samples=most,
-        optimizer_steps=settings.optimizer_steps,
-        rewards=rewards,
-        prompt=texts[0],
-        reweights=_reweights(config),
-    )
-    model, rewards = build_planned_model(config, planner)
-    agree(config, model, world)
+    """The trainer of a checked ``train`` config, in its run directory, which is made."""
+    parts, part = RunParts.read(config), part or PolicyRank(world=World())
+    return assemble(parts, part, _find_run(parts, part.world))
+
+
+def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
+    """Everything that a run is made of, top to bottom; its directory comes last, when nothing can be wrong any more."""
+    world, training, algorithm = part.world, parts.training, parts.algorithm
+    prompts = PromptSource(parts.texts, training.prompts_per_iteration, parts.seed)
+    rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
+    source = replace(parts.model, runtime=run.sizes(parts.runtime))
+    model, rewards, runtime = planned_model(source, _planner(parts, rewards, world))
+    runtime = run.agree(runtime, model)
     model.shard(world.group)
-    grid = algorithm.grid
-    batch_sizes = build_batch_sizes(config, most_in_share, most)
+    batch_sizes = BatchSizes.of_runtime(runtime, *_most_samples(parts, world))
     rollout = Rollout(
         model=model,
-        grid=grid,
+        grid=algorithm.grid,
         dynamics=algorithm.dynamics,
         batch_sizes=batch_sizes,
-        seed=config.seed,
-        solver=build(config.solver),
+        seed=parts.seed,
+        solver=parts.solver,
     )
     start_noise = StartNoise(
         algorithm=algorithm,
         rollout=rollout,
         rewards=rewards,
-        num_iterations=settings.iterations,
-        seed=config.seed,
+        num_iterations=training.iterations,
+        seed=parts.seed,
         world=world,
-    )
-    optimizer = torch.optim.AdamW(
-        list(model.trainable.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     update = Update(
         model=model,
-        grid=grid,
+        grid=algorithm.grid,
         dynamics=algorithm.dynamics,
         objective=algorithm.objective,
-        optimizer=optimizer,
-        optimizer_steps=settings.optimizer_steps,
-        max_grad_norm=settings.max_grad_norm,
+        optimizer=_optimizer(parts, model),
+        optimizer_steps=training.optimizer_steps,
+        max_grad_norm=training.max_grad_norm,
         batch_size=batch_sizes.training,
-        seed=config.seed,
-        reweights=planner.reweights,
+        seed=parts.seed,
+        reweights=training.reweights,
         world=world,
     )
-    # refuses ranks without samples before any is made
-    update.shares(num_samples, iteration=0)
-    if world.is_first:
-        OmegaConf.save(config, directory.config)
+    # refuses ranks without samples before anything is written
+    update.shares(training.num_samples, iteration=0)
+    ema = EMA(model.trainable, training.ema_decay)
+    evaluation = build_evaluation(parts.evaluating, runtime, model, rewards, algorithm, parts.held_out, world)
+    run.claim(golden_scores)
     return Trainer(
         prompts=prompts,
-        group_size=settings.group_size,
+        group_size=training.group_size,
         model=model,
         algorithm=algorithm,
         start_noise=start_noise,
         rollout=rollout,
         rewards=rewards,
         update=update,
-        ema=EMA(model.trainable, settings.ema_decay),
-        evaluation=build_evaluation(config, model, rewards, algorithm, held_out, world),
-        evaluate_every=config.evaluate.every,
-        checkpoint=Checkpoint(
-            directory.checkpoints,
-            config.checkpoint.every,
-            config.checkpoint.keep,
-            world,
-            config.checkpoint.asynchronous,
-        ),
-        health=Health(failed_batch=directory.failed_batch(world.rank)),
-        record=_build_record(config, directory, world),
-        num_iterations=settings.iterations,
-        max_seconds=60 * settings.max_minutes,
-        seed=config.seed,
+        ema=ema,
+        evaluation=evaluation,
+        evaluate_every=parts.evaluating.every,
+        checkpoint=_checkpoint(parts, run),
+        health=Health(failed_batch=run.directory.failed_batch(world.rank)),
+        record=_record(parts, run),
+        num_iterations=training.iterations,
+        max_seconds=60 * training.max_minutes,
+        seed=parts.seed,
         world=world,
-        profile=_build_profile(config, directory, model) if config.runtime.profile and world.is_first else unprofiled,
+        profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
-
-
-def _load_texts(config: DictConfig) -> tuple[list[str], list[str]]:
-    """The prompts to train and to evaluate on."""
-    return load_prompts(resolve_path(config.prompts.path)), load_prompts(resolve_path(config.prompts.held_out))
-
-
-def _build_record(config: DictConfig, directory: RunDirectory, world: World) -> Recorder:
-    hosts = world.everyones(socket.gethostname(), "hosts")
-    if not world.is_first:
-        return NoRecord()
-    return Record(
-        directory=directory,
-        metrics=Metrics(directory, wandb_project="fastgrpo" if config.wandb else None),
-        stragglers=Stragglers(path=directory.ranks, hosts=hosts),
-    )
-
-
-def _build_profile(config: DictConfig, directory: RunDirectory, model: FlowModel) -> Profile:
-    dtype, iterations = getattr(torch, config.model.dtype), config.train.iterations
-    return Profile(directory=directory.path / "profile", device=model.device, dtype=dtype, num_iterations=iterations)
-
-
-def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> tuple[Rewards, dict[str, GoldenScores]]:
-    """The rewards of a config, which can judge ``prompts``, tried on golden pairs unless ``reward.golden`` is false."""
-    set_threads(config)
-    rewards: Rewards = build(config.reward)
-    rewards.check_prompts(prompts)
-    return rewards, self_test(rewards, device_of(config)) if rewards.golden else {}
-
-
-def _asked_rewards(config: DictConfig, part: PolicyRank) -> tuple[Rewards, dict[str, GoldenScores]]:
-    """The rewards of a config as this rank's scoring rank computes them, and the golden scores that it found."""
-    # waits until the scoring rank has loaded them
-    golden_scores = part.golden_scores()
-    asked = {key: part.rewards(map(str, config.reward[key])) for key in ("terms", "watch")}
-    others = OmegaConf.masked_copy(config.reward, [str(key) for key in config.reward if key not in asked])
-    rewards: Rewards = build(others, **asked)
-    return rewards, golden_scores
 
 
 def build_evaluation(
-    config: DictConfig,
+    evaluating: Evaluating,
+    runtime: Runtime,
     model: FlowModel,
     rewards: Rewards,
     algorithm: Algorithm,
     texts: list[str],
     world: World | None = None,
 ) -> Evaluation:
-    """Evaluation as ``config.evaluate`` says; its noise is the same in every run, whatever the seed."""
+    """Evaluation on ``texts``; its noise is the same in every run, whatever the seed."""
     return Evaluation(
         model=model,
         rewards=rewards,
         texts=texts,
-        images_per_prompt=config.evaluate.images_per_prompt,
-        grid=algorithm.evaluation_grid(config.evaluate.num_steps),
-        batch_sizes=build_batch_sizes(config),
+        images_per_prompt=evaluating.images_per_prompt,
+        grid=algorithm.evaluation_grid(evaluating.num_steps),
+        batch_sizes=BatchSizes.of_runtime(runtime),
         seed=0,
         world=world or World(),
     )
 
 
-def _reweights(config: DictConfig) -> bool:
-    """Whether train.gradients is reweight."""
-    chosen = config.train.gradients
-    if chosen not in ("replay", "reweight"):
-        raise ValueError(f"train.gradients must be replay or reweight, got {chosen!r}")
-    return chosen == "reweight"
+def _find_run(parts: RunParts, world: World) -> SameRun:
+    return SameRun.find(parts.output, parts.config, resume=parts.resume, world=world)
 
 
-def _check_positive(config: DictConfig, *keys: str) -> None:
-    for key in keys:
-        value: Any = OmegaConf.select(config, key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ValueError(f"{key} must be a positive number, got {value!r}")
+def _load_rewards(parts: RunParts) -> Loaded:
+    set_threads(parts.runtime)
+    return parts.rewards.load(parts.texts + parts.held_out, device_of(parts.runtime))
+
+
+def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
+    return MemoryPlanner(
+        algorithm=parts.algorithm,
+        samples=-(-parts.training.num_samples // world.size),
+        optimizer_steps=parts.training.optimizer_steps,
+        rewards=rewards,
+        prompt=parts.texts[0],
+        reweights=parts.training.reweights,
+    )
+
+
+def _most_samples(parts: RunParts, world: World) -> tuple[int, int]:
+    """Of the rank that has most: samples of an optimizer step, and of an iteration."""
+    training = parts.training
+    return -(-training.num_samples // (world.size * training.optimizer_steps)), -(-training.num_samples // world.size)
+
+
+def _optimizer(parts: RunParts, model: FlowModel) -> torch.optim.AdamW:
+    weights, training = list(model.trainable.values()), parts.training
+    return torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+
+
+def _checkpoint(parts: RunParts, run: SameRun) -> Checkpoint:
+    saving = parts.saving
+    return Checkpoint(run.directory.checkpoints, saving.every, saving.keep, run.world, saving.asynchronous)
+
+
+def _record(parts: RunParts, run: SameRun) -> Recorder:
+    hosts = run.world.everyones(socket.gethostname(), "hosts")
+    if not run.world.is_first:
+        return NoRecord()
+    return Record(
+        directory=run.directory,
+        metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None),
+        stragglers=Stragglers(path=run.directory.ranks, hosts=hosts),
+    )
+
+
+def _profile(parts: RunParts, run: SameRun, model: FlowModel) -> Profile:
+    return Profile(
+        directory=run.directory.path / "profile",
+        device=model.device,
+        dtype=parts.dtype,
+        num_iterations=parts.training.iterations,
+    )
+
+
+def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
+    """What a resumed run does otherwise than before, whether there is anything left to do, and what is judged."""
+    if seen := set(parts.held_out) & set(parts.texts):
+        print(f"prompts.held_out shares {len(seen)} of its prompts with prompts.path: those are not unseen in training")
+    for line in run.resumed(trainer.iteration):
+        print(line)
+    if trainer.iteration > 0 and trainer.is_over:
+        print(
+            f"the run in {run.directory.path} is at its end, after {trainer.iteration} iterations; raise "
+            "train.iterations or train.max_minutes to train on"
+        )
+
+
+def _write_lora(trainer: Trainer, run: SameRun) -> None:
+    if trainer.model.has_lora and run.world.is_first:
+        with trainer.ema.applied():
+            trainer.model.save_lora(run.directory.lora)
 
 
 if __name__ == "__main__":

@@ -112,17 +112,18 @@ class Trainer:
         with self._stop_request.heard(), self._saved_if_a_reward_fails(), opened:
             if self.iteration == 0:
                 self.record.row(0, self._evaluate())
-            while not self._is_over() or self._unrecorded:
+            while not self.is_over or self._unrecorded:
                 self._unrecorded = self._unrecorded or self.profile(self.step)
-                if self.iteration % self.evaluate_every == 0 or self._is_over():
+                if self.iteration % self.evaluate_every == 0 or self.is_over:
                     self._unrecorded |= self._evaluate()
                 # before the checkpoint: one that outlives a kill then never lacks the lines that lead to it
                 self.record.row(self.iteration, self._unrecorded)
                 self._unrecorded = {}
-                if self.iteration % self.checkpoint.every == 0 or self._is_over() or self._stop_signal:
+                if self.iteration % self.checkpoint.every == 0 or self.is_over or self._stop_signal:
                     self._save()
                 if self._stop_signal:
                     self.checkpoint.wait()
+                    self.record.finish()
                     raise Preempted(self._stop_signal, self.iteration)
             self.checkpoint.wait()
             self.record.finish()
@@ -156,8 +157,11 @@ class Trainer:
             for name, weight in self.model.trainable.items():
                 weight.copy_(state.weights[name])
         self.ema.load(state.ema, state.extra["ema_updates"])
+        learning_rates = [group["lr"] for group in self.update.optimizer.param_groups]
         self.update.optimizer.load_state_dict(state.optimizer)
-        for group in self.update.optimizer.param_groups:
+        for group, learning_rate in zip(self.update.optimizer.param_groups, learning_rates, strict=True):
+            # that of the config, which a resumption may change
+            group["lr"] = learning_rate
             # update relies on it, and a checkpoint may be older
             group["fused"] = True
         self.health.skipped_in_a_row = state.extra["skipped_in_a_row"]
@@ -226,7 +230,9 @@ class Trainer:
         taken, self._checkpoint_seconds = self._checkpoint_seconds, 0.0
         return taken
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no iteration left, or no time."""
         return self.iteration >= self.num_iterations or self.seconds >= self.max_seconds
 
     @contextmanager

@@ -155,8 +155,8 @@ def test_a_mistake_in_the_words_is_one_line(
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("train.iterations=0", "train.iterations must be a positive number, got 0"),
-        ("train.learning_rate=-1.0", "train.learning_rate must be a positive number"),
+        ("train.iterations=0", "train.iterations must be at least 1, got 0"),
+        ("train.learning_rate=-1.0", "train.learning_rate must be positive, got -1.0"),
         ("algorithm.noise.candidates=0", "candidates must be at least 1, got 0"),
         ("algorithm.dynamics.noise_level=0.0", "noise_level must be positive, got 0.0"),
         ("model.guidance_scale=0.5", "model.guidance_scale must be at least 1, got 0.5"),
@@ -201,7 +201,7 @@ def test_torchrun_is_told_what_nobody_expected(
 ) -> None:
     told = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
-    monkeypatch.setattr("fastgrpo.train.build_trainer", lambda config, part: 1 / 0)
+    monkeypatch.setattr("fastgrpo.train.assemble", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main([*train_words, f"output={tmp_path / 'run'}"])
     assert "ZeroDivisionError: division by zero" in json.loads(told.read_text())["message"]["extraInfo"]["py_callstack"]

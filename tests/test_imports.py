@@ -7,43 +7,51 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
-_PLAIN = {"files", "types"}
+_PLAIN = {"files", "types", "settings"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "start_noise", "rollout", "update", "evaluate", "ema", "health"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
+_FACE = {"config", "overrides", "pieces", "parts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "types": set(),
+    "settings": set(),
     "shapes": set(),
     **dict.fromkeys(("algorithm", "models", "compile"), _PLAIN),
     **dict.fromkeys(("profiling", "tensorrt"), _PLAIN | {"compile"}),
     "distributed": _PLAIN | {"profiling"},
     "rewards": _PLAIN | {"distributed", "shapes"},
-    "memory": _PIECES | {"rewards", "config"},
+    "memory": _PIECES | {"rewards"},
     **dict.fromkeys(("prompts", "ema"), _PLAIN),
     **dict.fromkeys(("rollout", "update"), _CARRIED),
     **dict.fromkeys(("start_noise", "evaluate"), _CARRIED | {"rollout"}),
     "health": _CARRIED | {"update"},
     **dict.fromkeys(("checkpoints", "records"), _LINE),
     "trainer": _LINE | {"checkpoints", "records"},
-    "config": set(),
+    "overrides": set(),
+    "pieces": set(),
+    "config": {"files", "overrides", "pieces"},
+    "parts": _CARRIED | {"prompts", "pieces"},
     # the command, where the module is run by torchrun
-    "train": _RUN | {"config", "cli"},
-    "commands": _RUN | {"config", "train", "shapes"},
-    "cli": _RUN | {"config", "train", "commands"},
+    "train": _RUN | {"parts", "cli"},
+    "commands": _RUN | _FACE | {"train", "shapes"},
+    "cli": _RUN | _FACE | {"train", "commands"},
 }
 CONFINED = {
     # submitit is started by Hydra's launcher
-    "hydra": ("fastgrpo/config.py", "fastgrpo/commands/submit.py"),
+    "hydra": ("fastgrpo/config.py", "fastgrpo/overrides.py", "fastgrpo/pieces.py", "fastgrpo/commands/submit.py"),
     "hydra_plugins": ("fastgrpo/commands/submit.py",),
     "submitit": ("fastgrpo/commands/submit.py",),
     "omegaconf": (
         "fastgrpo/cli.py",
         "fastgrpo/config.py",
-        "fastgrpo/train.py",
-        "fastgrpo/memory/model_on_device.py",
+        "fastgrpo/pieces.py",
+        "fastgrpo/parts.py",
+        # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
+        # for the type of what it is given
+        "fastgrpo/train.py",
         "fastgrpo/commands/",
     ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),

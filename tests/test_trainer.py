@@ -1,7 +1,9 @@
 """The loop: what it logs, what evaluation sees, and how a broken run stops."""
 
 import dataclasses
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.train import build_trainer, train
 from fastgrpo.trainer import Trainer
+from tests.tiny import make_pipeline
 from tests.tiny_config import make_config
 
 SEARCH = (
@@ -258,10 +261,19 @@ def test_a_reward_that_breaks_in_an_evaluation_loses_neither_the_iteration_nor_t
     assert "eval/jpeg" in rows[2]
 
 
-def test_a_run_is_resumed_only_with_rewards_that_score_as_when_it_began(tiny_weights: Path, tmp_path: Path) -> None:
-    train(make_config(tiny_weights, tmp_path / "run", "train.iterations=1"))
-    changed = ("train.iterations=2", "resume=true", "reward.terms.jpeg.quality=50")
-    why = r"reward 'jpeg' scores golden pair \d .*golden.json, written when the run began, says"
+def test_a_run_is_resumed_only_with_rewards_that_score_as_when_it_began(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))"
+    (tmp_path / "changing_reward.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    mine = ("reward=custom", "reward.path=changing_reward.brightness")
+    train(make_config(tiny_weights, tmp_path / "run", "train.iterations=1", *mine))
+    # its scores change, but nothing in the config does
+    (tmp_path / "changing_reward.py").write_text(f"{own} * 2")
+    importlib.reload(sys.modules["changing_reward"])
+    changed = ("train.iterations=2", "resume=true", *mine)
+    why = r"reward 'custom' scores golden pair \d .*golden.json, written when the run began, says"
     with pytest.raises(RewardError, match=why):
         train(make_config(tiny_weights, tmp_path / "run", *changed))
     train(make_config(tiny_weights, tmp_path / "run", *changed, "reward.golden=false"))
@@ -308,9 +320,14 @@ def test_a_finished_run_resumed_stays_as_it_is(run: Path, tiny_weights: Path, tm
 
 
 def test_another_model_does_not_resume(tiny_weights: Path, tmp_path: Path) -> None:
-    train(make_config(tiny_weights, tmp_path / "run"))
+    weights = make_pipeline(tmp_path / "weights")
+    train(make_config(weights, tmp_path / "run", "train.iterations=1"))
+    with pytest.raises(ValueError, match=r"adaptation\.rank was 4 and would be 5\. .*fastgrpo export run="):
+        train(make_config(weights, tmp_path / "run", "train.iterations=1", "adaptation.rank=5", "resume=true"))
+    # other weights under the same name, which no config tells
+    make_pipeline(weights, seed=1)
     with pytest.raises(ValueError, match=r"is of model .*; use the model and LoRA settings it was saved with"):
-        train(make_config(tiny_weights, tmp_path / "run", "adaptation.rank=5", "resume=true"))
+        train(make_config(weights, tmp_path / "run", "train.iterations=2", "resume=true"))
 
 
 def test_reweighted_training_is_replayed_training(tiny_weights: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from torch import nn
 
 from benchmarks.scaling.exchanges import FLOAT32, Exchange, Shares, always, of_adapters, shares_of
 from benchmarks.scaling.sharded import Passes, of_shards, units_of
-from fastgrpo.config import build, load_config, resolve_path
+from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.batches import even
 from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.pieces import build
 
 # 15 samples in 2 optimizer steps: no number of ranks above 1 divides them
 SETTINGS = (

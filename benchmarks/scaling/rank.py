@@ -14,7 +14,8 @@ from benchmarks.scaling.measured import Counts, Measured, run
 from fastgrpo.config import load_config
 from fastgrpo.distributed.traffic import Collective
 from fastgrpo.distributed.world import join_world, leave_world
-from fastgrpo.memory.model_on_device import device_of
+from fastgrpo.memory.device import device_of
+from fastgrpo.parts import read_runtime
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.train import build_trainer
 
@@ -37,7 +38,7 @@ def _main(rank: int, num_ranks: int, per_node: int, port: int, directory: Path, 
         os.environ |= {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = load_config("train", overrides)
-    world = join_world(device_of(config), config.distributed.timeout_seconds)
+    world = join_world(device_of(read_runtime(config)), config.distributed.timeout_seconds)
     measured = run(build_trainer(config, PolicyRank(world=world)))
     rows = {"iterations": [_rows(counts) for counts in measured.iterations], "between": _rows(measured.between)}
     (directory / f"rank_{rank}.json").write_text(json.dumps(rows))

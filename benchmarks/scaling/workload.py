@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from benchmarks.scaling.sharded import Unit, units_of
-from fastgrpo.config import build, load_config
+from fastgrpo.config import load_config
 from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.pieces import build
 
 # FLOPs, counted over the real graphs: a forward pass of one image of 512 x 512, one branch, 205 or 128 text tokens
 _FORWARD = {"sd35_medium": 2.224e12, "flux_dev": 15.8e12}

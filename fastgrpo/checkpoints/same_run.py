@@ -1,47 +1,121 @@
-"""One run on all its ranks and after each resumption: one directory, one config, the same weights and rewards."""
+"""One run on all its ranks and after each resumption: one directory, one config, the same weights and rewards.
+
+``config.yaml`` is the config as it holds now.  Under ``history`` it keeps what resumptions changed, each with both
+values and the iteration after which the new one holds.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from fastgrpo.checkpoints.changes import Change, changes
 from fastgrpo.distributed.launch import is_restarted, mark_launch
 from fastgrpo.distributed.world import World
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.files.whole import write_whole
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.self_test import GoldenScores, compare
+from fastgrpo.settings import Runtime
 
 _PLANNED = ("micro_batch", "sampling_batch", "decode_batch")
+_HISTORY = "history"
 
 
-def open_directory(config: DictConfig, golden_scores: dict[str, GoldenScores], world: World) -> RunDirectory:
-    """The run directory, which the first rank makes and holds.  A job that is started again goes on by itself."""
-    path = Path(config.output)
-    config.resume = config.resume or is_restarted(path, world)
-    held: list[RunDirectory] = []
+@dataclass(kw_only=True)
+class SameRun:
+    """The run that a config describes, in its directory: a new one, or one that goes on.
 
-    def make() -> None:
-        held.append(RunDirectory.create(path, resume=config.resume))
+    All ranks make one and call its methods together.  Nothing is written before ``claim``.
+    """
 
-    world.on_first(make, "the run directory")
-    mark_launch(path, world)
-    world.on_first(lambda: _hold_to_beginning(RunDirectory(path), golden_scores, config.resume), "golden scores")
-    _cut_as_begun(config, RunDirectory(path))
-    return held[0] if held else RunDirectory(path)
+    directory: RunDirectory
+    config: dict[str, Any]
+    world: World
+    is_resumed: bool
+    _begun: dict[str, Any] = field(default_factory=dict)
+    _history: list[dict[str, Any]] = field(default_factory=list)
+    _changes: tuple[Change, ...] = ()
+
+    @classmethod
+    def find(cls, path: Path, config: Mapping[str, Any], *, resume: bool, world: World) -> "SameRun":
+        """ValueError for a directory that is taken by a run which is not to go on, or which began otherwise.
+
+        A job that is started again goes on by itself.
+        """
+        directory = RunDirectory(path)
+        is_resumed = resume or is_restarted(path, world)
+        run = cls(directory=directory, config=dict(config), world=world, is_resumed=is_resumed)
+        if not is_resumed:
+            world.on_first(directory.refuse_if_taken, "the run directory")
+        elif begun := world.on_first(lambda: _read(directory.config), "the config of the run"):
+            run._history = begun.pop(_HISTORY, [])
+            run._begun = begun
+            _plan_as_begun(run.config, begun)
+            run._changes = changes(begun, run.config, path)
+        return run
+
+    def sizes(self, runtime: Runtime) -> Runtime:
+        """Those that a resumed run began with where it is to plan them: others would round differently."""
+        return replace(runtime, **{key: self.config["runtime"][key] for key in (*_PLANNED, "checkpointing")})
+
+    def agree(self, runtime: Runtime, model: FlowModel) -> Runtime:
+        """Sizes that each rank planned become the least of any; ValueError where ranks differ in anything else."""
+        world = self.world
+        least: dict[str, Any] = {
+            key: min(world.everyones(int(getattr(runtime, key)), f"runtime.{key}")) for key in _PLANNED
+        }
+        checkpointing = any(world.everyones(bool(runtime.checkpointing), "runtime.checkpointing"))
+        agreed = replace(runtime, checkpointing=checkpointing, **least)
+        self.config["runtime"] = asdict(agreed)
+        identity = {"config": _yaml(self.config), "weights": model.fingerprint, "version": version("fastgrpo")}
+        for rank, other in enumerate(world.everyones(identity, "what is run")):
+            for name, value in other.items():
+                if value != identity[name]:
+                    raise ValueError(f"rank {rank} has another {name} than rank {world.rank}; give all ranks the same")
+        return agreed
+
+    def claim(self, golden_scores: dict[str, GoldenScores]) -> None:
+        """Make the directory and hold it; keep config and golden scores of a run that begins there."""
+        path = self.directory.path
+
+        def make() -> None:
+            self.directory = RunDirectory.create(path, resume=self.is_resumed)
+
+        self.world.on_first(make, "the run directory")
+        mark_launch(path, self.world)
+        self.world.on_first(
+            lambda: _hold_to_beginning(RunDirectory(path), golden_scores, self.is_resumed), "golden scores"
+        )
+        if self.world.is_first and not self._begun:
+            write_whole(self.directory.config, _yaml(self.config).encode())
+
+    def resumed(self, iteration: int) -> list[str]:
+        """Write down what holds from now on, on the first rank; what to tell the user."""
+        if not self._changes:
+            return []
+        changed = {change.key: [change.before, change.after] for change in self._changes}
+        history = [*self._history, {"after_iteration": iteration, "changed": changed}]
+        write_whole(self.directory.config, _yaml({**self.config, _HISTORY: history}).encode())
+        return [f"from iteration {iteration + 1} on: {change}" for change in self._changes]
 
 
-def agree(config: DictConfig, model: FlowModel, world: World) -> None:
-    """Sizes that each rank planned become the least of any; ValueError where ranks differ in anything else."""
-    for key in _PLANNED:
-        config.runtime[key] = min(world.everyones(int(config.runtime[key]), f"runtime.{key}"))
-    config.runtime.checkpointing = any(world.everyones(bool(config.runtime.checkpointing), "runtime.checkpointing"))
-    identity = {"config": OmegaConf.to_yaml(config), "weights": model.fingerprint, "version": version("fastgrpo")}
-    for rank, other in enumerate(world.everyones(identity, "what is run")):
-        for name, value in other.items():
-            if value != identity[name]:
-                raise ValueError(f"rank {rank} has another {name} than rank {world.rank}; give all ranks the same")
+def _read(path: Path) -> dict[str, Any]:
+    begun: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    return begun
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(config))
+
+
+def _plan_as_begun(config: dict[str, Any], begun: Mapping[str, Any]) -> None:
+    if config["runtime"]["micro_batch"] == 0:
+        config["runtime"] = config["runtime"] | {key: begun["runtime"][key] for key in (*_PLANNED, "checkpointing")}
 
 
 def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores], resume: bool) -> None:
@@ -53,11 +127,3 @@ def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores],
     else:
         text = json.dumps({name: golden.scores for name, golden in tested.items()}, indent=2)
         write_whole(directory.golden, text.encode())
-
-
-def _cut_as_begun(config: DictConfig, directory: RunDirectory) -> None:
-    """Sizes of a resumed run that are to be planned are those that it began with: others would round differently."""
-    if config.resume and config.runtime.micro_batch == 0 and directory.config.exists():
-        begun = OmegaConf.load(directory.config).runtime
-        for key in (*_PLANNED, "checkpointing"):
-            config.runtime[key] = begun[key]

@@ -15,11 +15,14 @@ from rich.table import Table
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
-from fastgrpo.config import build, resolve_path
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
-from fastgrpo.memory.model_on_device import build_batch_sizes, build_model, device_of
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.memory.device import device_of
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
+from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
@@ -72,7 +75,7 @@ def ratio_deviation(config: DictConfig) -> tuple[float, int]:
     steps = algorithm.timesteps(len(algorithm.grid) - 1, 0, config.seed)
     model = build_model(config, lossy=build(config.lossy))
     _nudge(model, config.seed)
-    batch_sizes = build_batch_sizes(config)
+    batch_sizes = BatchSizes.of_runtime(read_runtime(config))
     common = {
         "model": model,
         "grid": algorithm.grid,
@@ -152,7 +155,7 @@ def _backends() -> Table:
 def _golden_scores(config: DictConfig) -> Table:
     """Each reward on its golden pairs, compared with its record or put on it; RewardError if it fails."""
     table = Table("reward", "golden scores", "on record", title="rewards")
-    for name, golden in golden_scores(build(config.reward), device_of(config)).items():
+    for name, golden in golden_scores(build(config.reward), device_of(read_runtime(config))).items():
         on_record = recorded(golden.identity)
         if config.record:
             note = f"written to {record(golden)}"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 from rich.progress import track
 
-from fastgrpo.config import resolve_path
-from fastgrpo.memory.model_on_device import build_model
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.parts import build_model
 from fastgrpo.prompts import load_prompts
 
 

@@ -16,29 +16,33 @@ from torch import Tensor
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
-from fastgrpo.config import build, resolve_path
 from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.files.whole import write_whole
+from fastgrpo.parts import build_rewards, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.summary import commit, hardware, versions
+from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.train import build_evaluation, build_rewards
+from fastgrpo.train import build_evaluation
 
 
 def evaluate(config: DictConfig) -> None:
     """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
-    texts = load_prompts(resolve_path(config.prompts.held_out))
+    evaluating = Evaluating(**config.evaluate)
+    texts = load_prompts(resolve_path(config.prompts.held_out), "prompts.held_out")
     algorithm: Algorithm = build(config.algorithm)
     rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    result = build_evaluation(config, model, rewards, algorithm, texts)()
+    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, texts)()
     report = {
         "model": origin,
         "images": result.num_images,
         "prompts": len(texts),
-        "num_steps": config.evaluate.num_steps,
+        "num_steps": evaluating.num_steps,
         "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
         "kinds": _by_kind(texts, result),
         "hardware": hardware(),

@@ -8,15 +8,16 @@ import re
 from omegaconf import DictConfig
 from rich.console import Console
 
-from fastgrpo.config import build, resolve_path
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.byte_count import WithoutData
 from fastgrpo.memory.device import CountingMeter
-from fastgrpo.memory.model_on_device import build_model, plan_device
+from fastgrpo.memory.model_on_device import plan_device
 from fastgrpo.memory.plan import MemoryPlan
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.parts import build_rewards, read_model
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
-from fastgrpo.train import build_rewards
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 HERE = "here"
@@ -49,7 +50,7 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         rewards=build_rewards(config, prompts)[0],
         prompt=prompts[0],
     )
-    return plan_device(config, planner)[1]
+    return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 
 
 def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
@@ -66,17 +67,17 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
     )
     # where it is counted is no matter, but CUDA tensors without a GPU cannot be made
     config.runtime.device = "cpu"
+    source = read_model(config, lossy=build(config.lossy))
     meter = CountingMeter()
 
     def build_counted(checkpointing: bool) -> FlowModel:
         nonlocal meter
-        config.runtime.checkpointing = checkpointing
         meter, built = CountingMeter(), []
-        meter.peak(lambda: built.append(build_model(config, lossy=build(config.lossy))))
+        meter.peak(lambda: built.append(source.with_checkpointing(checkpointing)()))
         return built[0]
 
     with WithoutData():
-        return planner(build_counted, lambda: meter, memory, config.runtime.checkpointing)[1]
+        return planner(build_counted, lambda: meter, memory, source.runtime.checkpointing)[1]
 
 
 def parse_bytes(text: str) -> int:

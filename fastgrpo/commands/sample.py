@@ -16,14 +16,16 @@ from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
-from fastgrpo.config import build, resolve_path
+from fastgrpo.files.locations import resolve_path
 from fastgrpo.files.whole import write_whole
-from fastgrpo.memory.model_on_device import build_batch_sizes
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.parts import build_rewards, read_runtime
+from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.rollout import Rollout
+from fastgrpo.settings import check_seed
 from fastgrpo.start_noise import StartNoise
-from fastgrpo.train import build_rewards
 from fastgrpo.types import Prompts, Samples
 
 _MAX_NAME = 40
@@ -32,6 +34,8 @@ _MAX_NAME = 40
 def sample(config: DictConfig) -> None:
     """Run a checked ``sample`` config and print where the images are."""
     texts = _texts(config)
+    check_seed(config.seed)
+    batch_sizes = BatchSizes.of_runtime(read_runtime(config))
     if config.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
     algorithm: Algorithm = build(config.algorithm)
@@ -39,7 +43,7 @@ def sample(config: DictConfig) -> None:
     rewards = build_rewards(config, prompts=texts)[0] if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), batch_sizes=build_batch_sizes(config), seed=config.seed)
+    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), batch_sizes=batch_sizes, seed=config.seed)
     start_noise: Callable[[Samples], Tensor]
     if rewards is not None:
         search = StartNoise(algorithm=algorithm, rewards=rewards, rollout=rollout, seed=config.seed)

@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fastgrpo.memory.model_on_device import device_of
+from fastgrpo.memory.device import device_of
+from fastgrpo.parts import build_rewards, read_runtime
 from fastgrpo.rewards.remote.connection import read_token
 from fastgrpo.rewards.remote.limits import Limits
-from fastgrpo.train import build_rewards
 
 UVICORN: dict[str, Any] = {
     "http": "h11",
@@ -47,7 +47,7 @@ def serve_reward(config: DictConfig) -> None:
             # a client asks again by itself
             scoring=dataclasses.replace(rewards.scoring, retries=0),
             limits=limits,
-            device=device_of(config),
+            device=device_of(read_runtime(config)),
             token=token,
         )
         runner = uvicorn.Server(uvicorn.Config(server.app(), **UVICORN))

@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fastgrpo.checkpoints.checkpoint import Checkpoint
-from fastgrpo.config import check, check_own
 from fastgrpo.files.run_directory import RunDirectory
-from fastgrpo.memory.model_on_device import build_model
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.parts import build_model
+from fastgrpo.pieces import check, check_own
 
 # what a run brings along; every other key is the command's
 _OF_RUN = ("model", "adaptation")

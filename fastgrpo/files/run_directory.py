@@ -27,8 +27,8 @@ class RunDirectory:
         """ValueError if the directory holds a run and ``resume`` is off, if it is in use, or if it is read-only."""
         run = cls(Path(path))
         try:
-            if not resume and run.is_taken:
-                raise ValueError(f"{path} already holds a run; continue it with resume=true or give a new name=...")
+            if not resume:
+                run.refuse_if_taken()
             run.images.mkdir(parents=True, exist_ok=True)
             # os.access says yes to root and to full or read-only network disks: only writing tells
             with tempfile.TemporaryFile(dir=run.path) as file:
@@ -44,6 +44,11 @@ class RunDirectory:
                 f"another process is writing the run in {path}; wait for it, stop it, or give a new name=..."
             ) from error
         return cls(run.path, lock)
+
+    def refuse_if_taken(self) -> None:
+        """ValueError if the directory holds a run."""
+        if self.is_taken:
+            raise ValueError(f"{self.path} already holds a run; continue it with resume=true or give a new name=...")
 
     @property
     def is_taken(self) -> bool:

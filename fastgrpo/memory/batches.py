@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.memory.batch_size import BatchSize, DoesNotFit
+from fastgrpo.settings import Runtime
 from fastgrpo.types import Conditions
 
 Result = TypeVar("Result")
@@ -44,6 +45,19 @@ class BatchSizes:
     training: BatchSize
     sampling: BatchSize
     decoding: BatchSize
+
+    @classmethod
+    def of_runtime(cls, runtime: Runtime, most_in_share: int = 0, most: int = 0) -> "BatchSizes":
+        """Those of a config; where the rows of a rank are known, as even as they divide.
+
+        ``most_in_share``, those of an optimizer step, decide in training, so that rollout cuts as the update does.
+        """
+        training, sampling = runtime.micro_batch, runtime.sampling_batch or runtime.micro_batch
+        decoding = runtime.decode_batch or runtime.micro_batch
+        if training > 0 and most > 0:
+            training, sampling = even(most_in_share, training), even(most, sampling)
+            decoding = even(sampling, decoding)
+        return cls.of(training, sampling, decoding)
 
     @classmethod
     def of(cls, training: int, sampling: int = 0, decoding: int = 0) -> "BatchSizes":

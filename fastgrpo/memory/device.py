@@ -1,4 +1,4 @@
-"""Memory of a device: how much there is for a run, how much is in use, and the most that was."""
+"""The device of a run, and its memory: how much there is, how much is in use, and the most that was."""
 
 import os
 import resource
@@ -7,9 +7,33 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from fastgrpo.compile.cuda_graphs import eagerly
 from fastgrpo.memory.byte_count import LiveBytes
+from fastgrpo.settings import Runtime
+
+
+def device_of(runtime: Runtime) -> str:
+    """``runtime.device``, where auto is CUDA if there is one; ValueError for a CUDA device that is not there."""
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"runtime.device is {device} but PyTorch sees no CUDA device; use runtime.device=cpu")
+    number = device.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        raise ValueError(
+            f"runtime.device is {device} but PyTorch sees {torch.cuda.device_count()} CUDA devices, from 0"
+        )
+    # each rank of a machine has its own; by number, since threads begin with the first one
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and dist.is_initialized() else device
+
+
+def set_threads(runtime: Runtime) -> None:
+    """As many CPU threads as ``runtime.threads`` says."""
+    if runtime.threads > 0:
+        torch.set_num_threads(runtime.threads)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -34,6 +34,14 @@ operators, and host syncs are what would be one on a GPU.  FLOPs are of matrix p
 executed on the thread of the stages.  Utilisation is their rate as a share of the measured ceiling."""
 
 
+def check_iterations(num_iterations: int) -> None:
+    """ValueError for a run that is too short to be looked at."""
+    if num_iterations < NUM_ITERATIONS:
+        raise ValueError(
+            f"runtime.profile needs {NUM_ITERATIONS} iterations and train.iterations is {num_iterations}; raise it"
+        )
+
+
 @dataclass(kw_only=True)
 class Profile:
     """Called around each ``Trainer.step``; with the fourth it writes table.md and trace.json.gz into ``directory``."""
@@ -47,11 +55,7 @@ class Profile:
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.num_iterations < NUM_ITERATIONS:
-            raise ValueError(
-                f"runtime.profile needs {NUM_ITERATIONS} iterations and train.iterations is {self.num_iterations}; "
-                "raise it"
-            )
+        check_iterations(self.num_iterations)
 
     def __call__(self, step: Step) -> dict[str, float]:
         self._calls += 1

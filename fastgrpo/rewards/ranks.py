@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -230,6 +231,10 @@ def _reported(who: str) -> Iterator[None]:
 
 @contextmanager
 def _deaf_to(*signals: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # only the main thread is sent signals, and may say who hears them
+        yield
+        return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
         yield

@@ -7,15 +7,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fastgrpo.config import build
 from fastgrpo.memory.batch_size import DoesNotFit
 from fastgrpo.memory.byte_count import LiveBytes
 from fastgrpo.memory.device import CountingMeter, Meter
-from fastgrpo.memory.model_on_device import build_model
 from fastgrpo.memory.plan import DECODING, REWARD, SAMPLING, TRAINING, Cost, MemoryPlan, plan_memory
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.train import build_rewards, build_trainer, train
+from fastgrpo.parts import build_model, build_rewards
+from fastgrpo.pieces import build
+from fastgrpo.train import build_trainer, train
 from tests.tiny_config import make_config
 
 PLENTY = 2**40
@@ -140,8 +140,9 @@ def test_a_run_plans_shows_and_keeps_its_sizes_and_a_resumed_run_cuts_as_it_bega
     )
     again = make_config(tiny_weights, tmp_path / "run", *overrides, "train.iterations=2", "resume=true")
     trainer = build_trainer(again)
-    assert (again.runtime.micro_batch, again.runtime.sampling_batch, again.runtime.decode_batch) == (6, 6, 5)
     assert trainer.update.batch_size.value == 6
+    assert trainer.rollout.batch_sizes.decoding.value == 3, "as even as 6 rows in portions of at most 5"
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").runtime == begun
 
 
 def test_a_planned_run_is_the_run_whose_sizes_were_given(tiny_weights: Path, tmp_path: Path) -> None:

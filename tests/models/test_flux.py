@@ -15,7 +15,7 @@ from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule
 from fastgrpo.commands.doctor import ratio_deviation
 from fastgrpo.compile.blocks import num_compilations
-from fastgrpo.config import build, load_config
+from fastgrpo.config import load_config
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.flux import Flux
@@ -23,6 +23,7 @@ from fastgrpo.models.flux_network import FluxNetwork
 from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
+from fastgrpo.pieces import build
 from fastgrpo.rollout import Rollout
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Conditions, Prompts, Samples

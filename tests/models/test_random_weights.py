@@ -14,12 +14,13 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.config import build, load_config
+from fastgrpo.config import load_config
 from fastgrpo.models.architectures import Architecture, FluxArchitecture, SD3Architecture
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.pieces import build, build_partial
 from fastgrpo.train import build_trainer
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides
@@ -63,7 +64,7 @@ def test_a_full_size_model_gives_a_velocity_its_gradient_and_an_image(name: str)
     config = load_config("train", [f"model={name}", "model.weights=random"])
     # shapes and types without a single value
     with FakeTensorMode():
-        model = build(config.model, adaptation=LoRA())
+        model = build_partial(config.model, "adaptation")(adaptation=LoRA())
         x, conditions = torch.randn(2, *model.latent_shape), model.encode(["a red circle", "two blue squares"])
         v = combined(model.velocity(x, 0.7, conditions))
         v.float().sum().backward()
@@ -191,4 +192,4 @@ def test_wrong_sizes_are_refused_by_their_name(make: Callable[[], Any], message:
 
 def build_shapes_with_random_weights() -> Any:
     config = load_config("train", ["model.weights=random"])
-    return build(config.model, adaptation=build(config.adaptation))
+    return build_partial(config.model, "adaptation")(adaptation=build(config.adaptation))

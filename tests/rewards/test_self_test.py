@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.compile.networks import Eager
-from fastgrpo.config import build, load_config
+from fastgrpo.config import load_config
+from fastgrpo.pieces import build
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import GoldenSet, golden_set
 from fastgrpo.rewards.jpeg import JpegSize

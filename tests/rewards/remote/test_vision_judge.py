@@ -157,7 +157,7 @@ def test_a_bad_setting_is_refused(settings: dict[str, Any], why: str) -> None:
 
 
 def test_the_shipped_config_reads_answers_in_the_manner_of_unified_reward() -> None:
-    from fastgrpo.config import build
+    from fastgrpo.pieces import build
 
     with Scripted(then=lambda _: says("The cat is red.\n\n**Final Score:** 4.5")) as server:
         words = ["reward=vision_judge", f"reward.terms.vision_judge.endpoints=[{server.url}/v1]"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.config import build, load_config
+from fastgrpo.config import load_config
+from fastgrpo.pieces import build
 from fastgrpo.rewards.remote.http_reward import HttpReward
 from fastgrpo.rewards.remote.limits import Limits
 from fastgrpo.rewards.remote.wire import read_scores, to_pixels, to_png, write_request

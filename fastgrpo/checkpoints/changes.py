@@ -1,0 +1,80 @@
+"""What a run that goes on may do otherwise than it began, and what makes it another run.
+
+A config is compared key by key.  Where and how long a run computes, how it steps, and how it is watched may change, and
+the config keeps from which iteration on; what it learns from what may not.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# a key, or the beginning of keys
+MAY_CHANGE = (
+    "train.iterations",
+    "train.max_minutes",
+    "train.learning_rate",
+    "evaluate",
+    "checkpoint",
+    "runtime",
+    "distributed",
+    "compile",
+    "wandb",
+    "reward.scoring",
+    "reward.golden",
+    "model.condition_cache",
+    "adaptation.rollout_weights",
+    "adaptation.shard_over",
+    "adaptation.backup",
+)
+# where a run lies, not what it is: a directory may have been moved
+_NOT_COMPARED = ("name", "output", "resume", "job", "history")
+# keys of these groups that a run does not have are of a later version, and have their default
+_PLAIN = ("train", "prompts")
+_SHOWN = 3
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key, and its values before and after."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.before} -> {self.after}"
+
+
+def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: object) -> tuple[Change, ...]:
+    """What ``wanted`` does otherwise than the config a run began with; ValueError for what may not change."""
+    before, after = dict(_leaves(begun)), dict(_leaves(wanted))
+    found = [
+        Change(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        and not _begins(key, _NOT_COMPARED)
+        and not (key not in before and _begins(key, _PLAIN))
+    ]
+    if refused := [change for change in found if not _begins(change.key, MAY_CHANGE)]:
+        shown = "; ".join(f"{c.key} was {c.before} and would be {c.after}" for c in refused[:_SHOWN])
+        others = f"; {len(refused) - _SHOWN} more keys differ" if len(refused) > _SHOWN else ""
+        raise ValueError(
+            f"the run in {directory} was begun otherwise: {shown}{others}. A run keeps its recipe, model, reward, "
+            "prompts, seed and group size to its end: leave these keys out to go on with it. For a new run that starts "
+            f"from its weights: fastgrpo export run={directory} output=EXPORT merged=true, then fastgrpo train "
+            "name=NEW model.weights=EXPORT/merged with your settings"
+        )
+    return tuple(found)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def _begins(key: str, beginnings: tuple[str, ...]) -> bool:
+    return any(key == beginning or key.startswith(f"{beginning}.") for beginning in beginnings)

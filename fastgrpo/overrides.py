@@ -1,0 +1,50 @@
+"""One setting of the command line, ``key=value``, as Hydra's grammar reads it.
+
+Hydra gives meaning to characters that are plain in paths and sentences: ``~/a``, ``a,b``, ``a (1)``.  A value that is
+no valid expression, or a list of values to sweep over, which no command does, is taken as the text that it is.
+"""
+
+import re
+from functools import partial
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+# keys whose value is a sentence
+TEXT_KEYS = ("prompt",)
+_OPENING = ("'", '"', "[", "{")
+
+
+def key_of(override: str) -> str:
+    """The key, without its sign and its package: ``reward/terms`` of ``+reward/terms@reward.terms.jpeg=...``."""
+    return override.lstrip("+~").split("=")[0].split("@")[0]
+
+
+def is_plain(override: str) -> bool:
+    """Whether it sets a value, rather than choosing a group's option, adding or removing a key."""
+    return override[:1] not in ("+", "~") and "/" not in override.split("=")[0] and "@" not in override.split("=")[0]
+
+
+def value_of(override: str) -> Any:
+    """The value, as Hydra reads it."""
+    return OverridesParser.create().parse_override(override).value()
+
+
+def quoted(override: str) -> str:
+    """The override in a form that Hydra reads as it was meant."""
+    key, equals, text = override.partition("=")
+    if not equals or (text[:1] in ("'", '"') if key in TEXT_KEYS else not _is_misread(override, text)):
+        return override
+    # in Hydra's grammar backslashes count only before a quote
+    text = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text)
+    return f"{key}='{text}'"
+
+
+def _is_misread(override: str, text: str) -> bool:
+    parse = partial(OverridesParser.create().parse_override, override)
+    try:
+        return parse().is_sweep_override()
+    except HydraException:
+        # what begins as a list, a mapping or a quotation was meant as one
+        return not text.startswith(_OPENING)

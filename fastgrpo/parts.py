@@ -1,0 +1,129 @@
+"""A checked config, read once: each group becomes the object that it describes.  Nothing below here sees a config.
+
+What takes memory or minutes is read as its source, which makes it when it is called: the model, the rewards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.solver import Solver
+from fastgrpo.files.locations import resolve_path
+from fastgrpo.memory.device import device_of, set_threads
+from fastgrpo.memory.model_on_device import ModelSource
+from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.lossy import Lossy
+from fastgrpo.pieces import build, build_partial
+from fastgrpo.profiling.profile import check_iterations
+from fastgrpo.prompts import load_prompts
+from fastgrpo.rewards.source import Loaded, RewardSource
+from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.settings import Distribution, Evaluating, Runtime, Saving, Training, check_seed
+
+_OF_MODEL = ("adaptation", "device", "attention", "compile", "checkpointing", "lossy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """A training run: what it learns, from what, for how long and where.  ``config`` is all of it as plain data."""
+
+    output: Path
+    resume: bool
+    seed: int
+    logs_to_wandb: bool
+    training: Training
+    evaluating: Evaluating
+    saving: Saving
+    distribution: Distribution
+    runtime: Runtime
+    texts: list[str]
+    held_out: list[str]
+    algorithm: Algorithm
+    solver: Solver
+    model: ModelSource
+    dtype: torch.dtype
+    rewards: RewardSource
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, config: DictConfig) -> "RunParts":
+        """Of a checked ``train`` config; ValueError for whatever can be known to fail, before anything is made."""
+        if Path(config.name).name != config.name:
+            raise ValueError(f"name must be a word without slashes, got {config.name!r}; output= takes a path")
+        check_seed(config.seed)
+        training, runtime = Training(**config.train), read_runtime(config)
+        if runtime.profile:
+            check_iterations(training.iterations)
+        texts, held_out = (
+            load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}") for key in ("path", "held_out")
+        )
+        plain: Any = OmegaConf.to_container(config)
+        return cls(
+            output=Path(config.output),
+            resume=config.resume,
+            seed=config.seed,
+            logs_to_wandb=config.wandb,
+            training=training,
+            evaluating=Evaluating(**config.evaluate),
+            saving=Saving(**config.checkpoint),
+            distribution=Distribution(**config.distributed),
+            runtime=runtime,
+            texts=texts,
+            held_out=held_out,
+            algorithm=build(config.algorithm),
+            solver=build(config.solver),
+            model=read_model(config, lossy=build(config.lossy)),
+            dtype=getattr(torch, config.model.dtype),
+            rewards=read_rewards(config),
+            config=plain,
+        )
+
+
+def read_runtime(config: DictConfig) -> Runtime:
+    """The group ``runtime``."""
+    return Runtime(**config.runtime)
+
+
+def read_model(config: DictConfig, lossy: Lossy | None = None) -> ModelSource:
+    """The groups ``model``, ``adaptation``, ``compile`` and ``runtime``; exact, unless it is told how not."""
+    return ModelSource(
+        make=build_partial(config.model, *_OF_MODEL),
+        adaptation=build(config.adaptation),
+        compile=build(config.compile),
+        runtime=read_runtime(config),
+        lossy=lossy,
+    )
+
+
+def read_rewards(config: DictConfig) -> RewardSource:
+    """The group ``reward``."""
+    asked = ("terms", "watch")
+    others = OmegaConf.masked_copy(config.reward, [str(key) for key in config.reward if key not in asked])
+
+    def make_around(**given: Any) -> Rewards:
+        rewards: Rewards = build_partial(others, *asked)(**given)
+        return rewards
+
+    return RewardSource(
+        make=partial(build, config.reward),
+        make_around=make_around,
+        names={key: [str(name) for name in config.reward[key]] for key in asked},
+    )
+
+
+def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
+    """The model of a config, on its device."""
+    return read_model(config, lossy)()
+
+
+def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> Loaded:
+    """The rewards of a config, which can judge ``prompts``, and their golden scores."""
+    runtime = read_runtime(config)
+    set_threads(runtime)
+    return read_rewards(config).load(prompts, device_of(runtime))
