@@ -7,7 +7,9 @@ names the key, before anything is built.
 
 import re
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,12 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """What Hydra makes of ``configs/<name>.yaml`` and the overrides, unchecked."""
+    return deepcopy(_composed(name, tuple(overrides)))
+
+
+# one command composes the same choices several times
+@lru_cache(maxsize=16)
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_module(_CONFIGS, version_base="1.3"):
         return compose(name, overrides=list(overrides))
 

@@ -42,7 +42,7 @@ class Training:
                 f"train.learning_rate must be at most 1, got {self.learning_rate:g}; 1e-4 to 1e-3 suits most LoRA runs"
             )
         at_least("train.weight_decay", self.weight_decay, 0)
-        above("train.max_grad_norm", self.max_grad_norm, 0, "use .inf for none")
+        above("train.max_grad_norm", self.max_grad_norm, 0, "use inf for none")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}; 0 evaluates the weights")
 

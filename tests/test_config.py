@@ -1,0 +1,153 @@
+"""From words to a config: paths, quotation marks, and the config of a run that goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from fastgrpo.config import load_config
+from fastgrpo.overrides import quoted, value_of
+
+
+def begin(tmp_path: Path, *overrides: str) -> Path:
+    """The directory of a run that was begun with the overrides: its config alone."""
+    output = tmp_path / "run"
+    output.mkdir()
+    config = load_config("train", [*overrides, f"output={output}"])
+    history = [{"after_iteration": 1, "changed": {"train.iterations": [1, 2]}}]
+    OmegaConf.save({**OmegaConf.to_container(config), "history": history}, output / "config.yaml")
+    return output
+
+
+def resumed(output: Path, *overrides: str) -> Any:
+    return load_config("train", [*overrides, f"output={output}", "resume=true"])
+
+
+def differences(a: Any, b: Any, key: str = "") -> set[str]:
+    if not OmegaConf.is_dict(a) or not OmegaConf.is_dict(b):
+        return set() if a == b else {key}
+    return {found for name in {*a, *b} for found in differences(a.get(name), b.get(name), f"{key}.{name}".strip("."))}
+
+
+@pytest.mark.parametrize(
+    ("begun", "line", "changed"),
+    [
+        # the recipe is not forgotten
+        (["algorithm=flow_grpo_fast", "train.iterations=1"], ["train.iterations=2"], {"train.iterations"}),
+        (["algorithm=flow_grpo_fast"], [], set()),
+        # a value of the default config is one that is asked for, too
+        (["train.learning_rate=1e-4"], ["train.learning_rate=1e-3"], {"train.learning_rate"}),
+        # the same words again change nothing, in whatever order
+        (
+            ["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"],
+            ["algorithm.schedule.num_steps=4", "algorithm=flow_grpo"],
+            set(),
+        ),
+        # a group that is chosen anew is the group as it comes
+        (["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"], ["algorithm=flow_grpo"], {"num_steps"}),
+        # one group in another
+        (["algorithm=flow_grpo"], ["algorithm/dynamics=cps"], {"dynamics"}),
+        (["algorithm=flow_grpo"], ["algorithm/dynamics=flow_sde"], set()),
+        # a key that only the run's recipe has
+        (["algorithm/noise=elite"], ["algorithm.noise.elites=3"], {"elites"}),
+        (["+reward.weights.more=2.0"], ["+reward.weights.more=2.0"], set()),
+        ([], ["+reward.weights.more=2.0"], {"reward.weights.more"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)) or "-",
+)
+def test_a_resumed_run_keeps_its_config_but_for_what_the_line_names(
+    begun: list[str], line: list[str], changed: set[str], tmp_path: Path
+) -> None:
+    output = begin(tmp_path, *begun)
+    config = resumed(output, *line)
+    kept: Any = OmegaConf.load(output / "config.yaml")
+    assert config.resume is True
+    assert "history" not in config
+    found = {key for key in differences(kept, config) if not key.startswith(("resume", "history"))}
+    assert bool(found) == bool(changed)
+    assert all(any(part in key for part in changed) for key in found), found
+
+
+def test_an_experiment_changes_what_it_changes_by_default(tmp_path: Path) -> None:
+    output = begin(tmp_path, "experiment=flow_grpo_sd35", "train.iterations=7")
+    config = resumed(output, "experiment=flow_grpo_sd35")
+    kept: Any = OmegaConf.load(output / "config.yaml")
+    assert differences(kept, config) == {"resume", "history", "train.iterations"}
+
+
+def test_a_run_of_an_earlier_version_gets_the_keys_that_it_lacks(tmp_path: Path) -> None:
+    output = begin(tmp_path, "seed=7")
+    old: Any = OmegaConf.load(output / "config.yaml")
+    del old.checkpoint.asynchronous
+    OmegaConf.save(old, output / "config.yaml")
+    config = resumed(output)
+    assert (config.checkpoint.asynchronous, config.seed) == (True, 7)
+
+
+def test_a_key_that_the_run_does_not_have_is_unknown(tmp_path: Path) -> None:
+    output = begin(tmp_path, "algorithm/noise=gaussian")
+    with pytest.raises(ValueError, match=r"train\.itertions; did you mean train\.iterations"):
+        resumed(output, "train.itertions=3")
+
+
+def test_resuming_what_never_began_is_beginning(tmp_path: Path) -> None:
+    assert resumed(tmp_path / "none", "seed=3").seed == 3
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_home_is_written_out_in_every_path(home: Path) -> None:
+    config = load_config("train", ["output=~/a/b", "prompts.held_out='~/a/b'", 'model.weights="~/a/b"'])
+    assert {config.output, config.prompts.held_out, config.model.weights} == {str(home / "a/b")}
+    assert load_config("sample", ["run=~/a/b", "prompt=~/a"]).prompt == "~/a"
+
+
+def test_home_of_a_cache_is_that_of_whoever_opens_it(home: Path) -> None:
+    assert load_config("train", ["model=sd35_medium"]).model.condition_cache.startswith("~/")
+
+
+@pytest.mark.parametrize(
+    "path", ["a b/c (1).txt", "a,b.txt", "a=b.txt", "it's.txt", "100%.txt", "a:b.txt", "~user.txt", "@home.txt", "a;b"]
+)
+def test_a_path_is_taken_as_it_stands(path: str) -> None:
+    assert value_of(quoted(f"prompts.path={path}")) == path
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("job.slurm.partition=null", None),
+        ("job.slurm.partition='null'", "null"),
+        ("job.slurm.setup=[a,b c]", ["a", "b c"]),
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.max_minutes=inf", float("inf")),
+        ("resume=true", True),
+    ],
+)
+def test_what_is_an_expression_stays_one(override: str, value: object) -> None:
+    assert value_of(quoted(override)) == value
+
+
+def test_a_list_that_is_none_says_how_to_quote_it() -> None:
+    with pytest.raises(ValueError, match=r"'\[a'.*in quotes, as output=\"'\[a\] b'\""):
+        load_config("train", ["output=[a"])
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("algorithm.advantage.std=both", "algorithm.advantage.std must be group or global or none, got 'both'"),
+        ("train.foo=1", "unknown key train.foo; train has iterations, max_minutes, "),
+        ("train.group=1", "unknown key train.group; did you mean train.group_size"),
+        ("model.weight=a", "unknown key model.weight; did you mean model.weights"),
+    ],
+)
+def test_a_wrong_word_names_what_it_could_be(word: str, says: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config("train", [word])
+    assert str(error.value).startswith(says)
