@@ -14,6 +14,7 @@ from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.progress import Progress
+from fastgrpo.records.remarks import IN_A_ROW, not_learning
 from fastgrpo.records.stragglers import Stragglers
 
 
@@ -47,6 +48,8 @@ class Record:
     metrics: Metrics
     stragglers: Stragglers
     _progress: Progress | None = field(default=None, init=False)
+    # the rows that a remark is made of
+    _last: list[Mapping[str, float]] = field(default_factory=list, init=False)
 
     def truncate_to(self, metrics: int, ranks: int) -> None:
         self.metrics.truncate_to(metrics)
@@ -63,6 +66,8 @@ class Record:
     def row(self, iteration: int, values: Mapping[str, float]) -> None:
         assert self._progress is not None
         self.metrics.log(iteration, values)
+        self._last = [*self._last, values][-IN_A_ROW:]
+        self._progress.remark(not_learning(self._last))
         self._progress.update(iteration, values)
 
     def ranks(self, iteration: int, seconds: Mapping[str, Sequence[float]], waited_R: Sequence[float]) -> None:

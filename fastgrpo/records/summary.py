@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastgrpo.records.remarks import remarks
+
 _PACKAGES = ("fastgrpo", "torch", "triton", "diffusers", "transformers", "peft", "numpy")
 
 
@@ -27,6 +29,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "images_per_second": statistics.median(speeds) if speeds else None,
         "peak_bytes": max(_column(rows, "peak_bytes"), default=None),
         "skipped_steps": sum(_column(rows, "skipped_steps")),
+        # why some of the iterations taught nothing
+        "remarks": remarks(rows),
         "first_evaluation": evaluations[0] if evaluations else None,
         "last_evaluation": evaluations[-1] if evaluations else None,
         "hardware": hardware(),

@@ -1,0 +1,76 @@
+"""A run that cannot learn says so: from rows as metrics.jsonl has them, in the progress line and in the summary."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import Tensor
+
+from fastgrpo.records.progress import Progress
+from fastgrpo.records.remarks import not_learning, remarks
+from fastgrpo.train import train
+from tests.tiny_config import make_config
+
+GOOD = {"grad_norm": 0.3, "zero_variance_groups": 0.5, "reward/total": 0.4}
+EQUAL = {"grad_norm": 0.0, "zero_variance_groups": 1.0, "reward/total": 0.0}
+BROKEN = {"grad_norm": None, "zero_variance_groups": 0.0, "reward/total": 0.0}
+STILL = {"grad_norm": 0.0, "zero_variance_groups": 0.0, "reward/total": 0.4}
+
+
+def rows_of(*kinds: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"iteration": 0, "eval/a": 1.0}, *({"iteration": i} | kind for i, kind in enumerate(kinds, start=1))]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ((EQUAL,), ""),
+        ((EQUAL, GOOD), ""),
+        ((GOOD, EQUAL, EQUAL), "all images of a group had the same reward"),
+        ((GOOD, BROKEN, BROKEN), "not finite, so no optimizer step was taken: lower train.learning_rate"),
+        ((STILL, STILL), "the gradient was 0 although rewards differ"),
+        # with a penalty there is a gradient, and still nothing to prefer
+        ((EQUAL | {"grad_norm": 0.1}, EQUAL | {"grad_norm": 0.1}), "all images of a group had the same reward"),
+        ((BROKEN, EQUAL), ""),
+        ((EQUAL, EQUAL, GOOD), ""),
+    ],
+)
+def test_two_iterations_in_a_row_without_a_gradient_are_remarked_on(kinds: tuple[dict, ...], says: str) -> None:
+    why = not_learning(rows_of(*kinds))
+    assert says in why
+    assert bool(why) == bool(says)
+
+
+def test_each_stretch_is_one_remark_that_says_when() -> None:
+    found = remarks(rows_of(GOOD, EQUAL, EQUAL, EQUAL, GOOD, GOOD, BROKEN, BROKEN, GOOD))
+    assert [remark.split(":")[0] for remark in found] == ["iterations 2 to 4", "iterations 7 to 8"]
+    assert remarks(rows_of(GOOD, EQUAL, GOOD, EQUAL, GOOD)) == []
+
+
+def test_the_line_says_it_once_in_full_and_in_short_until_it_is_over() -> None:
+    file = io.StringIO()
+    with Progress(5, every=1, console=Console(file=file, width=200)) as progress:
+        for iteration, text in enumerate(("", "why", "why", ""), start=1):
+            progress.remark(text)
+            progress.update(iteration, {})
+    lines = file.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("not learning: ")] == ["not learning: why"]
+    assert ["not learning" in line for line in lines if line.startswith("iteration")] == [False, True, True, False]
+
+
+def constant(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    return images_BCHW.new_full((len(prompts),), 0.25)
+
+
+def test_a_run_with_a_constant_reward_says_so_where_its_user_looks(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("reward=custom", "reward.path=tests.records.test_remarks.constant", "reward.golden=false")
+    output = train(make_config(tiny_weights, tmp_path / "run", *settings, "algorithm.objective.kl_coef=0.0"))
+    shown = capsys.readouterr().out
+    assert "not learning: all images of a group had the same reward (0.25 on average)" in " ".join(shown.split())
+    (remark,) = json.loads((output / "summary.json").read_text())["remarks"]
+    assert remark.startswith("iterations 1 to 2: all images of a group had the same reward (0.25 on average)")
