@@ -100,7 +100,9 @@ class SameRun:
             return []
         changed = {change.key: [change.before, change.after] for change in self._changes}
         history = [*self._history, {"after_iteration": iteration, "changed": changed}]
-        write_whole(self.directory.config, _yaml({**self.config, _HISTORY: history}).encode())
+        # that this process resumed says nothing of the run
+        config = {**self.config, "resume": self._begun["resume"], _HISTORY: history}
+        write_whole(self.directory.config, _yaml(config).encode())
         return [f"from iteration {iteration + 1} on: {change}" for change in self._changes]
 
 

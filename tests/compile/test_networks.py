@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["clip", "blip"])
+@pytest.mark.parametrize("name", ["clip", pytest.param("blip", marks=pytest.mark.slow)])
 def test_inductor_scores_as_eager_does_for_any_batch_and_compiles_once(name: str) -> None:
     make, inputs = NETWORKS[name]
     network = make()
@@ -51,6 +51,7 @@ def test_inductor_computes_the_trunk_in_its_precision_and_scores_in_float32() ->
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_shipped_scorer_runs_on_inductor() -> None:
     golden = golden_set()
     eager_B = clip_score(path="shapes", backend=Eager())(golden.images_BCHW, golden.prompts)
