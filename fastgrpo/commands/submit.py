@@ -20,6 +20,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.health import Preempted, TrainingError
+from fastgrpo.parts import RunParts
 from fastgrpo.train import train
 
 _LAUNCHERS = ("submitit_slurm", "submitit_local")
@@ -33,6 +34,8 @@ def submit(config: DictConfig) -> Path:
     """
     if config.job.launcher not in _LAUNCHERS:
         raise ValueError(f"job.launcher must be one of {', '.join(_LAUNCHERS)}, got {config.job.launcher!r}")
+    # what can be known to fail is not worth a place in the queue
+    RunParts.read(config)
     # read when submitit is imported, here and in the job
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
     try:
