@@ -341,3 +341,5 @@ def test_a_recipe_may_be_assembled_from_parts_alone(tiny_weights: Path, tmp_path
     run = SameRun.find(parts.output, parts.config, resume=False, world=World())
     trainer = assemble(parts, PolicyRank(world=World()), run)
     assert trainer.rollout.seed == 11
+    # as the default config says, and not as the class does
+    assert trainer.checkpoint.asynchronous
