@@ -147,7 +147,7 @@ def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer
             world,
             config.checkpoint.asynchronous,
         ),
-        health=Health(failed_batch=directory.failed_batch(world.rank)),
+        health=Health(failed_batch=directory.failed_batch(world.rank), clip_range=algorithm.objective.clip_range),
         record=_build_record(config, directory, world),
         num_iterations=settings.iterations,
         max_seconds=60 * settings.max_minutes,

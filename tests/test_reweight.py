@@ -114,7 +114,7 @@ def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
 def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> None:
     model = make_model(tiny_weights)
     rolled = roll(model, FlowSDE(0.7), 6)
-    assert [len(part[0]) for part in rolled.gradients] == [4, 2]
+    assert [part.log_prob_TB.shape[1] for part in rolled.gradients] == [4, 2]
     conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
     for b in range(6):
         sample = rolled.trained.map(lambda part_TB, b=b: part_TB[:, b : b + 1])
@@ -126,7 +126,7 @@ def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> N
             )
             total = total + log_prob_B.sum()
         expected = torch.autograd.grad(total, list(model.trainable.values()), allow_unused=True, materialize_grads=True)
-        found = [weight_B[b % 4] for weight_B in rolled.gradients[b // 4]]
+        found = [weight_B[b % 4] for weight_B in rolled.gradients[b // 4].weights]
         largest = max(gradient.abs().max().item() for gradient in expected)
         for ours, alone in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4 * largest)
@@ -145,7 +145,7 @@ def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay
         shares = update.shares(6, 5)
         rows = [row for share in shares for row in share]
         rolled = roll(model, FlowSDE(0.7), update.num_differentiated(shares), rows=rows)
-        assert sum(len(part[0]) for part in rolled.gradients) == (6 // optimizer_steps if reweights else 0)
+        assert sum(part.log_prob_TB.shape[1] for part in rolled.gradients) == (6 // optimizer_steps if reweights else 0)
         conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE).take(rows)
         stats.append(update(rolled.trained, conditions, ADVANTAGES[rows], shares, rolled.gradients))
         moved.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
