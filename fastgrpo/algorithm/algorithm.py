@@ -86,12 +86,12 @@ class Algorithm:
         return steps
 
     def _check_dynamics(self, step: int) -> None:
-        where = f"on step {step}, from t = {self.grid[step]:.6g} to {self.grid[step + 1]:.6g}, which is trained"
+        where = f"on step {step}, from t = {self.grid[step]:.4g} to {self.grid[step + 1]:.4g}, which is trained"
         try:
             coefficients = self.dynamics(self.grid, step)
         except ArithmeticError as error:
             raise ValueError(
-                f"algorithm.dynamics fails {where}: {error}; use a noise_level between .1 and 1"
+                f"algorithm.dynamics fails {where} ({type(error).__name__}); use a noise_level between .1 and 1"
             ) from error
         if coefficients.std == 0:
             raise ValueError(f"algorithm.dynamics adds no noise {where}; use algorithm/dynamics=flow_sde")
