@@ -23,11 +23,12 @@ def make_trainer(weights: Path, output: Path, *words: str) -> Trainer:
     return build_trainer(make_config(weights, output, "seed=5", "reward.golden=false", *words))
 
 
-def test_a_group_starts_from_the_candidate_whose_estimate_has_the_best_reward(
+def test_a_searched_group_starts_from_the_candidate_whose_estimate_has_the_best_reward(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("algorithm/noise=best_of_k", "algorithm.noise.start=shared", "algorithm.noise.candidates=4")
-    trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
+    words = ("algorithm/noise=elite", "algorithm.noise.start=mean", "algorithm.noise.project=best")
+    words += ("algorithm.noise.candidates=4", "algorithm.noise.elites=1", "algorithm.noise.mix=0.5")
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *words, "train.prompts_per_iteration=4")
     times: list[float] = []
     run = PipelineModel._run
 
@@ -41,16 +42,21 @@ def test_a_group_starts_from_the_candidate_whose_estimate_has_the_best_reward(
         noise = trainer.start_noise(samples)
     assert sorted(set(times), reverse=True) == pytest.approx(ESTIMATE_TIMES[:-1])
     assert noise.estimates_PG is not None
+    is_searched_P = ~noise.estimates_PG.isnan().any(dim=1)
+    # so that places among the searched are not those among all
+    assert is_searched_P.tolist() == [False, True, True, False]
     shape = trainer.model.latent_shape
+    start_PGCHW = noise.start_BCHW.unflatten(0, (4, 3))
     for p, (text, prompt_id) in enumerate(zip(samples.prompts.texts, samples.prompts.ids, strict=True)):
-        drawn = philox_normal(5, 1, torch.tensor([prompt_id]), torch.arange(4), math.prod(shape))
-        candidates_KCHW = drawn.view(4, *shape)
-        scores_K = estimate(trainer, candidates_KCHW, text)
-        best = int(scores_K.argmax())
-        assert scores_K.sort().values.diff()[-1] > 1e-4
-        for start_CHW in noise.start_BCHW.unflatten(0, (2, 3))[p]:
-            torch.testing.assert_close(start_CHW, candidates_KCHW[best])
-        torch.testing.assert_close(noise.estimates_PG[p], scores_K[best].expand(3), rtol=1e-3, atol=0)
+        stream, num = (1, 4) if is_searched_P[p] else (0, 3)
+        drawn = philox_normal(5, stream, torch.tensor([prompt_id]), torch.arange(num), math.prod(shape))
+        expected_GCHW = drawn.view(num, *shape)
+        if is_searched_P[p]:
+            scores_K = estimate(trainer, expected_GCHW, text)
+            assert scores_K.sort().values.diff()[-1] > 1e-4
+            expected_GCHW = expected_GCHW[scores_K.argmax()].expand(3, -1, -1, -1)
+            torch.testing.assert_close(noise.estimates_PG[p], scores_K.max().expand(3), rtol=1e-4, atol=0)
+        torch.testing.assert_close(start_PGCHW[p], expected_GCHW)
 
 
 @torch.no_grad()
