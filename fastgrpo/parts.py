@@ -57,11 +57,18 @@ class RunParts:
         if Path(config.name).name != config.name:
             raise ValueError(f"name must be a word without slashes, got {config.name!r}; output= takes a path")
         check_seed(config.seed)
-        training, runtime = Training(**config.train), read_runtime(config)
+        training, evaluating, runtime = Training(**config.train), Evaluating(**config.evaluate), read_runtime(config)
         if runtime.profile:
             check_iterations(training.iterations)
         texts, held_out = (
             load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}") for key in ("path", "held_out")
+        )
+        algorithm: Algorithm = build(config.algorithm)
+        algorithm.check(
+            evaluation_steps=evaluating.num_steps,
+            group_size=training.group_size,
+            iterations=training.iterations,
+            seed=config.seed,
         )
         plain: Any = OmegaConf.to_container(config)
         return cls(
@@ -70,13 +77,13 @@ class RunParts:
             seed=config.seed,
             logs_to_wandb=config.wandb,
             training=training,
-            evaluating=Evaluating(**config.evaluate),
+            evaluating=evaluating,
             saving=Saving(**config.checkpoint),
             distribution=Distribution(**config.distributed),
             runtime=runtime,
             texts=texts,
             held_out=held_out,
-            algorithm=build(config.algorithm),
+            algorithm=algorithm,
             solver=build(config.solver),
             model=read_model(config, lossy=build(config.lossy)),
             dtype=getattr(torch, config.model.dtype),

@@ -20,7 +20,7 @@ from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.types import Conditions, Samples, TrainedSteps, Trajectories
+from fastgrpo.types import Conditions, SampleGradients, Samples, TrainedSteps, Trajectories
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
 
 Result = TypeVar("Result")
@@ -109,7 +109,7 @@ class Rollout:
         noise: dict[int, PhiloxNoise],
         num_differentiated: int,
         most: int,
-    ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
+    ) -> tuple[Tensor, TrainedSteps, list[SampleGradients]]:
         """Latents after the window, what is stored of its trained steps, and the gradients that were taken."""
         if num_differentiated in (0, len(x_BCHW)):
             return self._in_window(x_BCHW, conditions, steps, noise, num_differentiated > 0, most)
@@ -135,13 +135,14 @@ class Rollout:
         noise: dict[int, PhiloxNoise],
         with_gradients: bool,
         most: int,
-    ) -> tuple[Tensor, TrainedSteps, list[list[Tensor]]]:
+    ) -> tuple[Tensor, TrainedSteps, list[SampleGradients]]:
+        """The same of samples that are all differentiated or none of them."""
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
             none_TB = x_BCHW.new_empty(0, len(x_BCHW))
             return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, none_TB, none_TBCHW), []
 
-        def run(batch: Batch) -> tuple[Tensor, TrainedSteps, list[Tensor]]:
+        def run(batch: Batch) -> tuple[Tensor, TrainedSteps, SampleGradients]:
             step_noise = {
                 step: replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
                 for step, n in noise.items()
@@ -150,11 +151,16 @@ class Rollout:
                 batch.of(x_BCHW), batch.conditions(conditions), steps, step_noise, with_gradients
             )
             kept = slice(batch.count)
-            return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), [gradient[kept] for gradient in gradients]
+            return x[kept], trained.map(lambda part_TB: part_TB[:, kept]), gradients.first(batch.count)
 
-        x, trained, gradients = zip(
-            *(part for _, part in self._cut(len(x_BCHW), self.batch_sizes.training, run, most)), strict=True
-        )
+        size, before = self.batch_sizes.training, 0
+        parts: list[tuple[Tensor, TrainedSteps, SampleGradients]] = []
+        while size.value != before:
+            # begun anew where a batch did not fit: update replays all in batches of one size, which round alike
+            before = size.value
+            parts.clear()
+            parts += [part for _, part in self._cut(len(x_BCHW), size, run, most)]
+        x, trained, gradients = zip(*parts, strict=True)
         return torch.cat(x), trained[0].cat(*trained[1:]), list(gradients) if with_gradients else []
 
     def _stochastic(
@@ -164,8 +170,8 @@ class Rollout:
         steps: range,
         noise: dict[int, PhiloxNoise],
         with_gradients: bool,
-    ) -> tuple[Tensor, TrainedSteps, list[Tensor]]:
-        x, x_next, log_prob, unconditional = [], [], [], []
+    ) -> tuple[Tensor, TrainedSteps, SampleGradients]:
+        x, x_next, log_prob, differentiated, unconditional = [], [], [], [], []
         gradients: list[Tensor] = []
         for step in steps:
             if step not in noise:
@@ -174,7 +180,10 @@ class Rollout:
                 continue
             x.append(x_BCHW)
             if with_gradients:
-                x_BCHW, log_prob_B, v_BCHW = self._differentiated(x_BCHW, conditions, step, noise[step], gradients)
+                x_BCHW, log_prob_B, replayed_B, v_BCHW = self._differentiated(
+                    x_BCHW, conditions, step, noise[step], gradients
+                )
+                differentiated.append(replayed_B)
             else:
                 v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
                 x_BCHW, log_prob_B = self.dynamics(self.grid, step).step(x_BCHW, v_BCHW, noise[step])
@@ -189,12 +198,16 @@ class Rollout:
             torch.stack(log_prob),
             torch.stack(unconditional) if unconditional else x_BCHW.new_empty(0, *x_BCHW.shape),
         )
-        return x_BCHW, trained, gradients
+        of_TB = torch.stack(differentiated) if differentiated else x_BCHW.new_empty(0, len(x_BCHW))
+        return x_BCHW, trained, SampleGradients(of_TB, gradients)
 
     def _differentiated(
         self, x_BCHW: Tensor, conditions: Conditions, step: int, noise: PhiloxNoise, gradients: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | GuidedVelocity]:
-        """One step, whose gradient of log_prob by each sample's weights is added to ``gradients``, empty at first."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | GuidedVelocity]:
+        """x_next, its log_prob, the same computed again as update would, and v of one step.
+
+        The gradient of the second log_prob by each sample's weights is added to ``gradients``, empty at first.
+        """
         coefficients = self.dynamics(self.grid, step)
         with self.model.by_sample(len(x_BCHW)) as weights_B, torch.enable_grad():
             v_BCHW = self.model.velocity(x_BCHW, self.grid[step], conditions)
@@ -205,7 +218,7 @@ class Rollout:
             torch._foreach_add_(gradients, found)
         else:
             gradients.extend(found)
-        return x_next_BCHW, log_prob_B, v_BCHW.detach()
+        return x_next_BCHW, log_prob_B, replayed_B.detach(), v_BCHW.detach()
 
     def _images(
         self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None], most: int

@@ -138,7 +138,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
         checkpoint=_checkpoint(parts, run),
-        health=Health(failed_batch=run.directory.failed_batch(world.rank)),
+        health=Health(failed_batch=run.directory.failed_batch(world.rank), clip_range=algorithm.objective.clip_range),
         record=_record(parts, run),
         num_iterations=training.iterations,
         max_seconds=60 * training.max_minutes,

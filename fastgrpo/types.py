@@ -150,17 +150,32 @@ class TrainedSteps:
 
 
 @dataclass(frozen=True)
+class SampleGradients:
+    """What a rollout took of some samples, so that update need not replay them.
+
+    ``log_prob_TB`` is what was differentiated; ``weights`` are, of each trained weight, by each sample, the gradient of
+    its sum over trained steps: [B, ...].
+    """
+
+    log_prob_TB: Tensor
+    weights: list[Tensor]
+
+    def first(self, count: int) -> "SampleGradients":
+        """Of the first ``count`` samples."""
+        return SampleGradients(self.log_prob_TB[:, :count], [weight_B[:count] for weight_B in self.weights])
+
+
+@dataclass(frozen=True)
 class Trajectories:
     """B images (float32, in [0, 1]) and the trained steps that led to them.
 
-    ``gradients``, where the rollout took them: of each trained weight, by each sample, the gradient of the sum of its
-    log_prob over trained steps, [b, ...] in parts whose samples together are the B.
+    ``gradients``, where the rollout took them, are those of its first samples, in parts.
     """
 
     images_BCHW: Tensor
     start_BCHW: Tensor
     trained: TrainedSteps
-    gradients: list[list[Tensor]] = field(default_factory=list)
+    gradients: list[SampleGradients] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     loss  = mean over samples and trained steps of objective(ratio, advantage, KL to the reference)
 
 A replay runs the same function on the same micro-batch as the rollout did, so before the first optimizer step of an
-iteration the ratio is exactly 1 in float32.  Source: Flow-GRPO, arXiv:2505.05470.
+iteration the ratio is exactly 1; ``health`` stops a run in which it is not.  Source: Flow-GRPO, arXiv:2505.05470.
 
 On several ranks each replays its own samples; gradients are sums over samples, added over the ranks once an optimizer
 step and then divided by the number of terms, so that nothing depends on who had how many.
@@ -27,7 +27,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.types import Conditions, TrainedSteps
+from fastgrpo.types import Conditions, SampleGradients, TrainedSteps
 from fastgrpo_kernels import GRPOStats
 
 # the rows of each optimizer step, ascending, among the samples of all ranks
@@ -40,7 +40,11 @@ class RanksDiffer(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over the iteration, but ``ratio_deviation``: max |ratio - 1| before its first optimizer step."""
+    """Means over the iteration, but ``ratio_deviation``: max |ratio - 1| before its first optimizer step.
+
+    It compares the log_prob of the gradient with the stored one, of every sample and trained step of the first share;
+    NaN where a batch did not fit, so that the samples were replayed in smaller ones, which may round otherwise.
+    """
 
     loss: float
     kl: float
@@ -84,29 +88,32 @@ class Update:
         conditions_B: Conditions,
         advantages_B: Tensor,
         shares: Shares,
-        gradients: Sequence[Sequence[Tensor]] = (),
+        gradients: Sequence[SampleGradients] = (),
     ) -> UpdateStats:
         """One row a sample of this rank, those of the first of the iteration's ``shares`` first.
 
         ``gradients`` are those of the ``num_differentiated`` first samples.
         """
-        first: list[_Seen] = []
-        others: list[_Seen] = []
-        grad_norms = []
-        end = 0
+        seen: list[_Seen] = []
+        grad_norms: list[Tensor] = []
+        size, end = self.batch_size.value, 0
         for share, own in zip(shares, pieces(shares, self.world.size)[self.world.rank], strict=True):
             begin, end = end, end + len(own)
             most = -(-len(share) // self.world.size)
             samples = _take(slice(begin, end), trained, conditions_B, advantages_B)
-            if first:
-                others += self._accumulate(*samples, most, is_on_policy=False)
-            elif gradients:
-                first = [self._reweight(samples[0], samples[2], gradients)]
+            if grad_norms:
+                seen += self._accumulate(*samples, most, is_on_policy=False)
             else:
                 # the old policy's branch of guidance is the policy's own until the first optimizer step
-                first = self._accumulate(*samples, most, is_on_policy=True)
+                seen = (
+                    self._reweight(samples[0], samples[2], gradients)
+                    if gradients
+                    else self._accumulate(*samples, most, is_on_policy=True)
+                )
+                deviation = torch.stack([s.stats.ratio_deviation for s in seen]).max()
+                deviation = deviation if self.batch_size.value == size else torch.full_like(deviation, math.nan)
             grad_norms.append(self._optimizer_step(num_terms=len(share) * len(trained.steps)))
-        return self._summarize(first, others, torch.stack(grad_norms))
+        return self._summarize(seen, deviation, torch.stack(grad_norms))
 
     def shares(self, num_samples: int, iteration: int) -> Shares:
         """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
@@ -126,21 +133,27 @@ class Update:
         """Of how many of this rank's first samples the rollout is to take gradients: of the first optimizer step's."""
         return len(pieces(shares, self.world.size)[self.world.rank][0]) if self.reweights else 0
 
-    def _reweight(self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[Sequence[Tensor]]) -> "_Seen":
+    def _reweight(
+        self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[SampleGradients]
+    ) -> list["_Seen"]:
         """Leave the gradient of the summed loss: the sum of d loss / d log_prob times d log_prob / d weights.
 
         On the policy the ratio is 1, where the loss has one derivative a sample for all of its steps.  LeanGRPO (2026).
         """
-        old_B = trained.log_prob_TB[0]
-        log_prob_B = old_B.clone().requires_grad_()
-        loss, stats = self.objective(log_prob_B, old_B, advantages_B, torch.zeros_like(old_B))
-        (factor_B,) = torch.autograd.grad(loss, log_prob_B, torch.full_like(loss, len(old_B)))
-        sizes = [len(part[0]) for part in gradients]
+        log_prob_TB = torch.cat([part.log_prob_TB for part in gradients], dim=1)
+        no_kl_B = torch.zeros_like(log_prob_TB[0])
+        log_prob_B = log_prob_TB[0].clone().requires_grad_()
+        loss, _ = self.objective(log_prob_B, log_prob_B.detach(), advantages_B, no_kl_B)
+        (factor_B,) = torch.autograd.grad(loss, log_prob_B, torch.full_like(loss, len(log_prob_B)))
+        sizes = [part.log_prob_TB.shape[1] for part in gradients]
         for place, weight in enumerate(self.model.trainable.values()):
             weight.grad = torch.zeros_like(weight)
             for factor_b, part in zip(factor_B.split(sizes), gradients, strict=True):
-                weight.grad += torch.tensordot(factor_b.to(weight.dtype), part[place], dims=1)
-        return _Seen(len(advantages_B), loss.detach(), stats)
+                weight.grad += torch.tensordot(factor_b.to(weight.dtype), part.weights[place], dims=1)
+        # the statistics do not assume that it is: they compare with what was stored
+        steps = zip(log_prob_TB, trained.log_prob_TB, strict=True)
+        seen = [self.objective(log_prob_B, old_B, advantages_B, no_kl_B) for log_prob_B, old_B in steps]
+        return [_Seen(len(advantages_B), loss, stats) for loss, stats in seen]
 
     def _accumulate(
         self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, most: int, *, is_on_policy: bool
@@ -213,14 +226,13 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _summarize(self, first: list["_Seen"], others: list["_Seen"], grad_norms: Tensor) -> UpdateStats:
+    def _summarize(self, seen: list["_Seen"], deviation: Tensor, grad_norms: Tensor) -> UpdateStats:
         """Read everything at once, of all ranks: the only time that an update waits for the device."""
-        seen = [s for s in first + others if s.num_samples]
-        deviation = torch.stack([s.stats.ratio_deviation for s in first]).max().double()
+        seen = [s for s in seen if s.num_samples]
         num_terms = torch.tensor([sum(s.num_samples for s in seen)], dtype=torch.float64)
         num_terms = num_terms.to(grad_norms.device, non_blocking=True)
         own = torch.cat(
-            [torch.stack([s.sums() for s in seen]).sum(dim=0), num_terms, deviation[None], grad_norms.double()]
+            [torch.stack([s.sums() for s in seen]).sum(dim=0), num_terms, deviation.double()[None], grad_norms.double()]
         )
         rows = self.world.table(own, "statistics").tolist()
         sums, total = [sum(row[i] for row in rows) for i in range(4)], sum(row[4] for row in rows)

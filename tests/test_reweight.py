@@ -1,5 +1,6 @@
 """Gradients that the rollout takes of single samples, weighted by advantages, are those of a replay."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.algorithm.dynamics import CPS, Dynamics, FlowSDE
+from fastgrpo.algorithm.dynamics import CPS, Dynamics, FlowSDE, StepCoefficients
 from fastgrpo.algorithm.objective import ClippedSurrogate
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batch_size import BatchSize
@@ -31,7 +32,7 @@ def make_model(weights: Path, adaptation=None, **settings) -> StableDiffusion3:
     model = StableDiffusion3(
         weights=str(weights),
         adaptation=adaptation or LoRA(rank=4),
-        resolution=64,
+        resolution=32,
         max_sequence_length=0,
         use_t5=False,
         **settings,
@@ -51,7 +52,7 @@ def roll(
     rows: Sequence[int] = range(6),
 ):
     """Of samples in the order of ``rows``."""
-    start = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1))[list(rows)]
+    start = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(1))[list(rows)]
     samples = Samples(PROMPTS, GROUP_SIZE, tuple(rows))
     rollout = Rollout(
         model=model,
@@ -77,8 +78,11 @@ def make_update(model: StableDiffusion3, dynamics: Dynamics, *, learning_rate: f
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0}, {"checkpointing": True}], ids=str)
-@pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.8)], ids=lambda piece: type(piece).__name__)
+@pytest.mark.parametrize(
+    ("dynamics", "settings"),
+    [(FlowSDE(0.7), {}), (CPS(0.8), {"guidance_scale": 3.0}), (CPS(0.8), {"checkpointing": True})],
+    ids=["FlowSDE", "CPS guided", "CPS checkpointing"],
+)
 def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings: dict, tiny_weights: Path) -> None:
     steps, stats = [], []
     for reweights in (False, True):
@@ -102,6 +106,32 @@ def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings
     assert stats[1].ratio_deviation == stats[0].ratio_deviation == 0.0
 
 
+class Misreported(StepCoefficients):
+    """A step that is not as probable as it says."""
+
+    def step(self, *arguments):
+        x_next, log_prob_B = super().step(*arguments)
+        return x_next, log_prob_B + 0.5
+
+
+def misreporting(grid: Sequence[float], step: int) -> StepCoefficients:
+    """Of the two trained steps the second."""
+    coefficients = FlowSDE(0.7)(grid, step)
+    return Misreported(**vars(coefficients)) if step == STEPS[1] else coefficients
+
+
+@pytest.mark.parametrize("reweights", [False, True])
+def test_a_stored_log_prob_that_is_not_the_one_of_the_gradient_is_seen(reweights: bool, tiny_weights: Path) -> None:
+    model = make_model(tiny_weights)
+    update = make_update(model, misreporting, reweights=reweights)
+    shares = update.shares(6, 0)
+    rolled = roll(model, misreporting, update.num_differentiated(shares))
+    conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
+    stats = update(rolled.trained, conditions, ADVANTAGES, shares, rolled.gradients)
+    assert stats.ratio_deviation == pytest.approx(1 - math.exp(-0.5), rel=1e-5)
+    assert stats.clip_fraction == 0.5
+
+
 def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
     plain = roll(make_model(tiny_weights), FlowSDE(0.7))
     for count in (6, 3):
@@ -114,7 +144,7 @@ def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
 def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> None:
     model = make_model(tiny_weights)
     rolled = roll(model, FlowSDE(0.7), 6)
-    assert [len(part[0]) for part in rolled.gradients] == [4, 2]
+    assert [part.log_prob_TB.shape[1] for part in rolled.gradients] == [4, 2]
     conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
     for b in range(6):
         sample = rolled.trained.map(lambda part_TB, b=b: part_TB[:, b : b + 1])
@@ -126,26 +156,24 @@ def test_each_sample_has_the_gradient_that_it_has_alone(tiny_weights: Path) -> N
             )
             total = total + log_prob_B.sum()
         expected = torch.autograd.grad(total, list(model.trainable.values()), allow_unused=True, materialize_grads=True)
-        found = [weight_B[b % 4] for weight_B in rolled.gradients[b // 4]]
+        found = [weight_B[b % 4] for weight_B in rolled.gradients[b // 4].weights]
         largest = max(gradient.abs().max().item() for gradient in expected)
         for ours, alone in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize("optimizer_steps", [2, 3])
-def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay(
-    optimizer_steps: int, tiny_weights: Path
-) -> None:
+def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay(tiny_weights: Path) -> None:
     moved, stats = [], []
     for reweights in (False, True):
         model = make_model(tiny_weights, guidance_scale=3.0)
         before = [weight.detach().clone() for weight in model.trainable.values()]
-        settings = {"optimizer_steps": optimizer_steps, "reweights": reweights, "learning_rate": 1e-2}
+        settings = {"optimizer_steps": 4, "reweights": reweights, "learning_rate": 1e-2}
         update = make_update(model, FlowSDE(0.7), **settings)
         shares = update.shares(6, 5)
         rows = [row for share in shares for row in share]
         rolled = roll(model, FlowSDE(0.7), update.num_differentiated(shares), rows=rows)
-        assert sum(len(part[0]) for part in rolled.gradients) == (6 // optimizer_steps if reweights else 0)
+        # 6 samples are 2 + 2 + 1 + 1
+        assert sum(part.log_prob_TB.shape[1] for part in rolled.gradients) == (2 if reweights else 0)
         conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE).take(rows)
         stats.append(update(rolled.trained, conditions, ADVANTAGES[rows], shares, rolled.gradients))
         moved.append([old - weight for old, weight in zip(before, model.trainable.values(), strict=True)])
@@ -153,9 +181,11 @@ def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay
     for one, other in zip(*moved, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * largest)
     assert stats[0].ratio_deviation == stats[1].ratio_deviation == 0.0
-    # the later steps saw a policy that had moved
-    assert stats[0].approx_kl > 0
+    # the later steps saw a policy that had moved; a term counts alike in whichever step
+    assert stats[1].approx_kl == pytest.approx(stats[0].approx_kl, rel=1e-2)
     assert stats[1].approx_kl > 0
+    assert stats[1].clip_fraction == stats[0].clip_fraction > 0
+    assert stats[1].loss == pytest.approx(stats[0].loss, rel=1e-4)
 
 
 def test_where_it_would_be_wrong_it_is_refused(tiny_weights: Path) -> None:

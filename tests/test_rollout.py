@@ -100,6 +100,27 @@ def test_the_micro_batch_changes_no_trajectory(micro_batch: int, model: StableDi
         torch.testing.assert_close(part, of_whole, atol=1e-5, rtol=1e-5)
 
 
+def test_a_window_that_does_not_fit_is_begun_anew_so_that_all_its_batches_are_of_one_size(
+    model: StableDiffusion3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = roll(model, micro_batch=2).trained
+    velocity, calls = model.velocity, []
+
+    def in_little_memory(x_BCHW: Tensor, *arguments):
+        calls.append(len(x_BCHW))
+        # the second batch of the window, whose first has run its four steps
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("too many samples")
+        return velocity(x_BCHW, *arguments)
+
+    monkeypatch.setattr(model, "velocity", in_little_memory)
+    found = roll(model, micro_batch=4).trained
+    # what is left of the first try, the window, and the last step, in batches of a size of its own
+    assert calls == [4] * 5 + [2] * 4 + [2] * 12 + [4] * 2
+    for one, other in zip(found.tensors, expected.tensors, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_prompt_has_its_noise_whatever_its_company(model: StableDiffusion3) -> None:
     together = roll(model, micro_batch=3)
     start = make_start(6)[3:]

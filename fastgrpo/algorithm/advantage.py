@@ -3,6 +3,7 @@
 advantage = clip((reward - mean of the group) / (std + eps), -clamp, clamp)
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +23,13 @@ class GroupAdvantage:
 
     def __post_init__(self) -> None:
         if self.std not in ("group", "global", "none"):
-            raise ValueError(f"advantage.std must be group, global or none, got {self.std!r}")
-        if self.eps <= 0:
-            raise ValueError(f"advantage.eps must be positive, got {self.eps}; 1e-4 is Flow-GRPO's")
-        if self.clamp <= 0:
-            raise ValueError(f"advantage.clamp must be positive, got {self.clamp}; use .inf for no limit")
+            raise ValueError(f"algorithm.advantage.std must be group, global or none, got {self.std!r}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"algorithm.advantage.eps must be positive and finite, got {self.eps}; 1e-4 is Flow-GRPO's"
+            )
+        if not self.clamp > 0:
+            raise ValueError(f"algorithm.advantage.clamp must be positive, got {self.clamp}; use .inf for no limit")
 
     def __call__(self, rewards_PG: Tensor) -> Tensor:
         """Advantages [P, G] in float32.  ``rewards_PG`` are those of the whole iteration, on all GPUs."""

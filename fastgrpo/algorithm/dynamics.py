@@ -133,7 +133,7 @@ class CPS:
         _check_positive(self.noise_level)
         if self.noise_level > 1:
             raise ValueError(
-                f"dynamics.noise_level of CPS must be at most 1, got {self.noise_level}; 1 is all new noise"
+                f"algorithm.dynamics.noise_level of CPS must be at most 1, got {self.noise_level}; 1 is all new noise"
             )
 
     def __call__(self, grid: Sequence[float], step: int) -> StepCoefficients:
@@ -167,5 +167,8 @@ def _deterministic(c_x: float, c_v: float) -> StepCoefficients:
 def _check_positive(noise_level: float) -> None:
     if not noise_level > 0:
         raise ValueError(
-            f"dynamics.noise_level must be positive, got {noise_level}; use algorithm/dynamics=ode for no noise"
+            f"algorithm.dynamics.noise_level must be positive, got {noise_level}; use algorithm/dynamics=ode for no "
+            "noise"
         )
+    if noise_level == math.inf:
+        raise ValueError(f"algorithm.dynamics.noise_level must be finite, got {noise_level}; .7 is Flow-GRPO's")

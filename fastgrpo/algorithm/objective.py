@@ -4,6 +4,7 @@ ratio = exp(log_prob - old_log_prob)
 loss  = mean over B of max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) + kl_coef * kl
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,10 +21,13 @@ class ClippedSurrogate:
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_range < 1:
-            raise ValueError(f"objective.clip_range must lie in (0, 1), got {self.clip_range}; 1e-4 is Flow-GRPO's")
-        if self.kl_coef < 0:
             raise ValueError(
-                f"objective.kl_coef must not be negative, got {self.kl_coef}; use 0 for no reference policy"
+                f"algorithm.objective.clip_range must lie in (0, 1), got {self.clip_range}; 1e-4 is Flow-GRPO's"
+            )
+        if not 0 <= self.kl_coef < math.inf:
+            raise ValueError(
+                f"algorithm.objective.kl_coef must be finite and not negative, got {self.kl_coef}; use 0 for no "
+                "reference policy"
             )
 
     def __call__(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 # height and width in pixels of what becomes one token of FLUX
 _TOKEN_SIDE = 16
+# exp(10) leaves nearly all steps at t = 1
+_MAX_MU = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,18 @@ class FluxSchedule:
     max_shift: float = 1.15
 
     def __post_init__(self) -> None:
-        _check(self.num_steps, self.shift)
+        for field in ("base_shift", "max_shift"):
+            if not abs(getattr(self, field)) <= _MAX_MU:
+                raise ValueError(
+                    f"algorithm.schedule.{field} must lie in [-{_MAX_MU:g}, {_MAX_MU:g}], got {getattr(self, field)}; "
+                    "FLUX.1-dev has .5 and 1.15"
+                )
         if self.resolution < _TOKEN_SIDE:
-            raise ValueError(f"schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self.resolution}")
+            raise ValueError(
+                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self.resolution}; it is "
+                "model.resolution"
+            )
+        _check(self.num_steps, self.shift)
 
     @property
     def shift(self) -> float:
@@ -77,13 +88,16 @@ class FluxSchedule:
 
 
 def _shift(u: float, shift: float) -> float:
-    return shift * u / (1.0 + (shift - 1.0) * u)
+    # rounding makes a little more than 1 of it for some shifts below 1
+    return 1.0 if u == 1.0 else shift * u / (1.0 + (shift - 1.0) * u)
 
 
 def _check(num_steps: int, shift: float) -> None:
     if num_steps < 1:
         raise ValueError(
-            f"schedule.num_steps must be at least 1, got {num_steps}; use 10 for training, 40 for evaluation"
+            f"algorithm.schedule.num_steps must be at least 1, got {num_steps}; use 10 for training, 40 for evaluation"
         )
-    if shift <= 0:
-        raise ValueError(f"schedule.shift must be positive, got {shift}; use 1 for no shift, 3 for SD3")
+    if not 0 < shift < math.inf:
+        raise ValueError(
+            f"algorithm.schedule.shift must be positive and finite, got {shift}; use 1 for no shift, 3 for SD3"
+        )

@@ -14,9 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.noise import DECISION_STREAM, SEARCH_STREAM, START_STREAM, Candidates, NoiseDraw, Score
+from fastgrpo.algorithm.noise import (
+    DECISION_STREAM,
+    SEARCH_STREAM,
+    START_STREAM,
+    STEP_STREAM,
+    Candidates,
+    NoiseDraw,
+    Score,
+)
 from fastgrpo.types import Noise
 from fastgrpo_kernels import elite_weights
+
+# each round has a stream of noise of its own, and so have draws from what the last one was fitted to
+MAX_ROUNDS = STEP_STREAM - SEARCH_STREAM - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,32 +63,37 @@ class EliteSearch:
     def __post_init__(self) -> None:
         _check_counts(self, "rounds", "candidates", "elites", "estimate_steps")
         if self.elites > self.candidates:
-            raise ValueError(f"noise.elites must be at most candidates = {self.candidates}, got {self.elites}")
+            raise ValueError(
+                f"algorithm.noise.elites must be at most algorithm.noise.candidates = {self.candidates}, got "
+                f"{self.elites}; lower it or raise candidates"
+            )
         _check_choice(self, "start", ("mean", "elites", "contrast"))
         _check_choice(self, "project", ("sphere", "none", "best"))
         _check_choice(self, "weights", ("uniform", "rank", "softmax"))
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"noise.temperature must be positive and finite, got {self.temperature}")
+            raise ValueError(f"algorithm.noise.temperature must be positive and finite, got {self.temperature}")
         if self.project == "best" and self.start != "mean":
-            raise ValueError(f"noise.project=best gives one noise a group, got start={self.start}; use start=mean")
+            raise ValueError(
+                f"algorithm.noise.project=best gives one noise a group, got start={self.start}; use start=mean"
+            )
         if self.fresh and self.start != "elites":
-            raise ValueError(f"noise.fresh draws distinct noises, got start={self.start}; use start=elites")
+            raise ValueError(f"algorithm.noise.fresh draws distinct noises, got start={self.start}; use start=elites")
         for field in ("mix", "anneal"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(
-                    f"noise.{field} must lie in [0, 1], got {getattr(self, field)}; it is a share of prompts"
+                    f"algorithm.noise.{field} must lie in [0, 1], got {getattr(self, field)}; it is a share of prompts"
                 )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"noise.momentum must lie in [0, 1), got {self.momentum}; 0 keeps nothing of the old fit")
-        if self.std_floor < 0:
-            raise ValueError(f"noise.std_floor must not be negative, got {self.std_floor}; 0 is no floor")
+            raise ValueError(
+                f"algorithm.noise.momentum must lie in [0, 1), got {self.momentum}; 0 keeps nothing of the old fit"
+            )
+        if not 0 <= self.std_floor < math.inf:
+            raise ValueError(
+                f"algorithm.noise.std_floor must be finite and not negative, got {self.std_floor}; 0 is no floor"
+            )
 
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
-        if not self.fresh and self.start != "mean" and self.rounds * self.candidates < draw.group_size:
-            raise ValueError(
-                f"noise.start={self.start} hands out {draw.group_size} distinct noises of only rounds * candidates = "
-                f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
-            )
+        self.check_group(draw.group_size)
         share = self.searched_share(draw.iteration, draw.num_iterations)
         # plain prompts are not even scored
         searched = [place for place, u in enumerate(draw.uniform(DECISION_STREAM)) if u < share]
@@ -106,6 +122,11 @@ class EliteSearch:
         num_scored = len(searched) * self.rounds * self.candidates
         is_shared = self.start == "mean" and len(searched) == num_prompts
         return Noise(start_BCHW, metrics, num_scored, estimates_PG, is_shared)
+
+    def check_group(self, group_size: int) -> None:
+        """ValueError if the candidates are too few to give each sample of a group its own."""
+        if not self.fresh and self.start != "mean":
+            _check_group(self, group_size)
 
     def searched_share(self, iteration: int, num_iterations: int) -> float:
         """The expected share of prompts that are searched: from 1 - mix down to anneal * (1 - mix)."""
@@ -184,12 +205,13 @@ class RandomSearch:
         _check_counts(self, "rounds", "candidates", "estimate_steps")
         _check_choice(self, "start", ("shared", "distinct"))
 
+    def check_group(self, group_size: int) -> None:
+        """ValueError if the candidates are too few to give each sample of a group its own."""
+        if self.start == "distinct":
+            _check_group(self, group_size)
+
     def __call__(self, draw: NoiseDraw, score: Score) -> Noise:
-        if self.start == "distinct" and self.rounds * self.candidates < draw.group_size:
-            raise ValueError(
-                f"noise.start=distinct hands out {draw.group_size} noises of only rounds * candidates = "
-                f"{self.rounds * self.candidates}; raise noise.candidates or lower group_size"
-            )
+        self.check_group(draw.group_size)
         everyone = range(len(draw.prompt_ids))
         rounds = [Candidates(draw, SEARCH_STREAM + r, self.candidates, everyone) for r in range(self.rounds)]
         rewards_PK = torch.cat([_estimate(score, candidates, self.estimate_steps) for candidates in rounds], dim=1)
@@ -259,15 +281,26 @@ def _best_first(rewards_PK: Tensor) -> Tensor:
     return rewards_PK.sort(dim=1, descending=True, stable=True).indices
 
 
-def _check_counts(search: object, *fields: str) -> None:
+def _check_group(search: EliteSearch | RandomSearch, group_size: int) -> None:
+    if search.rounds * search.candidates < group_size:
+        raise ValueError(
+            f"algorithm.noise.start={search.start} hands out {group_size} distinct noises of only rounds * "
+            f"candidates = {search.rounds * search.candidates}; raise algorithm.noise.candidates or lower "
+            "train.group_size"
+        )
+
+
+def _check_counts(search: EliteSearch | BestOfK | RandomSearch, *fields: str) -> None:
     for field in fields:
         if getattr(search, field) < 1:
             raise ValueError(
-                f"noise.{field} must be at least 1, got {getattr(search, field)}; "
+                f"algorithm.noise.{field} must be at least 1, got {getattr(search, field)}; "
                 "use algorithm/noise=gaussian for no search"
             )
+    if not isinstance(search, BestOfK) and search.rounds > MAX_ROUNDS:
+        raise ValueError(f"algorithm.noise.rounds must be at most {MAX_ROUNDS}, got {search.rounds}; 1 to 3 are usual")
 
 
 def _check_choice(search: object, field: str, choices: tuple[str, ...]) -> None:
     if getattr(search, field) not in choices:
-        raise ValueError(f"noise.{field} must be one of {', '.join(choices)}, got {getattr(search, field)!r}")
+        raise ValueError(f"algorithm.noise.{field} must be one of {', '.join(choices)}, got {getattr(search, field)!r}")

@@ -26,20 +26,20 @@ class RandomWindow:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"timesteps.size must be at least 1, got {self.size}")
+            raise ValueError(f"algorithm.timesteps.size must be at least 1, got {self.size}")
         if self.low < 0:
-            raise ValueError(f"timesteps.low must be at least 0, got {self.low}")
+            raise ValueError(f"algorithm.timesteps.low must be at least 0, got {self.low}")
         if self.low + self.size > self.high:
             raise ValueError(
-                f"timesteps.size {self.size} does not fit into [low, high) = [{self.low}, {self.high}); "
+                f"algorithm.timesteps.size {self.size} does not fit into [low, high) = [{self.low}, {self.high}); "
                 "lower size or raise high"
             )
 
     def __call__(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
         if self.high > _num_trainable(num_steps):
             raise ValueError(
-                f"timesteps.high must be at most num_steps - 1 = {num_steps - 1}, got {self.high}; "
-                "lower high or raise schedule.num_steps"
+                f"algorithm.timesteps.high must be at most num_steps - 1 = {num_steps - 1}, got {self.high}; "
+                "lower high or raise algorithm.schedule.num_steps"
             )
         start = _random(iteration, seed).randint(self.low, self.high - self.size)
         return tuple(range(start, start + self.size))
@@ -59,14 +59,14 @@ class SlidingWindow:
     def __post_init__(self) -> None:
         for field in ("size", "stride", "every"):
             if getattr(self, field) < 1:
-                raise ValueError(f"timesteps.{field} must be at least 1, got {getattr(self, field)}")
+                raise ValueError(f"algorithm.timesteps.{field} must be at least 1, got {getattr(self, field)}")
 
     def __call__(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
         free = _num_trainable(num_steps) - self.size
         if free < 0:
             raise ValueError(
-                f"timesteps.size must be at most num_steps - 1 = {num_steps - 1}, got {self.size}; "
-                "lower size or raise schedule.num_steps"
+                f"algorithm.timesteps.size must be at most num_steps - 1 = {num_steps - 1}, got {self.size}; "
+                "lower size or raise algorithm.schedule.num_steps"
             )
         num_positions = free // self.stride + 1
         start = iteration // self.every % num_positions * self.stride
@@ -85,7 +85,7 @@ class RandomSubset:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(
-                f"timesteps.share must lie in (0, 1], got {self.share}; use 1 to train all steps but the last"
+                f"algorithm.timesteps.share must lie in (0, 1], got {self.share}; use 1 to train all steps but the last"
             )
 
     def __call__(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class RandomSubset:
 def _num_trainable(num_steps: int) -> int:
     if num_steps < 2:
         raise ValueError(
-            f"schedule.num_steps must be at least 2 in training, got {num_steps}; the last is never trained"
+            f"algorithm.schedule.num_steps must be at least 2 in training, got {num_steps}; the last is never trained"
         )
     return num_steps - 1
 

@@ -16,7 +16,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
 from fastgrpo.files.locations import resolve_path
-from fastgrpo.health import MAX_RATIO_DEVIATION, TrainingError
+from fastgrpo.health import MAX_CLIP_RANGES, TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of
 from fastgrpo.models.adapter import FlowModel
@@ -55,7 +55,7 @@ def doctor(config: DictConfig) -> None:
     deviation, num_steps = ratio_deviation(config)
     limit = config.max_ratio_deviation
     if limit < 0:
-        limit = 0.0 if config.model.dtype == "float32" else MAX_RATIO_DEVIATION
+        limit = 0.0 if config.model.dtype == "float32" else MAX_CLIP_RANGES * config.algorithm.objective.clip_range
     num_samples = config.num_prompts * config.group_size
     found = f"max |ratio - 1| = {deviation:.3g} over {num_samples} samples, {num_steps} steps"
     if not deviation <= limit:

@@ -117,20 +117,8 @@ def test_a_deterministic_step_has_no_log_prob(dynamics):
         c.step(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("sde", SDES)
-def test_bad_noise_levels_are_named(sde):
-    for noise_level in (0.0, -0.5, math.nan):
-        with pytest.raises(ValueError, match=r"noise_level must be positive, got .*dynamics=ode"):
-            sde(noise_level)
-
-
-def test_cps_cannot_make_more_noise_than_there_is():
-    with pytest.raises(ValueError, match=r"must be at most 1, got 1.5"):
-        CPS(1.5)
-
-
-@pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.8)])
-def test_a_step_and_its_replay_compile_into_one_graph(dynamics):
+def test_a_step_and_its_replay_compile_into_one_graph():
+    dynamics = CPS(0.8)
     grid, ids = SD3Schedule(10)(), torch.arange(4)
     x, v, v_uncond = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))
 

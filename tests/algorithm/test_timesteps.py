@@ -37,18 +37,3 @@ def test_random_subset_is_sorted_and_never_has_the_last_step():
     assert all(list(steps) == sorted(set(steps)) for steps in seen)
     assert {step for steps in seen for step in steps} == set(range(15))
     assert RandomSubset(1.0)(5, 0, 0) == (0, 1, 2, 3)
-
-
-def test_windows_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"size 3 does not fit into .*\[3, 5\)"):
-        RandomWindow(3, 3, 5)
-    with pytest.raises(ValueError, match=r"high must be at most num_steps - 1 = 3, got 5"):
-        RandomWindow(3, 0, 5)(4, 0, 0)
-    with pytest.raises(ValueError, match=r"size must be at most num_steps - 1 = 3, got 4"):
-        SlidingWindow(4)(4, 0, 0)
-    with pytest.raises(ValueError, match=r"every must be at least 1, got 0"):
-        SlidingWindow(every=0)
-    with pytest.raises(ValueError, match=r"share must lie in \(0, 1\], got 0"):
-        RandomSubset(0)
-    with pytest.raises(ValueError, match=r"num_steps must be at least 2"):
-        AllButLast()(1, 0, 0)

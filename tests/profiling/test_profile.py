@@ -18,7 +18,6 @@ from fastgrpo.profiling.profile import Profile, page, unprofiled
 from fastgrpo.profiling.timing import NO_STAGE, StageTimer, running_stage
 from fastgrpo.profiling.trace import MATRIX, MEMORY, OTHER, StageTrace, Trace, kernel_class, read_trace
 from fastgrpo.train import train
-from tests.tiny import make_pipeline
 from tests.tiny_config import make_config
 
 CPU = torch.device("cpu")
@@ -188,12 +187,13 @@ def test_a_run_too_short_to_profile_is_refused(tmp_path: Path) -> None:
         Profile(directory=tmp_path, device=CPU, dtype=torch.float32, num_iterations=3)
 
 
-def test_a_run_writes_its_profile_and_trains_as_without(tmp_path: Path) -> None:
-    pipeline = make_pipeline(tmp_path / "pipeline")
+def test_a_run_writes_its_profile_and_trains_as_without(tiny_weights: Path, tmp_path: Path) -> None:
+    # a trace of few operations
+    small = ("train.group_size=2", "train.prompts_per_iteration=1", "algorithm.schedule.num_steps=2")
+    small += ("train.iterations=4", "evaluate.every=4", "evaluate.num_steps=1", "reward.golden=false")
     runs = {}
     for profiled in ("false", "true"):
-        overrides = (f"runtime.profile={profiled}", "train.iterations=4", "evaluate.every=4")
-        config = make_config(pipeline, tmp_path / profiled / "run", *overrides)
+        config = make_config(tiny_weights, tmp_path / profiled / "run", f"runtime.profile={profiled}", *small)
         runs[profiled] = train(config)
     losses = [
         [json.loads(line)["grad_norm"] for line in (path / "metrics.jsonl").read_text().splitlines() if "loss" in line]
