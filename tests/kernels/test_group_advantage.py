@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrpo_kernels import group_advantage
 from fastgrpo_kernels.group_advantage import _group_advantage_triton, group_advantage_reference
-from tests.kernels.parameters import DEVICES
+from tests.kernels.parameters import BACKEND, DEVICES, covering
 
 Std = Literal["group", "global", "none"]
 STDS: list[Std] = ["group", "global", "none"]
@@ -94,9 +94,9 @@ def test_the_kernel_equals_its_reference_at_fifty_thousand(std: Std) -> None:
     torch.testing.assert_close(advantage_B.cpu(), group_advantage(rewards_B, groups_B, std=std), **TOLERANCE)
 
 
-@pytest.mark.parametrize("std", STDS)
-@pytest.mark.parametrize("reward", [0.1, 1e30, 3.4e38, -1e-40, 0.3333333])
-@pytest.mark.parametrize("size", [1, 24, 131])
+@pytest.mark.parametrize(
+    ("size", "reward", "std"), covering([1, 24, 131], [0.1, 1e30, 3.4e38, -1e-40, 0.3333333], STDS)
+)
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_a_group_of_equal_rewards_has_exactly_no_advantage(
     size: int, reward: float, std: Std, kernel_device: str
@@ -178,7 +178,7 @@ def test_the_operator_is_well_formed(std: Std, device: str) -> None:
 @pytest.mark.parametrize("std", STDS)
 def test_compiles_into_one_graph(std: Std, device: str) -> None:
     rewards_B, groups_B = make_groups(10, device)
-    compiled = torch.compile(group_advantage, fullgraph=True)
+    compiled = torch.compile(group_advantage, fullgraph=True, backend=BACKEND)
     expected = group_advantage(rewards_B, groups_B, std=std)
     torch.testing.assert_close(compiled(rewards_B, groups_B, std=std), expected)
 

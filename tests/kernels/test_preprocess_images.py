@@ -21,7 +21,7 @@ from fastgrpo_kernels.preprocess_images import (
     preprocess_images_backward_reference,
     preprocess_images_reference,
 )
-from tests.kernels.parameters import DEVICES, DTYPES
+from tests.kernels.parameters import BACKEND, DEVICES, DTYPES, covering
 
 Match = Literal["pil", "torch"]
 MATCHES: list[Match] = ["pil", "torch"]
@@ -147,13 +147,12 @@ def test_gradient_is_the_adjoint_of_the_linear_map(match: Match, device: str) ->
     torch.testing.assert_close((grad * step).sum(), ((after - before) * weight).sum(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("match", MATCHES)
-@pytest.mark.parametrize(("size", "resized", "crop"), SIZES, ids=str)
+@pytest.mark.parametrize(("sizes", "match", "dtype"), covering(SIZES, MATCHES, DTYPES), ids=str)
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_kernel_equals_reference(
-    size: Size, resized: Size, crop: Size, match: str, dtype: torch.dtype, kernel_device: str
+    sizes: tuple[Size, Size, Size], match: str, dtype: torch.dtype, kernel_device: str
 ) -> None:
+    size, resized, crop = sizes
     images = make_images(2, 1, *size, dtype=dtype, device=kernel_device)
     arguments = (images, list(resized), list(crop), -1.0, 1.0, MEAN[:1], STD[:1], match, dtype, False)
     result, expected = _preprocess_images_triton(*arguments), preprocess_images_reference(*arguments)
@@ -277,7 +276,7 @@ def test_compiles_into_one_graph_with_its_gradient(device: str) -> None:
         return preprocess_images(2 * images, resize=12, crop=(12, 12), mean=MEAN, std=STD).square().sum()
 
     images = make_images(2, 3, 20, 18, device=device).requires_grad_()
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=BACKEND)
     result, expected = compiled(images), loss(images)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(torch.autograd.grad(result, images), torch.autograd.grad(expected, images))

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastgrpo_kernels import elite_weights, philox_normal, refit_moments, sample_candidates
 from fastgrpo_kernels.refit_moments import _refit_moments_triton, refit_moments_reference
-from tests.kernels.parameters import DEVICES
+from tests.kernels.parameters import DEVICES, covering
 
 SEED, STREAM = 2**40 + 5, 7
 NAMES = ("mean", "std", "seed", "stream", "prompt_ids_P", "elite_ids_PT", "weights_PT")
 # a sum over elites in another order, of values up to 6.8
 TOLERANCE: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-6}
+# prompts, candidates, elites and elements, of which a program takes 1024
+SIZES = [(1, 1, 1, 1), (2, 8, 3, 7), (1, 32, 16, 1024), (2, 4, 4, 1025), (1, 9, 2, 2049), (0, 3, 2, 4)]
 
 
 def make_refit(P: int, K: int, T: int, *shape: int, device: str = "cpu") -> dict[str, Any]:
@@ -112,22 +114,17 @@ def test_mean_and_std_together_keep_the_square_of_the_elites(T: int, seed: int) 
     torch.testing.assert_close(mean.square() + std.square(), square, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize(
-    ("P", "K", "T", "D"),
-    [(1, 1, 1, 1), (2, 8, 3, 7), (1, 32, 16, 1024), (2, 4, 4, 1025), (1, 9, 2, 2049), (0, 3, 2, 4)],
-)
+@pytest.mark.parametrize(("size", "one_std", "project"), covering(SIZES, [False, True], [False, True]), ids=str)
 @pytest.mark.usefixtures("poisoned_outputs")
-def test_kernel_equals_reference(P: int, K: int, T: int, D: int, project: bool, kernel_device: str) -> None:
-    refit = make_refit(P, K, T, D, device=kernel_device)
-    for std in (refit["std"], refit["std"][:, :1]):
-        arguments = (
-            refit["mean"], std, SEED, STREAM, refit["prompt_ids_P"], refit["elite_ids_PT"], refit["weights_PT"],
-            0.25, 0.05, project,
-        )  # fmt: skip
-        results, expected = _refit_moments_triton(*arguments), refit_moments_reference(*arguments)
-        torch.testing.assert_close(results[0], expected[0], **TOLERANCE)
-        torch.testing.assert_close(results[1], expected[1], rtol=2e-6, atol=1e-5)
+def test_kernel_equals_reference(
+    size: tuple[int, int, int, int], one_std: bool, project: bool, kernel_device: str
+) -> None:
+    refit = make_refit(*size, device=kernel_device)
+    refit["std"] = refit["std"][:, :1] if one_std else refit["std"]
+    arguments = (*(refit[name] for name in NAMES), 0.25, 0.05, project)
+    results, expected = _refit_moments_triton(*arguments), refit_moments_reference(*arguments)
+    torch.testing.assert_close(results[0], expected[0], **TOLERANCE)
+    torch.testing.assert_close(results[1], expected[1], rtol=2e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

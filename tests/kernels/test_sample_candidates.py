@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastgrpo_kernels import philox_normal, sample_candidates
 from fastgrpo_kernels.sample_candidates import _sample_candidates_triton, sample_candidates_reference
-from tests.kernels.parameters import DEVICES, DTYPES
+from tests.kernels.parameters import DEVICES, DTYPES, covering
 
 SEED, STREAM = 2**40 + 5, 7
+# prompts, candidates and elements: a program takes 8 candidates and 512 elements
+SIZES = [(1, 1, 1), (2, 3, 7), (2, 8, 512), (1, 9, 513), (3, 2, 1025), (0, 3, 4), (2, 0, 4)]
 
 
 def make_moments(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -63,22 +65,20 @@ def test_a_candidate_does_not_depend_on_the_others(k: int, cut: int) -> None:
     assert torch.equal(picked[:, 0], torch.stack([together[0, k], together[1, 8 - k]]))
 
 
-@pytest.mark.parametrize("per_prompt", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("P", "K", "D"), [(1, 1, 1), (2, 3, 7), (2, 8, 1024), (1, 9, 1025), (3, 2, 2049), (0, 3, 4), (2, 0, 4)]
+    ("size", "dtype", "one_std", "own_ids"), covering(SIZES, DTYPES, [False, True], [False, True]), ids=str
 )
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_kernel_equals_reference_bit_for_bit(
-    P: int, K: int, D: int, dtype: torch.dtype, per_prompt: bool, kernel_device: str
+    size: tuple[int, int, int], dtype: torch.dtype, one_std: bool, own_ids: bool, kernel_device: str
 ) -> None:
+    P, K, D = size
     mean, std = make_moments(P, D, device=kernel_device, dtype=dtype)
     prompts = torch.arange(P, device=kernel_device) * 3
-    std = std[:, :1] if per_prompt else std
     shared = torch.arange(K, device=kernel_device).expand(P, -1)
-    for candidates_PK in (shared, 5 * shared + prompts[:, None]):
-        arguments = (mean, std, SEED, STREAM, prompts, candidates_PK, dtype)
-        assert torch.equal(_sample_candidates_triton(*arguments), sample_candidates_reference(*arguments))
+    candidates_PK = 5 * shared + prompts[:, None] if own_ids else shared
+    arguments = (mean, std[:, :1] if one_std else std, SEED, STREAM, prompts, candidates_PK, dtype)
+    assert torch.equal(_sample_candidates_triton(*arguments), sample_candidates_reference(*arguments))
 
 
 @pytest.mark.parametrize("device", DEVICES)
