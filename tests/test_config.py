@@ -16,7 +16,8 @@ def begin(tmp_path: Path, *overrides: str) -> Path:
     output.mkdir()
     config = load_config("train", [*overrides, f"output={output}"])
     history = [{"after_iteration": 1, "changed": {"train.iterations": [1, 2]}}]
-    OmegaConf.save({**OmegaConf.to_container(config), "history": history}, output / "config.yaml")
+    plain: Any = OmegaConf.to_container(config)
+    OmegaConf.save(plain | {"history": history}, output / "config.yaml")
     return output
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
-from fastgrpo.memory.model_on_device import ModelSource
+from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import RunParts
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.train import assemble, build_trainer
@@ -115,9 +115,12 @@ def test_the_runtime_and_what_is_lossy_reach_the_model(tiny_weights: Path, tmp_p
     config = make_config(tiny_weights, tmp_path / "run", "lossy=fp8", "compile=blocks", "runtime.checkpointing=true")
     parts = RunParts.read(config)
     source = parts.model
-    spying = dataclasses.replace(source, make=lambda **given: made.append(given) or source.make(**given))
-    assert isinstance(spying, ModelSource)
-    spying()
+
+    def make(**given: Any) -> FlowModel:
+        made.append(given)
+        return source.make(**given)
+
+    dataclasses.replace(source, make=make)()
     (given,) = made
     assert given["checkpointing"] is True
     assert (given["attention"], given["device"]) == ("auto", "cpu")
@@ -146,7 +149,9 @@ class Spy:
     """A piece of a trainer that keeps what it was given and what it returned."""
 
     def __init__(self, trainer: Trainer, name: str) -> None:
-        self.piece, self.calls, self.returned = getattr(trainer, name), [], []
+        self.piece = getattr(trainer, name)
+        self.calls: list[tuple[Any, Any]] = []
+        self.returned: list[Any] = []
         setattr(trainer, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,7 +290,7 @@ def test_the_gradients_of_a_rollout_are_those_that_the_update_uses(tiny_weights:
     trainer.step()
     gradients = update.calls[0][0][4]
     assert gradients is rollout.returned[0].gradients
-    assert sum(len(part[0]) for part in gradients) == rollout.calls[0][1]["num_differentiated"] == 3
+    assert sum(part.log_prob_TB.shape[1] for part in gradients) == rollout.calls[0][1]["num_differentiated"] == 3
 
 
 # resume
