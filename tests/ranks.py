@@ -36,12 +36,12 @@ _PORTS = range(10_000, 32_000)
 _ports = itertools.count(os.getpid() * 137)
 
 
-def ranks_of_module() -> Any:
+def ranks_of_module(*, joined: bool = True) -> Any:
     """A fixture, ``Ranks`` that live as long as the tests of the module that it is assigned in."""
 
     @pytest.fixture(scope="module")
     def on_ranks() -> Iterator[Ranks]:
-        ranks = Ranks()
+        ranks = Ranks(joined)
         yield ranks
         ranks.end()
 
@@ -49,10 +49,14 @@ def ranks_of_module() -> Any:
 
 
 class Ranks:
-    """Worlds of several ranks, by their number."""
+    """Worlds of several ranks, by their number.
 
-    def __init__(self) -> None:
-        self._teams: dict[tuple[int, str, bool], _Team] = {}
+    Ranks that are not ``joined`` know of each other from their environment alone; each is a world of one.
+    """
+
+    def __init__(self, joined: bool = True) -> None:
+        self._joined = joined
+        self._teams: dict[tuple[int, str], _Team] = {}
 
     def __call__(
         self,
@@ -61,19 +65,17 @@ class Ranks:
         *args: Any,
         seconds: float = _SECONDS,
         device: str = "cpu",
-        joined: bool = True,
         killed: Collection[int] = (),
         **settings: Any,
     ) -> list[Any]:
         """What ``run(world, *args, **settings)`` returns on each rank; what one of them raises fails the test.
 
-        The world is joined by gloo, or by NCCL if ``device`` is cuda; a world of one where it is not to be ``joined``,
-        by ranks that know of each other from their environment.  All travels as pickles: ``run`` is a function of a
-        module; return numbers, lists and arrays.  Ranks that are to be ``killed`` return None.
+        The world is joined by gloo, or by NCCL if ``device`` is cuda.  All travels as pickles: ``run`` is a function
+        of a module.  Ranks that are to be ``killed`` return None.
         """
-        key = num_ranks, device, joined
+        key = num_ranks, device
         if key not in self._teams:
-            self._teams[key] = _Team(num_ranks, device, joined)
+            self._teams[key] = _Team(num_ranks, device, self._joined)
         try:
             results = self._teams[key].call(run, args, settings, seconds, killed)
         except BaseException:

@@ -44,7 +44,7 @@ SETTINGS = (
 SHORT = (*SETTINGS, "train.iterations=6")
 LONG = (*SETTINGS, "train.iterations=12")
 
-on_ranks = ranks_of_module()
+on_ranks = ranks_of_module(joined=False)
 
 
 def lasting_metrics(output: Path) -> list[dict]:
@@ -103,7 +103,7 @@ def test_a_run_killed_three_times_ends_as_an_undisturbed_one(
     moments = ("update.Update._optimizer_step", "trainer.Trainer._save", "checkpoints.checkpoint.finish_sealed")
     written = []
     for moment in moments:
-        on_ranks(1, train_until_killed, config, f"fastgrpo.{moment}", 2, joined=False, killed=[0])
+        on_ranks(1, train_until_killed, config, f"fastgrpo.{moment}", 2, killed=[0])
         written.append([row["iteration"] for row in read_rows(output / "metrics.jsonl")][-1])
     assert written == [0, 4, 6]
     assert sorted(path.name for path in (output / "checkpoints").glob("step_*")) == ["step_000002", "step_000004"]
