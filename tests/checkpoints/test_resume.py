@@ -47,6 +47,12 @@ LONG = (*SETTINGS, "train.iterations=12")
 on_ranks = ranks_of_module(joined=False)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than training."""
+    monkeypatch.setattr("fastgrpo.records.metrics.draw_curves", lambda rows, path, title: None)
+
+
 def lasting_metrics(output: Path) -> list[dict]:
     """Everything measured but time and memory."""
     varying = ("seconds", "images_per_second", "peak_bytes")

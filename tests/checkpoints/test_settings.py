@@ -10,6 +10,7 @@ from unittest import mock
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import TrainState
 from fastgrpo.profiling.profile import Step
+from fastgrpo.records.record import NoRecord
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
 from tests.tiny_config import make_config
@@ -18,7 +19,10 @@ SMALL = ("train.prompts_per_iteration=1", "train.group_size=2", "algorithm.sched
 
 
 def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
-    return build_trainer(make_config(weights, output, *SMALL, *overrides))
+    trainer = build_trainer(make_config(weights, output, *SMALL, *overrides))
+    # curves and pictures take longer than training
+    trainer.record = NoRecord()
+    return trainer
 
 
 def test_a_run_saves_every_so_many_iterations_and_at_its_end_and_keeps_so_many(

@@ -39,6 +39,9 @@ STEP = {
     "SLURM_PROCID": "17",
     "SLURM_LOCALID": "1",
 }
+# drawing them takes longer than training
+WITHOUT_CURVES = mock.patch("fastgrpo.records.metrics.draw_curves")
+
 on_ranks = ranks_of_module(joined=False)
 needs_submitit = pytest.mark.skipif(
     find_spec("hydra_plugins.hydra_submitit_launcher") is None if find_spec("hydra_plugins") else True,
@@ -213,7 +216,8 @@ def run_as_submitit_starts_it(world: World, config: DictConfig, job: int) -> Non
     os.environ |= {"SUBMITIT_LOCAL_GLOBALID": os.environ.pop("RANK"), "SUBMITIT_LOCAL_NTASKS": "2"}
     os.environ |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": str(job)}
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
-    run_rank(config)
+    with WITHOUT_CURVES:
+        run_rank(config)
 
 
 def test_processes_that_submitit_starts_train_as_ranks(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
@@ -241,7 +245,7 @@ def run_as_slurm_starts_it(world: World, config: DictConfig, job: int, attempt: 
 
     before = signal.signal(signal.SIGUSR1, lambda number, frame: queued.append(number))
     try:
-        with mock.patch.object(Trainer, "step", step_and_be_warned):
+        with mock.patch.object(Trainer, "step", step_and_be_warned), WITHOUT_CURVES:
             run_rank(config)
     except Preempted as error:
         return str(error), len(queued)

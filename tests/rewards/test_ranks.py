@@ -284,7 +284,9 @@ def test_a_ranked_reward_is_asked_in_threads_and_tried_on_its_own_rank() -> None
 
 
 def train_run(world: World, config: DictConfig) -> None:
-    train(config)
+    # curves take longer than training
+    with mock.patch("fastgrpo.records.metrics.draw_curves"):
+        train(config)
 
 
 def test_a_run_with_scoring_ranks_is_the_run_without(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
