@@ -78,10 +78,6 @@ class Checkpoint:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
         self._writers = _beside(self.world)
 
-    def save_if_due(self, state: TrainState) -> Path | None:
-        """Save when the iteration is a multiple of ``every``."""
-        return self.save(state) if state.iteration > 0 and state.iteration % self.every == 0 else None
-
     def save(self, state: TrainState) -> Path:
         """Write ``step_<iteration>``, then delete what it makes superfluous.
 

@@ -91,15 +91,6 @@ class Collective:
         return wire_bytes(self.kind, self.payload_bytes, self.num_ranks)
 
 
-@dataclass(frozen=True)
-class Total:
-    """Of some collectives: their number, and the sums of their bytes."""
-
-    calls: int
-    payload_bytes: int
-    wire_bytes: float
-
-
 class Traffic(TorchDispatchMode):
     """``with Traffic() as traffic:`` counts what this thread and its backward passes tell other ranks."""
 
@@ -132,23 +123,6 @@ def wire_bytes(kind: str, payload_bytes: int, num_ranks: int) -> float:
     if num_ranks == 1 or kind == "barrier":
         return 0.0
     return payload_bytes * _NUM_RINGS[kind] * (num_ranks - 1) / num_ranks if kind in _NUM_RINGS else payload_bytes
-
-
-def total(counts: Mapping[Collective, int]) -> Total:
-    """Of all of them."""
-    return Total(
-        sum(counts.values()),
-        sum(count * one.payload_bytes for one, count in counts.items()),
-        sum(count * one.wire_bytes for one, count in counts.items()),
-    )
-
-
-def by_stage_and_kind(counts: Mapping[Collective, int]) -> dict[tuple[str, str], Total]:
-    """The total of each pair that occurs, in the order of first calls."""
-    parts: dict[tuple[str, str], dict[Collective, int]] = {}
-    for one, count in counts.items():
-        parts.setdefault((one.stage, one.kind), {})[one] = count
-    return {pair: total(part) for pair, part in parts.items()}
 
 
 def _collective(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Collective:

@@ -1,17 +1,19 @@
 """A checkpoint is exact, appears whole or not at all, and is refused when a single bit of it has changed."""
 
 import errno
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,9 +126,9 @@ def test_adamw_goes_on_identically(checkpoint: Checkpoint) -> None:
     assert same(resumed_optimizer.state_dict(), optimizer.state_dict())
 
 
-def test_a_checkpoint_is_due_each_every_iterations_and_the_last_keep_stay(checkpoint: Checkpoint) -> None:
-    due = [iteration for iteration in range(8) if checkpoint.save_if_due(make_state(iteration))]
-    assert due == [2, 4, 6]
+def test_the_last_keep_stay(checkpoint: Checkpoint) -> None:
+    for iteration in (2, 4, 6):
+        checkpoint.save(make_state(iteration))
     assert names(checkpoint) == ["step_000004", "step_000006"]
     latest = checkpoint.latest()
     assert latest is not None
@@ -289,42 +291,46 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path, every=1, keep=0)
 
 
-SAVE_FOR_EVER = """
-import itertools, sys, torch
-from pathlib import Path
-from fastgrpo.checkpoints.checkpoint import Checkpoint, TrainState
-
-checkpoint = Checkpoint(Path(sys.argv[1]), every=1, keep=1)
-for iteration in itertools.count(1):
-    weights = {"w": torch.full((200_000,), float(iteration))}
-    # each is saved twice, so that replacing is under attack too
-    for seconds in (0.0, 1.0):
-        checkpoint.save(TrainState(iteration=iteration, seconds=seconds, weights=weights, ema=weights, optimizer={},
-                                   model="m", extra={}))
-    print(iteration, flush=True)
-"""
+def save_for_ever(directory: Path, done: Connection) -> None:
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint(directory, every=1, keep=1)
+    for iteration in itertools.count(1):
+        weights = {"w": torch.full((200_000,), float(iteration))}
+        # each is saved twice, so that replacing is under attack too
+        for seconds in (0.0, 1.0):
+            checkpoint.save(replace(make_state(iteration), seconds=seconds, weights=weights, ema=weights, optimizer={}))
+        done.send(iteration)
 
 
 def test_a_run_killed_while_saving_always_leaves_its_last_checkpoint(tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(directory)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "1\n"
+    directory, context = tmp_path / "checkpoints", multiprocessing.get_context("fork")
+    done, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=save_for_ever, args=(directory, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    assert process.pid is not None
+    assert done.recv() == 1
     checkpoint = Checkpoint(directory, every=1, keep=1)
-    for round_ in range(12):
-        # starting a process costs seconds, so one is stopped at many instants: what then stands is what a kill leaves
-        time.sleep(0.003 + 0.0071 * round_)
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        copy = tmp_path / f"copy_{round_}"
-        shutil.copytree(directory, copy)
-        state = resume(Checkpoint(copy, every=1, keep=1))
-        assert set(state.weights["w"].tolist()) == {float(state.iteration)}
-        process.send_signal(signal.SIGCONT)
-    process.kill()
-    printed = process.communicate()[0].split()
+    try:
+        for round_ in range(12):
+            # one process is stopped at many instants: what then stands is what a kill leaves
+            time.sleep(0.003 + 0.0071 * round_)
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            copy = tmp_path / f"copy_{round_}"
+            shutil.copytree(directory, copy)
+            state = resume(Checkpoint(copy, every=1, keep=1))
+            assert set(state.weights["w"].tolist()) == {float(state.iteration)}
+            os.kill(process.pid, signal.SIGCONT)
+    finally:
+        process.kill()
+        process.join()
+    told = 1
+    with suppress(EOFError):
+        while True:
+            told = done.recv()
     state = resume(checkpoint)
-    assert state.iteration >= max(map(int, printed), default=1)
+    assert state.iteration >= told > 1
     checkpoint.save(replace(state, iteration=state.iteration + 1))
     assert names(checkpoint) == [f"step_{state.iteration + 1:06d}"]
 

@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from fastgrpo.checkpoints import shards
 from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError, TrainState
 from fastgrpo.distributed.world import World, join_world
-from tests.ranks import on_ranks
-from tests.rewards.remote.scripted import free_port
+from tests.ranks import Ranks, free_port, ranks_of_module
+
+on_ranks = ranks_of_module()
 
 # as many rows as 4 ranks have: fewer, equal, more that do not divide; and what is never sharded
 SHAPES = {"few": (3, 5), "equal": (4, 2, 2), "odd": (11, 3), "vector": (9,), "one": (1, 7)}
@@ -126,7 +127,7 @@ def load(world: World, directory: Path, placement: str, dtype: torch.dtype) -> d
     ("placement", "dtype"), [("plain", torch.float32), ("sharded", torch.float64), ("hybrid", torch.bfloat16)], ids=str
 )
 def test_what_4_ranks_saved_1_2_and_4_ranks_load_bit_for_bit(
-    tmp_path: Path, placement: str, dtype: torch.dtype
+    tmp_path: Path, placement: str, dtype: torch.dtype, on_ranks: Ranks
 ) -> None:
     assert on_ranks(4, save, tmp_path, placement, dtype) == ["step_000001"] * 4
     expected = content(make_state(whole(dtype)))
@@ -136,7 +137,7 @@ def test_what_4_ranks_saved_1_2_and_4_ranks_load_bit_for_bit(
 
 
 @pytest.mark.parametrize("placement", ["plain", "sharded"])
-def test_what_1_and_2_ranks_saved_4_ranks_load_bit_for_bit(tmp_path: Path, placement: str) -> None:
+def test_what_1_and_2_ranks_saved_4_ranks_load_bit_for_bit(tmp_path: Path, placement: str, on_ranks: Ranks) -> None:
     expected = content(make_state(whole()))
     save(World(), tmp_path / "by_1", "plain", torch.float32)
     on_ranks(2, save, tmp_path / "by_2", placement, torch.float32)
@@ -157,7 +158,7 @@ def test_a_small_state_is_written_by_the_first_rank_and_a_large_one_by_all(monke
 
 
 @pytest.mark.parametrize("placement", ["plain", "sharded", "hybrid"])
-def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, placement: str) -> None:
+def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, placement: str, on_ranks: Ranks) -> None:
     on_ranks(4, save, tmp_path, placement, torch.float32)
     num_elements: dict[str, int] = {}
     writers = set()
@@ -207,7 +208,7 @@ def save_with_a_full_disk(world: World, directory: Path, full_rank: int, how: st
     [(0, "fsync", "No space left on device"), (2, "fsync", "No space left on device"), (1, "size", "File too large")],
 )
 def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all(
-    tmp_path: Path, full_rank: int, how: str, reason: str
+    tmp_path: Path, full_rank: int, how: str, reason: str, on_ranks: Ranks
 ) -> None:
     for message, left in on_ranks(3, save_with_a_full_disk, tmp_path, full_rank, how):
         assert message.startswith(f"cannot write checkpoint {tmp_path}/step_000002 (rank {full_rank}")
@@ -231,7 +232,7 @@ def save_two(world: World, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_damage_to_one_ranks_file_is_found_by_all(tmp_path: Path, num_ranks: int) -> None:
+def test_damage_to_one_ranks_file_is_found_by_all(tmp_path: Path, num_ranks: int, on_ranks: Ranks) -> None:
     on_ranks(4, save_two, tmp_path)
     files = sorted((tmp_path / "step_000002").glob("*_of_rank_*"))
     assert len(files) >= 4
@@ -295,11 +296,14 @@ def train_and_save(
     return final if world.is_first else None
 
 
-def test_adamw_under_fsdp_goes_on_on_other_numbers_of_ranks_as_an_unsharded_run(tmp_path: Path) -> None:
-    expected = on_ranks(1, train_and_save, tmp_path / "alone", 0, 5, ())[0]
+def test_adamw_under_fsdp_goes_on_on_other_numbers_of_ranks_as_an_unsharded_run(
+    tmp_path: Path, on_ranks: Ranks
+) -> None:
+    expected = train_and_save(World(), tmp_path / "alone", 0, 5, ())
+    assert expected is not None
     on_ranks(4, train_and_save, tmp_path / "run", 0, 2, (4,))
     on_ranks(2, train_and_save, tmp_path / "run", 2, 3, (2,))
-    on_ranks(1, train_and_save, tmp_path / "run", 3, 4, ())
+    train_and_save(World(), tmp_path / "run", 3, 4, ())
     final = on_ranks(4, train_and_save, tmp_path / "run", 4, 5, (2, 2))[0]
     for kind in ("weights", "optimizer"):
         assert numbers(final[kind]) == pytest.approx(numbers(expected[kind]), rel=1e-12, abs=1e-15)
@@ -324,7 +328,7 @@ def save_by_some(world: World, directory: Path) -> str | None:
     return save(world, directory, "plain", torch.float32)
 
 
-def test_ranks_that_do_not_train_are_not_asked(tmp_path: Path) -> None:
+def test_ranks_that_do_not_train_are_not_asked(tmp_path: Path, on_ranks: Ranks) -> None:
     assert on_ranks(3, save_by_some, tmp_path) == ["step_000001", None, "step_000001"]
     assert load(World(), tmp_path, "plain", torch.float32) == content(make_state(whole()))
 

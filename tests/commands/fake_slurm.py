@@ -1,9 +1,10 @@
 """Slurm's commands in miniature, for one job at a time on this machine: sbatch, srun, scontrol, sacct.
 
-    install(directory)   writes them there; with it first in PATH a script or submitit believes in a cluster
-    warn(directory)      what --signal asks for, sent as it says: to the script alone (B:) or to the tasks
-    wait(directory)      until the job is over; its exit code
+    install(directory, job)   writes them there; with it first in PATH a script or submitit believes in a cluster
+    warn(directory)           what --signal asks for, sent as it says: to the script alone (B:) or to the tasks
+    wait(directory)           until the job is over; its exit code
 
+Ports follow from the number of the job, so clusters of tests that run beside each other need other ones.
 The tasks of a step run on localhost: ``FAKE_NODES`` nodes with ``FAKE_TASKS`` tasks each.
 """
 
@@ -16,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-JOB = "4711"
 COMMANDS = ("sbatch", "srun", "scontrol", "sacct")
 
 
-def install(directory: Path) -> None:
+def install(directory: Path, job: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "job").write_text(job)
     for command in COMMANDS:
         path = directory / command
         path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {command} {directory} "$@"\n')
@@ -46,6 +47,10 @@ def wait(directory: Path, seconds: float) -> int:
     return int((directory / "exit_code").read_text())
 
 
+def job_of(directory: Path) -> str:
+    return (directory / "job").read_text()
+
+
 def logs(directory: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(directory.glob("*.log")))
 
@@ -57,14 +62,14 @@ def sbatch(directory: Path, *words: str) -> int:
     arguments = [sys.executable, __file__, "controller", str(directory), *words[1:]]
     with (directory / "controller.log").open("w") as log:
         subprocess.Popen(arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    print(f"Submitted batch job {JOB}")
+    print(f"Submitted batch job {job_of(directory)}")
     return 0
 
 
 def controller(directory: Path, *arguments: str) -> int:
     num_nodes, num_tasks = int(os.environ["FAKE_NODES"]), int(os.environ["FAKE_TASKS"])
     environment = os.environ | {
-        "SLURM_JOB_ID": JOB,
+        "SLURM_JOB_ID": job_of(directory),
         "SLURM_JOB_NUM_NODES": str(num_nodes),
         "SLURM_NNODES": str(num_nodes),
         "SLURM_JOB_NODELIST": "localhost",
@@ -105,7 +110,7 @@ def srun(directory: Path, *words: str) -> int:
     tasks: list[subprocess.Popen[bytes]] = []
 
     def named(rank: int) -> list[str]:
-        return [pattern.replace("%j", JOB).replace("%t", str(rank)) for pattern in patterns]
+        return [pattern.replace("%j", job_of(directory)).replace("%t", str(rank)) for pattern in patterns]
 
     def pass_on(number: int, _: object) -> None:
         for task in tasks:
@@ -138,7 +143,7 @@ def _options(words: list[str]) -> tuple[tuple[str, str], list[str]]:
 
 def scontrol(directory: Path, *words: str) -> int:
     if words[0] == "requeue":
-        assert words[1] == JOB
+        assert words[1] == job_of(directory)
         (directory / "requeued").touch()
     else:
         assert words[:2] == ("show", "hostnames"), words
@@ -148,7 +153,7 @@ def scontrol(directory: Path, *words: str) -> int:
 
 def sacct(directory: Path, *words: str) -> int:
     state = "COMPLETED" if (directory / "exit_code").exists() else "RUNNING"
-    print(f"JobID|State|NodeList\n{JOB}|{state}|localhost")
+    print(f"JobID|State|NodeList\n{job_of(directory)}|{state}|localhost")
     return 0
 
 

@@ -2,14 +2,15 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastgrpo.distributed.launch import is_restarted, launch_names, mark_launch, process_name
 from fastgrpo.distributed.world import World
-from tests.ranks import on_ranks
+from tests.ranks import Ranks, ranks_of_module
+
+on_ranks = ranks_of_module()
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT")
 
@@ -26,21 +27,20 @@ def test_a_run_begun_by_hand_is_never_gone_on_with(tmp_path: Path) -> None:
     assert not is_restarted(tmp_path, World())
 
 
+def ask_as_rank_of_another_agent(world: World, directory: Path) -> bool:
+    # the process of the tests is its parent, as another agent would be
+    os.environ |= {"TORCHELASTIC_RUN_ID": "night", "TORCHELASTIC_RESTART_COUNT": "1"}
+    return is_restarted(directory, world)
+
+
 def test_torchruns_next_attempt_goes_on_and_another_torchrun_of_the_same_id_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ranks: Ranks
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
     assert not is_restarted(tmp_path, World())
     mark_launch(tmp_path, World())
     assert is_restarted(tmp_path, World())
-    # this process is its parent, as another agent would be
-    ask = (
-        "import sys, pathlib; from fastgrpo.distributed.launch import *; "
-        "print(is_restarted(pathlib.Path(sys.argv[1]), World()))"
-    )
-    environment = os.environ | {"TORCHELASTIC_RESTART_COUNT": "1"}
-    answer = subprocess.run([sys.executable, "-c", ask, tmp_path], capture_output=True, text=True, env=environment)
-    assert answer.stdout == "False\n", answer.stderr
+    assert on_ranks(1, ask_as_rank_of_another_agent, tmp_path) == [False]
 
 
 def test_a_requeued_slurm_job_goes_on_and_a_second_command_of_the_job_does_not(
@@ -75,7 +75,7 @@ def begin_and_return_on_another_node(world: World, directory: Path) -> tuple[boo
     return returned, is_restarted(directory, world)
 
 
-def test_one_of_the_former_agents_is_enough_and_all_ranks_agree(tmp_path: Path) -> None:
+def test_one_of_the_former_agents_is_enough_and_all_ranks_agree(tmp_path: Path, on_ranks: Ranks) -> None:
     assert on_ranks(2, begin_and_return_on_another_node, tmp_path) == [(True, False)] * 2
 
 

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from omegaconf import DictConfig
 
-from benchmarks.same_recipe import largest_difference
+from benchmarks.rounding import Run, beyond_rounding, differences
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
-from tests.distributed.test_same_recipe import SEARCH, make_trainer, rows_of
-from tests.ranks import on_ranks
+from tests.distributed.test_same_recipe import SEARCH
+from tests.distributed.training import make_config, train
+from tests.ranks import Ranks, ranks_of_module
 
 pytestmark = pytest.mark.gpu
 
-# a reward that follows rounding, where the bytes of a JPEG would jump
-SETTINGS = ("model.dtype=float32", "reward=custom", "reward.path=tests.distributed.test_nccl.contrast")
 RECIPES = {
     "adapters": SEARCH,
     "gathered": ("adaptation=full", "train.learning_rate=1e-4"),
@@ -28,9 +27,7 @@ RECIPES = {
     "nodes": ("adaptation=full", "train.learning_rate=1e-4", "adaptation.shard_over=node"),
 }
 
-
-def contrast(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-    return images_BCHW.std(dim=(1, 2, 3))
+on_ranks = ranks_of_module()
 
 
 def needs(num_gpus: int) -> None:
@@ -48,26 +45,25 @@ def exchange(world: World) -> tuple[str, list[float], list[float], int]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_tell_each_other_numbers_and_objects(num_ranks: int) -> None:
+def test_ranks_tell_each_other_numbers_and_objects(num_ranks: int, on_ranks: Ranks) -> None:
     needs(num_ranks)
     for rank, found in enumerate(on_ranks(num_ranks, exchange, device="cuda")):
         total = float(num_ranks * (num_ranks + 1) // 2)
         assert found == (f"cuda:{rank}", [0.0, 1.0, 4.0, 9.0, 16.0], [total] * 3, num_ranks)
 
 
-def train(world: World, weights: Path, output: Path, overrides: tuple[str, ...]) -> None:
+def train_in_float32(world: World, config: DictConfig, output: Path) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    trainer = make_trainer(world, weights, output, *overrides)
-    trainer.resume()
-    trainer.run()
+    return train(world, config, output)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_is_that_of_one_process(recipe: str, num_ranks: int, tiny_weights: Path, tmp_path: Path) -> None:
+def test_a_run_is_that_of_one_process(
+    recipe: str, num_ranks: int, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
     needs(num_ranks)
-    overrides = ("runtime.device=cuda", *SETTINGS, *RECIPES[recipe])
-    train(World(device=torch.device("cuda")), tiny_weights, tmp_path / "alone", overrides)
-    on_ranks(num_ranks, train, tiny_weights, tmp_path / "ranks", overrides, device="cuda", seconds=600)
-    key, difference = largest_difference(rows_of(tmp_path / "alone"), rows_of(tmp_path / "ranks"))
-    assert difference < 1e-3, key
+    config = make_config(tiny_weights, "runtime.device=cuda", "model.dtype=float32", *RECIPES[recipe])
+    alone = train_in_float32(World(device=torch.device("cuda")), config, tmp_path / "alone")
+    found = on_ranks(num_ranks, train_in_float32, config, tmp_path / "ranks", device="cuda", seconds=600)
+    assert beyond_rounding(differences(alone, found[0]), "float32") == {}

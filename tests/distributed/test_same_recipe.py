@@ -1,26 +1,26 @@
-"""One recipe on 1, 2 and 4 ranks: the same prompts, noise, rewards and steps; metrics differ by the order of sums."""
+"""One recipe on 1, 2 and 4 ranks: the same prompts, noise, rewards, steps and weights, but for the order of sums."""
 
-import json
 import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from omegaconf import DictConfig
+from torch import Tensor
 
-from benchmarks.same_recipe import largest_difference
-from fastgrpo.config import load_config
+from benchmarks.rounding import Run, beyond_rounding, differences
 from fastgrpo.distributed.world import World
-from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.train import build_trainer
-from fastgrpo.trainer import Trainer
+from fastgrpo.rewards.scores import Scores
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.types import Samples, Trajectories
-from tests.ranks import on_ranks
-from tests.tiny_config import make_overrides
+from tests.distributed import faults
+from tests.distributed.training import FLOAT64, make_config, make_trainer, train
+from tests.ranks import Ranks, ranks_of_module
 
-FLOAT64 = ("model.dtype=float64", "model.decode_dtype=float64")
-# 3 x 5 samples divide by neither 2 nor 4
-SIZES = ("train.prompts_per_iteration=3", "train.group_size=5", "train.learning_rate=1e-3", "train.iterations=3")
 SEARCH = (
     "algorithm=smart_grpo",
     "algorithm/timesteps=all_but_last",
@@ -33,81 +33,105 @@ SEARCH = (
 REWEIGHT = ("algorithm.objective.kl_coef=0", "train.gradients=reweight", "train.optimizer_steps=3")
 SHARED = ("algorithm/noise=shared", "algorithm/timesteps=random_window", "algorithm.timesteps.high=3")
 GUIDED = ("model.guidance_scale=2.0", "train.optimizer_steps=2")
-RECIPES: dict[str, tuple[str, ...]] = {
-    "flow": (),
-    "search": SEARCH,
-    "reweight": REWEIGHT,
-    "shared": SHARED,
-    "guided": GUIDED,
-}
+FULL = ("adaptation=full", "train.learning_rate=1e-4", "train.prompts_per_iteration=4", "train.group_size=2")
+# of 4 prompts it searches few, so that some rank has no candidate, and must keep step
+RARE_SEARCH = (*SEARCH, "algorithm.noise.candidates=2", "algorithm.noise.elites=2", "algorithm.noise.mix=0.6")
+
+Fault = Callable[[World], AbstractContextManager[None]]
+
+on_ranks = ranks_of_module()
 
 
-def make_trainer(world: World, weights: Path, output: Path, *overrides: str) -> Trainer:
-    settings = make_overrides(weights, output, *SIZES, *overrides)
-    if "adaptation=full" in settings:
-        settings = [value for value in settings if not value.startswith(("adaptation.rank", "adaptation.alpha"))]
-    return build_trainer(load_config("train", settings), PolicyRank(world=world))
+def beyond(alone: Run, found: Sequence[Run], dtype: str = "float64") -> dict[str, float]:
+    """What differs by more than rounding from the run on one rank; weights must be equal to the bit on all others."""
+    for run in found[1:]:
+        assert all(torch.equal(weight, found[0].ended[name]) for name, weight in run.ended.items())
+    return beyond_rounding(differences(alone, found[0]), dtype)
 
 
-def train(world: World, weights: Path, output: Path, *overrides: str) -> float:
-    """A whole run; returns the sum of the trained weights that this rank holds."""
-    trainer = make_trainer(world, weights, output, *overrides)
-    trainer.resume()
-    trainer.run()
-    return sum(weight.detach().double().sum().item() for weight in trainer.model.trainable.values())
-
-
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_metrics_are_those_of_one_rank(recipe: str, tiny_weights: Path, tmp_path: Path) -> None:
-    train(World(), tiny_weights, tmp_path / "1", *FLOAT64, *RECIPES[recipe])
-    for num_ranks in (2, 4):
-        output = tmp_path / str(num_ranks)
-        sums = on_ranks(num_ranks, train, tiny_weights, output, *FLOAT64, *RECIPES[recipe])
-        # replicas to the bit
-        assert len(set(sums)) == 1
-        key, difference = largest_difference(rows_of(tmp_path / "1"), rows_of(output))
-        assert difference < 1e-6, key
-        assert [row["ratio_deviation"] for row in rows_of(output)[1:]] == [0.0] * 3
-
-
-@pytest.mark.parametrize("rollout_weights", ["gathered", "sharded"])
-def test_full_fine_tuning_on_shards_is_that_of_one_rank(
-    rollout_weights: str, tiny_weights: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("recipe", "num_ranks"),
+    [
+        # 15 samples in shares of 8 and 7, or of 5, 5 and 5
+        pytest.param(SEARCH, 4, id="search"),
+        pytest.param(REWEIGHT, 2, id="reweight"),
+        pytest.param(SHARED, 2, id="shared"),
+        pytest.param(GUIDED, 2, id="guided"),
+    ],
+)
+def test_metrics_and_weights_are_those_of_one_rank(
+    recipe: tuple[str, ...], num_ranks: int, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
 ) -> None:
-    # a search has ranks without candidates, and evaluation ranks without images, that must keep step
-    settings = (
-        *FLOAT64,
-        *SEARCH,
-        "adaptation=full",
-        f"adaptation.rollout_weights={rollout_weights}",
-        "algorithm.noise.candidates=1",
-        "algorithm.noise.elites=1",
-        "algorithm.noise.mix=0.6",
-        "train.learning_rate=1e-4",
-        "train.prompts_per_iteration=8",
-        "train.group_size=1",
-    )
-    train(World(), tiny_weights, tmp_path / "1", *settings)
-    for num_ranks in (2, 4):
-        on_ranks(num_ranks, train, tiny_weights, tmp_path / str(num_ranks), *settings)
-        key, difference = largest_difference(rows_of(tmp_path / "1"), rows_of(tmp_path / str(num_ranks)))
-        assert difference < 1e-6, key
+    config = make_config(tiny_weights, *FLOAT64, *recipe)
+    alone = train(World(), config, tmp_path / "1")
+    found = on_ranks(num_ranks, train, config, tmp_path / "ranks")
+    assert beyond(alone, found) == {}
+    assert [row["ratio_deviation"] for row in found[0].rows[1:]] == [0.0] * 2
 
 
-def test_in_float32_only_rounding_differs(tiny_weights: Path, tmp_path: Path) -> None:
-    train(World(), tiny_weights, tmp_path / "1", "train.iterations=5")
-    on_ranks(4, train, tiny_weights, tmp_path / "4", "train.iterations=5")
-    key, difference = largest_difference(rows_of(tmp_path / "1"), rows_of(tmp_path / "4"))
-    assert difference < 1e-3, key
+@pytest.mark.parametrize(("rollout_weights", "num_ranks"), [("gathered", 2), ("sharded", 3)])
+def test_full_fine_tuning_on_shards_is_that_of_one_rank(
+    rollout_weights: str, num_ranks: int, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    words = (*FLOAT64, *RARE_SEARCH, *FULL, f"adaptation.rollout_weights={rollout_weights}")
+    config = make_config(tiny_weights, *words)
+    alone = train(World(), config, tmp_path / "1")
+    assert beyond(alone, on_ranks(num_ranks, train, config, tmp_path / "ranks")) == {}
+    num_candidates = [4 * 2 * row["search/share"] for row in alone.rows[1:]]
+    assert 0 < min(num_candidates) < 3
 
 
-def roll(world: World, weights: Path, output: Path) -> tuple[list[str], list[int], list[list[float]]]:
+@pytest.fixture(scope="module")
+def plain(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[DictConfig, Run]]:
+    """Flow-GRPO's recipe in each precision, and what one rank makes of it."""
+    output = tmp_path_factory.mktemp("alone")
+    configs = {"float64": make_config(tiny_weights, *FLOAT64), "float32": make_config(tiny_weights)}
+    return {dtype: (config, train(World(), config, output / dtype)) for dtype, config in configs.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_only_rounding_differs(
+    dtype: str, plain: dict[str, tuple[DictConfig, Run]], tmp_path: Path, on_ranks: Ranks
+) -> None:
+    config, alone = plain[dtype]
+    # 8 and 7 samples, in two batches each
+    assert beyond(alone, on_ranks(2, train, config, tmp_path / "run"), dtype) == {}
+
+
+def train_with(world: World, fault: Fault, config: DictConfig, output: Path) -> Run:
+    with fault(world):
+        return train(world, config, output)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fault", "shows_in"),
+    [
+        ("float64", faults.a_lost_gradient, {"weights", "grad_norm", "kl"}),
+        ("float64", faults.too_large_a_sum, {"weights", "grad_norm"}),
+        ("float64", faults.advantages_of_another, {"weights", "grad_norm", "loss"}),
+        ("float64", faults.a_skipped_batch, {"weights", "grad_norm", "kl"}),
+        ("float64", faults.rewards_in_another_order, {"weights", "grad_norm", "reward/group_std"}),
+        ("float32", faults.a_lost_gradient, {"weights", "grad_norm", "kl"}),
+        # Adam steps by the same way, whatever all gradients are multiplied by
+        ("float32", faults.too_large_a_sum, {"grad_norm"}),
+    ],
+)
+def test_the_comparison_is_not_blind(
+    dtype: str,
+    fault: Fault,
+    shows_in: set[str],
+    plain: dict[str, tuple[DictConfig, Run]],
+    tmp_path: Path,
+    on_ranks: Ranks,
+) -> None:
+    config, alone = plain[dtype]
+    found = on_ranks(2, train_with, fault, config, tmp_path / "run")
+    assert beyond(alone, found, dtype).keys() >= shows_in
+
+
+def roll(world: World, config: DictConfig, output: Path) -> tuple[list[str], list[int], list[list[float]]]:
     """Texts, ids and a few numbers of start noise, latents and images of this rank's samples."""
-    trainer = make_trainer(world, weights, output, *FLOAT64, *SEARCH)
+    trainer = make_trainer(world, config, output)
     seen: list[tuple[Samples, Trajectories]] = []
     rollout = trainer.rollout
 
@@ -123,79 +147,85 @@ def roll(world: World, weights: Path, output: Path) -> tuple[list[str], list[int
     return samples.texts, list(samples.rows), torch.cat(parts, dim=1).tolist()
 
 
-def test_each_sample_is_made_once_from_the_same_noise(tiny_weights: Path, tmp_path: Path) -> None:
-    alone = roll(World(), tiny_weights, tmp_path / "1")
+def test_each_sample_is_made_once_from_the_same_noise(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
+    config = make_config(tiny_weights, *FLOAT64, *SEARCH)
+    alone = roll(World(), config, tmp_path / "1")
     expected = {row: (text, numbers) for text, row, numbers in zip(*alone, strict=True)}
     assert sorted(expected) == list(range(15))
-    for num_ranks in (2, 4):
-        made = on_ranks(num_ranks, roll, tiny_weights, tmp_path / str(num_ranks))
-        found = [sample for rank in made for sample in zip(*rank, strict=True)]
-        assert sorted(row for _, row, _ in found) == list(range(15))
-        for text, row, numbers in found:
-            assert text == expected[row][0]
-            assert numbers == pytest.approx(expected[row][1], abs=1e-6)
-        sizes = [len(rank[0]) for rank in made]
-        assert max(sizes) - min(sizes) <= 1
+    made = on_ranks(4, roll, config, tmp_path / "4")
+    found = [sample for rank in made for sample in zip(*rank, strict=True)]
+    assert sorted(row for _, row, _ in found) == list(range(15))
+    for text, row, numbers in found:
+        assert text == expected[row][0]
+        assert numbers == pytest.approx(expected[row][1], rel=1e-9, abs=1e-9)
+    assert sorted(len(rank[0]) for rank in made) == [3, 4, 4, 4]
 
 
-def too_few(world: World, weights: Path, output: Path) -> str:
-    with pytest.raises(ValueError, match="less than one in each step for each of 4 ranks") as raised:
-        make_trainer(world, weights, output, "train.group_size=1")
+def too_few(world: World, config: DictConfig, output: Path) -> str:
+    with pytest.raises(ValueError, match="less than one in each step for each of 2 ranks") as raised:
+        make_trainer(world, config, output)
     return str(raised.value)
 
 
-def test_fewer_samples_than_ranks_are_refused(tiny_weights: Path, tmp_path: Path) -> None:
-    assert len(set(on_ranks(4, too_few, tiny_weights, tmp_path / "run"))) == 1
+def test_fewer_samples_than_ranks_are_refused(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
+    config = make_config(tiny_weights, "train.prompts_per_iteration=1", "train.group_size=1")
+    assert len(set(on_ranks(2, too_few, config, tmp_path / "run"))) == 1
 
 
-def stop(world: World, weights: Path, output: Path) -> str:
+def stop(world: World, config: DictConfig, output: Path) -> str:
     """The second rank alone is asked to stop, in the first iteration."""
-    trainer = make_trainer(world, weights, output)
+    trainer = make_trainer(world, config, output)
     trainer._stop_request.number = 10 * world.rank
     with pytest.raises(RuntimeError, match="stopped by signal 10 after iteration 1, which is saved") as raised:
         trainer.run()
     return type(raised.value).__name__
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(tiny_weights: Path, tmp_path: Path) -> None:
-    assert on_ranks(2, stop, tiny_weights, tmp_path / "run") == ["Preempted"] * 2
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
+    tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    assert on_ranks(2, stop, make_config(tiny_weights), tmp_path / "run") == ["Preempted"] * 2
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
 
 
-def resume(world: World, weights: Path, output: Path, iterations: int) -> float:
-    settings = (*FLOAT64, f"train.iterations={iterations}", "evaluate.every=1", f"resume={output.exists()}")
-    return train(world, weights, output, *settings)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(tiny_weights: Path, tmp_path: Path) -> None:
-    resume(World(), tiny_weights, tmp_path / "alone", 4)
-    for iterations, num_ranks in enumerate((4, 1, 2, 4), start=1):
-        on_ranks(num_ranks, resume, tiny_weights, tmp_path / "moved", iterations)
-    key, difference = largest_difference(rows_of(tmp_path / "alone"), rows_of(tmp_path / "moved"))
-    assert difference < 1e-6, key
-
-
-def fail(world: World, weights: Path, output: Path) -> list[str]:
+def fail(world: World, config: DictConfig, output: Path) -> list[str]:
     """The reward of the second rank fails in the second iteration; both save the first and stop."""
-    trainer = make_trainer(world, weights, output, "reward.scoring.retries=0")
-    begin = type(trainer.rewards).begin
+    trainer = make_trainer(world, config, output)
+    begin = Rewards.begin
 
-    def failing(rewards: Any, texts: list[str]) -> Any:
-        scores = begin(rewards, texts)
-        if world.rank == 1 and trainer.iteration == 1:
-            scores._texts.append("one too many")
-        return scores
+    def failing(rewards: Rewards, texts: list[str]) -> Scores[Tensor]:
+        return begin(rewards, [*texts, "one too many"] if world.rank == 1 and trainer.iteration == 1 else texts)
 
-    # the process ends with the test
-    type(trainer.rewards).begin = failing  # type: ignore[assignment, method-assign]
-    with pytest.raises(ValueError, match="iteration 1 is saved") as raised:
+    with (
+        mock.patch.object(Rewards, "begin", failing),
+        pytest.raises(ValueError, match="iteration 1 is saved") as raised,
+    ):
         trainer.run()
     return [type(raised.value).__name__, str(raised.value)]
 
 
-def test_where_one_ranks_reward_fails_all_save_and_stop(tiny_weights: Path, tmp_path: Path) -> None:
-    first, second = on_ranks(2, fail, tiny_weights, tmp_path / "run")
+def test_where_one_ranks_reward_fails_all_save_and_stop(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
+    first, second = on_ranks(2, fail, make_config(tiny_weights), tmp_path / "run")
     assert first == second
     assert first[0] == "RewardError"
     assert re.match(r"rank 1 on \S+: ValueError: 7 images but 8 texts", first[1]), first[1]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
+
+
+def run_in_legs(on_ranks: Ranks, config: DictConfig, output: Path, worlds: Sequence[int]) -> Run:
+    """One iteration on each number of ranks in turn, each going on from the checkpoint of the one before."""
+    legs = [
+        on_ranks(num_ranks, train, config, output, iterations=end, resume=end > 1)[0]
+        for end, num_ranks in enumerate(worlds, start=1)
+    ]
+    return Run([row for leg in legs for row in leg.rows], legs[0].began, legs[-1].ended)
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((4, 1, 2, 4), marks=pytest.mark.slow)], ids=str)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    worlds: tuple[int, ...], tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    config = make_config(tiny_weights, *FLOAT64, "evaluate.every=1")
+    alone = train(World(), config, tmp_path / "alone", iterations=len(worlds))
+    moved = run_in_legs(on_ranks, config, tmp_path / "moved", worlds)
+    assert beyond(alone, [moved]) == {}

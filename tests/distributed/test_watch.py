@@ -18,7 +18,7 @@ from fastgrpo.distributed.standing import Signs, Standing, is_held_up, suspects,
 from fastgrpo.distributed.watch import Watch
 from fastgrpo.distributed.world import RankFailure, World, join_world
 from fastgrpo.profiling.timing import StageTimer
-from tests.ranks import _free_port
+from tests.ranks import free_port
 
 PATIENCE_SECONDS = 60.0
 HOST = socket.gethostname()
@@ -32,7 +32,7 @@ def run_ranks(
     num_ranks: int, run: Callable[..., None], directory: Path, stopped: int = -1, exchange_seconds: float = 20.0
 ) -> tuple[list[int | None], list[str]]:
     """Exit codes of ranks that call ``run(world, watch)`` inside a watch, None of one that is stopped, and stderr."""
-    context, port = multiprocessing.get_context("fork"), _free_port()
+    context, port = multiprocessing.get_context("fork"), free_port()
     logs = [directory / f"{rank}.txt" for rank in range(num_ranks)]
     ranks = [
         context.Process(target=main, args=(rank, num_ranks, port, logs[rank], run, exchange_seconds))
@@ -228,6 +228,8 @@ def a_long_rollout(world: World, _: Watch) -> None:
     deadline = time.monotonic() + 3.0
     while time.monotonic() < deadline:
         torch.randn(64, 64) @ torch.randn(64, 64)
+        # other tests want to compute as well
+        time.sleep(0.005)
     wait_for_others(world)
 
 

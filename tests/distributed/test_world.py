@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import RankFailure, World
-from tests.ranks import on_ranks
+from tests.ranks import Ranks, ranks_of_module
+
+on_ranks = ranks_of_module()
 
 
 @pytest.mark.parametrize(("total", "num_ranks"), [(1, 4), (6, 4), (7, 2), (8, 4), (0, 3)])
@@ -44,7 +46,7 @@ def gather_squares(world: World, spread: Spread) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("spread", [Spread.evenly(5, 4), Spread(((2, 0), (), (1,))), Spread(((3, 1, 0, 2),))])
-def test_gathered_rows_are_in_order_on_every_rank(spread: Spread) -> None:
+def test_gathered_rows_are_in_order_on_every_rank(spread: Spread, on_ranks: Ranks) -> None:
     num_ranks = len(spread.rows)
     found = [gather_squares(World(), spread)] if num_ranks == 1 else on_ranks(num_ranks, gather_squares, spread)
     expected = [[float(row), float(row**2)] for row in range(spread.total)]
@@ -57,7 +59,7 @@ def sum_own(world: World) -> list[list[float]]:
     return [tensor.flatten().tolist() for tensor in tensors]
 
 
-def test_sums_are_those_of_all_ranks() -> None:
+def test_sums_are_those_of_all_ranks(on_ranks: Ranks) -> None:
     assert on_ranks(3, sum_own) == [[[6.0] * 4, [30.0]]] * 3
 
 
@@ -75,7 +77,7 @@ def fail_on_rank_1(world: World) -> tuple[str, str, int]:
     raise AssertionError("nothing was raised")
 
 
-def test_what_fails_on_one_rank_is_raised_on_all_and_they_can_go_on() -> None:
+def test_what_fails_on_one_rank_is_raised_on_all_and_they_can_go_on(on_ranks: Ranks) -> None:
     first, second = on_ranks(2, fail_on_rank_1)
     assert (first[0], second[0]) == ("NoneType", "ValueError")
     assert first[1] == second[1]
@@ -93,7 +95,7 @@ def run_on_first(world: World) -> object:
     raise AssertionError("nothing was raised")
 
 
-def test_what_the_first_rank_does_or_raises_reaches_all() -> None:
+def test_what_the_first_rank_does_or_raises_reaches_all(on_ranks: Ranks) -> None:
     assert on_ranks(2, run_on_first) == [(["made by", 0], "ZeroDivisionError"), (["made by", 0], "RankFailure")]
 
 
@@ -103,7 +105,7 @@ def tell_values(world: World) -> list[object]:
     return world.everyones(own, "values")
 
 
-def test_values_of_any_length_reach_all() -> None:
+def test_values_of_any_length_reach_all(on_ranks: Ranks) -> None:
     expected = [
         {"rank": 0, "text": "", "numbers": []},
         {"rank": 1, "text": "é", "numbers": [1.5]},
@@ -123,7 +125,7 @@ def show_images(world: World) -> dict[str, list[float]]:
     return {name: tensor.flatten().tolist() for name, tensor in world.to_first(own, "images").items()}
 
 
-def test_named_tensors_reach_the_first_rank_alone() -> None:
+def test_named_tensors_reach_the_first_rank_alone(on_ranks: Ranks) -> None:
     first, *others = on_ranks(3, show_images)
     assert first == {"1 0": [], "1 1": [0.5, 0.5], "whole numbers": [0, 1, 2]}
     assert others == [{}, {}]
@@ -139,5 +141,5 @@ def send_what_json_has_not(world: World) -> str:
     return "nothing"
 
 
-def test_what_json_has_not_is_an_error_on_all_and_they_go_on() -> None:
+def test_what_json_has_not_is_an_error_on_all_and_they_go_on(on_ranks: Ranks) -> None:
     assert on_ranks(2, send_what_json_has_not) == ["TypeError [0, 1]", "RankFailure [0, 1]"]

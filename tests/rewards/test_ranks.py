@@ -1,6 +1,5 @@
 """Ranks that only score: the scores of a reward beside the policy, to the bit, and failures that reach who asked."""
 
-import json
 import os
 import signal
 import time
@@ -8,14 +7,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
-from benchmarks.same_recipe import largest_difference
-from fastgrpo.config import load_config
+from benchmarks.rounding import metric_differences
 from fastgrpo.distributed.world import RankFailure, World
+from fastgrpo.records.json_lines import read_rows
+from fastgrpo.rewards import rank_line
 from fastgrpo.rewards.jpeg import JpegSize
 from fastgrpo.rewards.ranks import PolicyRank, RankedReward, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
@@ -23,18 +25,16 @@ from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.train import train
-from tests.ranks import on_ranks
-from tests.tiny_config import make_overrides
+from tests.ranks import Ranks, ranks_of_module
+from tests.tiny_config import make_config
 
 PROMPTS = ["a red circle", "zwei blaue Quadrate", "丸"]
 GROUP_SIZE = 4
 GOLDEN = {"network": GoldenScores(identity="network 1", scores=[0.1, 0.7], tolerance=0.02)}
 
 
-@pytest.fixture(autouse=True)
-def ranks_that_have_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``take_part`` itself joins."""
-    monkeypatch.setattr("tests.ranks.join_world", lambda device, timeout_seconds: World())
+# ``take_part`` itself joins
+on_ranks = ranks_of_module(joined=False)
 
 
 def network(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
@@ -93,7 +93,9 @@ def score_own(world: World, num_scoring: int) -> tuple[int, int, Tensor] | None:
 
 
 @pytest.mark.parametrize(("num_policy", "num_scoring"), [(3, 1), (2, 2)])
-def test_scoring_ranks_give_the_scores_of_local_rewards_to_the_bit(num_policy: int, num_scoring: int) -> None:
+def test_scoring_ranks_give_the_scores_of_local_rewards_to_the_bit(
+    num_policy: int, num_scoring: int, on_ranks: Ranks
+) -> None:
     found = on_ranks(num_policy + num_scoring, score_own, num_scoring)
     assert found[num_policy:] == [None] * num_scoring
     for rank in range(num_policy):
@@ -133,7 +135,9 @@ def fail_then_go_on(world: World) -> tuple[str, bool] | None:
         return str(raised.value), torch.equal(scores_B, network(make_images(0)[:2], ["a square", "丸"]))
 
 
-def test_what_a_reward_raises_reaches_who_asked_with_its_traceback_and_the_scoring_rank_goes_on() -> None:
+def test_what_a_reward_raises_reaches_who_asked_with_its_traceback_and_the_scoring_rank_goes_on(
+    on_ranks: Ranks,
+) -> None:
     (text, is_equal), *_ = on_ranks(3, fail_then_go_on)
     assert text.startswith("reward 'fails_on_circles' raised ArithmeticError: a circle cannot be squared, 1 times")
     assert "raised on scoring rank 2 on " in text
@@ -155,7 +159,9 @@ def fail_to_build(world: World, error: type[Exception]) -> str:
 @pytest.mark.parametrize(
     ("error", "expected"), [(ValueError, "ValueError"), (RewardError, "RewardError"), (OSError, "RewardError")]
 )
-def test_rewards_that_cannot_be_built_stop_the_policy_ranks_too(error: type[Exception], expected: str) -> None:
+def test_rewards_that_cannot_be_built_stop_the_policy_ranks_too(
+    error: type[Exception], expected: str, on_ranks: Ranks
+) -> None:
     first, second, scoring = on_ranks(3, fail_to_build, error)
     assert scoring == f"{error.__name__}: weights.pt does not exist"
     assert first == second
@@ -163,6 +169,7 @@ def test_rewards_that_cannot_be_built_stop_the_policy_ranks_too(error: type[Exce
     assert first.endswith("could not build its rewards: weights.pt does not exist")
 
 
+@mock.patch.object(rank_line, "GOODBYE_SECONDS", 1.0)
 def fail_before_the_greeting(world: World) -> tuple[str, float]:
     part = take_part("cpu", 30, 1)
     began = time.monotonic()
@@ -180,25 +187,25 @@ def leave_at_once(part: PolicyRank) -> None:
         raise KeyError("a mistake in the policy's config")
 
 
-def test_a_policy_rank_that_fails_while_its_rewards_load_ends_both() -> None:
+def test_a_policy_rank_that_fails_while_its_rewards_load_ends_both(on_ranks: Ranks) -> None:
     (policy, policy_seconds), (scoring, scoring_seconds) = on_ranks(2, fail_before_the_greeting)
     assert (policy, scoring) == ("KeyError", "RankFailure")
-    assert max(policy_seconds, scoring_seconds) < 15
+    assert max(policy_seconds, scoring_seconds) < 10
 
 
 def be_idle(world: World) -> list[float] | None:
-    part = take_part("cpu", 2, 1)
+    part = take_part("cpu", 1.5, 1)
     if isinstance(part, ScoringRank):
-        time.sleep(2.5)
+        time.sleep(1.8)
         part.serve(lambda: (make_rewards(), {}))
         return None
     with part:
         part.golden_scores()
-        time.sleep(3)
+        time.sleep(2)
         return part.rewards(["network"])["network"](make_images(0)[:1], PROMPTS[:1]).tolist()
 
 
-def test_neither_slow_loading_nor_long_silence_times_out() -> None:
+def test_neither_slow_loading_nor_long_silence_times_out(on_ranks: Ranks) -> None:
     found, _ = on_ranks(2, be_idle)
     assert found == network(make_images(0)[:1], PROMPTS[:1]).tolist()
 
@@ -221,12 +228,12 @@ def be_stopped(world: World) -> list[float] | None:
         return part.rewards(["network"])["network"](make_images(0)[:1], PROMPTS[:1]).tolist()
 
 
-def test_a_signal_that_stops_the_run_leaves_its_rewards_to_the_policy_ranks() -> None:
+def test_a_signal_that_stops_the_run_leaves_its_rewards_to_the_policy_ranks(on_ranks: Ranks) -> None:
     found, _ = on_ranks(2, be_stopped)
     assert found == network(make_images(0)[:1], PROMPTS[:1]).tolist()
 
 
-def ask_who_dies(world: World, answer: Path) -> None:
+def ask_who_dies(world: World) -> tuple[float, str] | None:
     def dies(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         return network(images_BCHW, prompts)
@@ -234,22 +241,22 @@ def ask_who_dies(world: World, answer: Path) -> None:
     part = take_part("cpu", 30, 1)
     if isinstance(part, ScoringRank):
         part.serve(lambda: (replace(make_rewards(), watch={"dies": dies}), {}))
-    else:
-        with part:
-            part.golden_scores()
-            began = time.monotonic()
-            with pytest.raises(RewardError) as raised:
-                part.rewards(["dies"])["dies"](make_images(0), PROMPTS * GROUP_SIZE)
-            answer.write_text(f"{time.monotonic() - began} {raised.value}", encoding="utf-8")
+        return None
+    with part:
+        part.golden_scores()
+        began = time.monotonic()
+        with pytest.raises(RewardError) as raised:
+            part.rewards(["dies"])["dies"](make_images(0), PROMPTS * GROUP_SIZE)
+        return time.monotonic() - began, str(raised.value)
 
 
-def test_a_scoring_rank_that_is_killed_fails_the_question_at_once(tmp_path: Path) -> None:
-    # the one that is killed
-    with pytest.raises((EOFError, TimeoutError)):
-        on_ranks(2, ask_who_dies, tmp_path / "answer", seconds=5)
-    seconds, text = (tmp_path / "answer").read_text(encoding="utf-8").split(" ", 1)
+def test_a_scoring_rank_that_is_killed_fails_the_question_at_once(on_ranks: Ranks) -> None:
+    (seconds, text), _ = on_ranks(2, ask_who_dies, killed=[1])
     assert text.startswith("reward 'dies': scoring rank 1 is gone, or gave no answer in time: ")
-    assert float(seconds) < 10
+    assert seconds < 10
+
+
+still_open: list[PolicyRank] = []
 
 
 def leave_without_goodbye(world: World) -> str:
@@ -257,22 +264,17 @@ def leave_without_goodbye(world: World) -> str:
     if isinstance(part, ScoringRank):
         with pytest.raises(RankFailure) as raised:
             part.serve(lambda: (make_rewards(), {}))
-        (Path(os.environ["ANSWER"])).write_text(str(raised.value), encoding="utf-8")
-        return ""
+        return str(raised.value)
     part.golden_scores()
     if part.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(20)
+    # this one's connections stay open until its process ends
+    still_open.append(part)
     return ""
 
 
-def test_a_policy_rank_that_is_killed_ends_its_scoring_rank_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ANSWER", str(tmp_path / "answer"))
-    with pytest.raises((EOFError, TimeoutError)):
-        on_ranks(3, leave_without_goodbye, seconds=5)
-    text = (tmp_path / "answer").read_text(encoding="utf-8")
+def test_a_policy_rank_that_is_killed_ends_its_scoring_rank_at_once(on_ranks: Ranks) -> None:
+    _, _, text = on_ranks(3, leave_without_goodbye, killed=[1], seconds=20)
     assert text.startswith("policy rank 1 is gone without a goodbye: ")
 
 
@@ -281,16 +283,18 @@ def test_a_ranked_reward_is_asked_in_threads_and_tried_on_its_own_rank() -> None
     assert RankedReward.golden_set == "none"
 
 
-def train_run(world: World, overrides: list[str]) -> None:
-    train(load_config("train", overrides))
+def train_run(world: World, config: DictConfig) -> None:
+    # curves take longer than training
+    with mock.patch("fastgrpo.records.metrics.draw_curves"):
+        train(config)
 
 
-def test_a_run_with_scoring_ranks_is_the_run_without(tiny_weights: Path, tmp_path: Path) -> None:
+def test_a_run_with_scoring_ranks_is_the_run_without(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
+    config = make_config(tiny_weights, tmp_path / "run", "train.iterations=2", "algorithm=smart_grpo_paper")
     found: list[list[dict[str, Any]]] = []
-    for num_scoring in (0, 1, 2):
-        output = tmp_path / str(num_scoring)
-        words = ("train.iterations=2", "algorithm=smart_grpo_paper", f"distributed.reward_ranks={num_scoring}")
-        on_ranks(2 + num_scoring, train_run, make_overrides(tiny_weights, output, *words))
-        found.append([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+    for num_scoring in (0, 1):
+        config.output, config.distributed.reward_ranks = str(tmp_path / str(num_scoring)), num_scoring
+        on_ranks(2 + num_scoring, train_run, config)
+        found.append(read_rows(tmp_path / str(num_scoring) / "metrics.jsonl"))
         assert len(found[-1]) == 3
-        assert largest_difference(found[0], found[-1]) == ("nothing", 0.0)
+    assert set(metric_differences(*found).values()) == {0.0}
