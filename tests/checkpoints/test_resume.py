@@ -20,6 +20,7 @@ import safetensors.torch
 from omegaconf import DictConfig
 
 from fastgrpo.cli import PREEMPTED, main
+from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.records.json_lines import read_rows
 from fastgrpo.train import train
@@ -118,7 +119,7 @@ def test_a_run_killed_three_times_ends_as_an_undisturbed_one(
 
 
 def test_a_damaged_checkpoint_is_passed_over(
-    undisturbed: Path, tiny_weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
@@ -126,7 +127,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    train(make_config(tiny_weights, output, *SHORT, "resume=true"))
+    # all else is in its config, also that its prompts are where the undisturbed run has them
+    train(load_config("train", [f"output={output}", "resume=true"]))
     assert f"skipping checkpoint {weights.parent}" in caplog.text
     assert_same_run(output, undisturbed)
 

@@ -168,7 +168,7 @@ def too_few(world: World, config: DictConfig, output: Path) -> str:
 
 
 def test_fewer_samples_than_ranks_are_refused(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
-    config = make_config(tiny_weights, "train.prompts_per_iteration=1", "train.group_size=1")
+    config = make_config(tiny_weights, "train.prompts_per_iteration=1", "train.group_size=2", "train.optimizer_steps=2")
     assert len(set(on_ranks(2, too_few, config, tmp_path / "run"))) == 1
 
 

@@ -208,7 +208,10 @@ def test_the_rank_that_others_wait_for_is_named_with_its_stack(tmp_path: Path) -
     assert f"rank 1 on {HOST} is here:\n" in logs[0]
     assert "in wait_in_vain" in logs[0]
     assert f"rank 2 on {HOST}: iteration 7, rollout, waiting in 'gradients'" in logs[0]
-    assert logs[1] == logs[2] == headline
+    for log in logs[1:]:
+        # c10d may add that the store is gone, which the first rank held
+        assert log.startswith(headline)
+        assert "is here" not in log
 
 
 def test_an_exchange_that_fails_asks_the_rank_that_was_missing_for_its_stack(tmp_path: Path) -> None:
