@@ -62,6 +62,16 @@ def test_a_rank_starts_its_own_samples_from_the_noise_that_all_together_would(pr
             torch.testing.assert_close(alone.estimates_PG, together.estimates_PG, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_decision_is_drawn_for_each_prompt_in_each_iteration():
+    ids = range(1000)
+    first, second = (torch.tensor(make_draw(ids, iteration=i).uniform(2000), dtype=torch.float64) for i in (0, 1))
+    assert make_draw([7], iteration=1).uniform(2000) == [second[7].item()]
+    for u in (first, second):
+        # uniform: of a thousand, the largest distance of their distribution from it
+        assert (u.sort().values - torch.linspace(0, 1, 1000, dtype=torch.float64)).abs().max() < 0.06
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.15
+
+
 def test_gaussian_noise_is_distinct_and_shared_noise_is_its_first():
     draw = make_draw()
     plain = groups(GaussianNoise()(draw, score), draw)
