@@ -16,12 +16,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is no GPU, one skipped item stands for all cases of a test that need one."""
     if torch.cuda.is_available():
         return
+    # the first case of each test
+    kept: dict[str, pytest.Item] = {}
+    left_out = set()
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+        if item.get_closest_marker("gpu") and kept.setdefault(item.nodeid.partition("[")[0], item) is not item:
+            left_out.add(item)
+    for item in kept.values():
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastgrpo.compile.blocks import CompiledBlocks, Uncompiled, num_compilations
+from fastgrpo_kernels import ode_step
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # registers the variable, so that what a piece sets is undone
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", "unset"))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=8):
+    # which vector instructions there are is found out by compiling with each, five seconds
+    with torch._dynamo.config.patch(recompile_limit=8), torch._inductor.config.patch("cpp.vec_isa_ok", False):
         yield
     torch._dynamo.reset()
 
@@ -66,6 +68,17 @@ def test_gradients_are_eagers_and_a_second_pass_compiles_nothing_and_gives_the_s
     assert len(gradients["eager"]) == 17
     torch.testing.assert_close(gradients["compiled"], gradients["eager"], rtol=1e-5, atol=1e-6)
     assert all(torch.equal(*pair) for pair in zip(gradients["again"], gradients["compiled"], strict=True))
+
+
+def test_an_operator_of_ours_is_called_from_compiled_code_and_passes_its_gradient_on(cache: Path) -> None:
+    def step(v: Tensor) -> Tensor:
+        return ode_step(2 * x, torch.tanh(v), 0.9, -0.1).square()
+
+    x, v = make_x(2), make_x(2).mT.contiguous().mT.requires_grad_()
+    result, expected = CompiledBlocks(cache=str(cache))(step)(v), step(v)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    grad, expected_grad = (torch.autograd.grad(value.sum(), v)[0] for value in (result, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_more_variants_than_the_limit_raise_each_time(cache: Path) -> None:

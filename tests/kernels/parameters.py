@@ -18,18 +18,18 @@ QUICK_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 ALL_CHECKS = (*QUICK_CHECKS, "test_aot_dispatch_dynamic")
 
 
-def covering(*factors: Sequence[Any]) -> list[Any]:
-    """All combinations for a GPU; every value of a factor with every value of each other one for the interpreter.
+def covering(*factors: Sequence[Any], together: int = 2) -> list[Any]:
+    """The product of the factors for a GPU; for the interpreter a part that has any so many values ``together``.
 
-    What depends on three values at once is rare, and a program takes the interpreter 10 ms.
+    Earlier combinations are preferred, so a size that computes nothing comes last in its factor.
     """
     cases = [_combined(values) for values in product(*factors)]
     here = [case for case in cases if not case.marks]
-    missing = {pair for case in here for pair in _pairs(case)}
+    missing = {choice for case in here for choice in _choices(case, together)}
     chosen: list[Any] = []
     while missing:
-        chosen.append(max(here, key=lambda case: len(missing & _pairs(case))))
-        missing -= _pairs(chosen[-1])
+        chosen.append(max(here, key=lambda case: len(missing & _choices(case, together))))
+        missing -= _choices(chosen[-1], together)
     return [case if case in chosen else pytest.param(*case.values, marks=pytest.mark.gpu) for case in cases]
 
 
@@ -39,5 +39,5 @@ def _combined(values: Sequence[Any]) -> Any:
     return pytest.param(*(value.values[0] if hasattr(value, "marks") else value for value in values), marks=marks)
 
 
-def _pairs(case: Any) -> set[Any]:
-    return set(combinations(enumerate(map(str, case.values)), 2))
+def _choices(case: Any, together: int) -> set[Any]:
+    return set(combinations(enumerate(map(str, case.values)), together))

@@ -138,22 +138,25 @@ def test_no_two_indices_share_their_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed_stream", "numel", "candidates"),
-    covering(SEEDS_STREAMS, [1, 7, 2048, 2049], ["of all prompts", "of each prompt", "none"]),
+    ("seed_stream", "numel", "own_ids"),
+    covering(SEEDS_STREAMS, [1, 2048, 2049, 7], [False, True], together=1),
     ids=str,
 )
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_kernel_equals_reference_bit_for_bit(
-    seed_stream: tuple[int, int], numel: int, candidates: str, kernel_device: str
+    seed_stream: tuple[int, int], numel: int, own_ids: bool, kernel_device: str
 ) -> None:
     prompts, shared = ids(*BIG_IDS).to(kernel_device), ids(*BIG_IDS[::-1], 12).to(kernel_device)[::2].expand(4, -1)
-    candidates_PK = {
-        "of all prompts": shared,
-        "of each prompt": shared + prompts[:, None],
-        "none": shared[:, :0],
-    }[candidates]
+    candidates_PK = shared + prompts[:, None] if own_ids else shared
     arguments = (*seed_stream, prompts, candidates_PK, numel, torch.float32)
     assert torch.equal(_philox_normal_triton(*arguments), philox_normal_reference(*arguments))
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+def test_no_candidates_are_drawn(kernel_device: str) -> None:
+    no_ids_PK = ids(*BIG_IDS).to(kernel_device).expand(4, -1)[:, :0]
+    drawn = _philox_normal_triton(1, 1, ids(*BIG_IDS).to(kernel_device), no_ids_PK, 7, torch.float32)
+    assert drawn.shape == (4, 0, 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

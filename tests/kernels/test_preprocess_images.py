@@ -21,7 +21,7 @@ from fastgrpo_kernels.preprocess_images import (
     preprocess_images_backward_reference,
     preprocess_images_reference,
 )
-from tests.kernels.parameters import BACKEND, DEVICES, DTYPES, covering
+from tests.kernels.parameters import ALL_CHECKS, BACKEND, DEVICES, DTYPES, QUICK_CHECKS, covering
 
 Match = Literal["pil", "torch"]
 MATCHES: list[Match] = ["pil", "torch"]
@@ -160,12 +160,12 @@ def test_kernel_equals_reference(
     torch.testing.assert_close(result, expected, **({"rtol": 0, "atol": 0} if match == "pil" else TOLERANCES[dtype]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "resized", "crop"), SIZES, ids=str)
+@pytest.mark.parametrize(("sizes", "dtype"), covering(SIZES, DTYPES, together=1), ids=str)
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_backward_kernel_equals_reference(
-    size: Size, resized: Size, crop: Size, dtype: torch.dtype, kernel_device: str
+    sizes: tuple[Size, Size, Size], dtype: torch.dtype, kernel_device: str
 ) -> None:
+    size, resized, crop = sizes
     grad = make_images(1, 2, *crop, dtype=dtype, device=kernel_device)
     arguments = (grad, list(size), list(resized), [1.5, -0.25], dtype, False)
     result, expected = _preprocess_images_backward_triton(*arguments), preprocess_images_backward_reference(*arguments)
@@ -264,10 +264,11 @@ def test_operators_are_well_formed(match: str, device: str) -> None:
     images = make_images(2, 3, 20, 18, device=device).requires_grad_()
     for channels_last, resized in ((False, [12, 14]), (True, [12, 14]), (True, [20, 18])):
         arguments = (images, resized, [12, 12], -1.0, 1.0, MEAN, STD, match, torch.bfloat16, channels_last)
-        torch.library.opcheck(torch.ops.fastgrpo.preprocess_images.default, arguments)
+        checks = QUICK_CHECKS if channels_last else ALL_CHECKS
+        torch.library.opcheck(torch.ops.fastgrpo.preprocess_images.default, arguments, test_utils=checks)
         grad = make_images(2, 3, 12, 12, device=device)
         backward = (grad, [20, 18], resized, STD, torch.float32, channels_last)
-        torch.library.opcheck(torch.ops.fastgrpo.preprocess_images_backward.default, backward)
+        torch.library.opcheck(torch.ops.fastgrpo.preprocess_images_backward.default, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("device", DEVICES)
