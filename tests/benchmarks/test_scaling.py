@@ -83,7 +83,15 @@ def train_and_compare(world: World, config: DictConfig) -> list[tuple[list[Line]
     [
         (2, ("train.optimizer_steps=2",)),
         (2, ("train.prompts_per_iteration=1", "train.group_size=3")),
-        (2, ("algorithm=smart_grpo_paper", "algorithm.schedule.num_steps=4", "reward=jpeg_compressibility")),
+        (
+            2,
+            (
+                "algorithm=smart_grpo_paper",
+                "algorithm.noise.candidates=6",
+                "algorithm.noise.elites=3",
+                "algorithm.schedule.num_steps=4",
+            ),
+        ),
     ],
     ids=["two steps", "uneven", "search"],
 )

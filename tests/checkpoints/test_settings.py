@@ -57,7 +57,8 @@ def save_and_look(stood: list[bool]) -> Callable[[Checkpoint, TrainState], Path]
 
 def test_a_run_that_saves_at_once_trains_on_when_its_checkpoint_stands(tiny_weights: Path, tmp_path: Path) -> None:
     words = ("train.iterations=2", "checkpoint.every=1", "checkpoint.asynchronous=false")
-    trainer, stood, sync = make_trainer(tiny_weights, tmp_path / "run", *words), [], os.fsync
+    trainer, sync = make_trainer(tiny_weights, tmp_path / "run", *words), os.fsync
+    stood: list[bool] = []
 
     def sync_slowly(descriptor: int) -> None:
         time.sleep(0.05)
@@ -70,7 +71,8 @@ def test_a_run_that_saves_at_once_trains_on_when_its_checkpoint_stands(tiny_weig
 
 def test_a_run_that_saves_asynchronously_trains_on_beside_the_writing(tiny_weights: Path, tmp_path: Path) -> None:
     words = ("train.iterations=2", "checkpoint.every=1", "checkpoint.asynchronous=true")
-    trainer, stood, sync = make_trainer(tiny_weights, tmp_path / "run", *words), [], os.fsync
+    trainer, sync = make_trainer(tiny_weights, tmp_path / "run", *words), os.fsync
+    stood: list[bool] = []
     has_trained = threading.Event()
 
     def sync_when_trained(descriptor: int) -> None:
