@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_resume import VARYING
+from benchmarks.lasting import VARYING
 from benchmarks.report import table, write_report
 from fastgrpo.records.json_lines import read_rows
 
