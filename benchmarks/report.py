@@ -32,7 +32,9 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     where = f"{machine['cpu_cores']} cores of {machine['cpu']}"
     where = where if device == "cpu" else f"{device}, {where}"
-    command = f"python -m benchmarks.{theme} {shlex.join(sys.argv[1:])}".strip()
+    # where something lies on this machine says nothing on another one
+    arguments = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = f"python -m benchmarks.{theme} {shlex.join(arguments)}".strip()
     body = f"{body.strip()}\n\nCommand: `{command}`"
     text = f"# {title}\n\n{body}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"

@@ -42,15 +42,15 @@ from fastgrpo.shapes.captions import training_captions
 # theirs as its configs have it first: the baseline
 _THEIRS = {"cpu": ("float32", "bfloat16", "bfloat16 compiled"), "cuda": ("float16", "float16 compiled")}
 _LEGEND = """\
-images/s: median [quartiles] over rounds, of an iteration and of its parts alone; every other round goes through the
-sides backwards. rollout: text encoders, noise search, sampling, rewards and advantages; update: the rest. `x`: times
-faster than another side in the same round: than the baseline, which is the first line, or than the side of flow_grpo
-that is alike, in the same type and compiled or not, as this one. The machine may be shared with other work:
-neighbours in a round suffer from it together. MB: the most memory of a side's process, on a GPU the most that was
-allocated. `ratio deviation`: max |ratio - 1| before the first optimizer step, within the side. `checked`: on the same
-samples, how far the side's ratio and gradients are from those of the other's code in float32, ours for a side of
-theirs and theirs for one of ours. The reward is the size of the image's JPEG file on both sides, computed in threads:
-a few milliseconds."""
+Median [quartiles] over rounds, every other of which goes through the sides backwards.  `x`: times faster than another
+side in the same round: than the baseline, which is the first line, or than the side of flow_grpo that is alike, in
+the same type and compiled or not, as this one.  On a GPU that is by the clock.  On a CPU it is in CPU time, of all
+threads of a side's process: the machine may be shared with other work, which lengthens what the clock says, given
+beside it, and CPU time by far less.  rollout: text encoders, noise search, sampling, rewards and advantages;
+update: the rest.  MB: the most memory of a side's process, on a GPU the most that was allocated.  `ratio deviation`:
+max |ratio - 1| before the first optimizer step, within the side.  `checked`: on the same samples, how far the side's
+ratio and gradients are from those of the other's code in float32, ours for a side of theirs and theirs for one of
+ours.  The reward is the size of the image's JPEG file on both sides, computed in threads: a few milliseconds."""
 
 
 def main(arguments_of_shell: Sequence[str] | None = None) -> None:
@@ -70,10 +70,7 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
                 print(summary(results[-1:]), flush=True)
     if not results:
         raise SystemExit("no recipe could run on the given checkouts")
-    device = job.device
-    body = "\n\n".join(
-        ["\n".join(f"- {line}" for line in goals(results, device)), _LEGEND, _setting(job), summary(results)]
-    )
+    body = "\n\n".join(["\n".join(f"- {line}" for line in goals(results)), _LEGEND, _setting(job), summary(results)])
     data = {"rounds": arguments.rounds, "batches": job.batches, "results": [one.to_dict() for one in results]}
     title = "Flow-GRPO's own functions and ours, " + ("SD3.5-medium" if arguments.full else "in miniature")
     print(write_report("flow_grpo", title=title, body=body, data=data).read_text())
@@ -137,6 +134,7 @@ def _run(job: Job, checkouts: Sequence[Checkout], arguments: argparse.Namespace,
         peer=f"flow_grpo {checkout.commit()[:9]}, recipe {peer}" if checkout else "ours with every optimization off",
         settings={side: entry.setting for side, entry in entries.items()},
         rounds=timed(entries, arguments.warm_up, arguments.rounds),
+        device=job.device,
         agreements=agreements,
         refused=refused,
     )

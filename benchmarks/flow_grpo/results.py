@@ -1,7 +1,8 @@
 """Iterations of both sides as speeds, ratios and tables, beside the goals they are for.
 
-Sides take turns, so the iterations of a round are neighbours in time: a ratio is the median over rounds of ours /
-theirs.
+Sides take turns, so the iterations of a round are neighbours in time: a ratio is the median over rounds of theirs /
+ours.  On a CPU it is of CPU time, which is the clock's where a thread has a core to itself, and which other work on a
+shared machine lengthens by far less.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,21 +23,10 @@ _PARTS: dict[str, Callable[[Iteration], float]] = {
     "update": lambda one: one.update_seconds,
     "CPU time": lambda one: one.cpu_seconds,
 }
-_HEADER = [
-    "side",
-    "images/s",
-    "rollout",
-    "update",
-    "x baseline",
-    "x alike",
-    "x alike, rollout",
-    "x alike, update",
-    "x alike, CPU time",
-    "MB",
-    "ratio deviation",
-    "checked: ratio",
-    "checked: gradients",
-]
+# what counts, and what it makes of images
+_WHOLE = {"cpu": ("CPU time", "images/CPU s"), "cuda": ("iteration", "images/s")}
+_BY_THE_CLOCK = ("iteration", "rollout", "update")
+_FIGURES = ["MB", "ratio deviation", "checked: ratio", "checked: gradients"]
 _GOALS = {"cpu": 2.0, "cuda": 3.0}
 # searched and still faster than their plain recipe
 _SMART_GOAL = {"cpu": 2.0, "cuda": 1.0}
@@ -52,6 +42,7 @@ class Result:
     peer: str
     settings: Mapping[str, Setting]
     rounds: Mapping[str, Sequence[Iteration]]
+    device: str = "cpu"
     agreements: Mapping[str, Agreement] = field(default_factory=dict)
     # why sides were not timed
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -62,12 +53,16 @@ class Result:
         found = (other for other in theirs if self.settings[other].is_like(self.settings[side]))
         return next(found, None)
 
-    def images_per_second(self, side: str, part: str = "iteration") -> Quartiles:
-        return quartiles([one.num_images / _PARTS[part](one) for one in self.rounds[side]])
+    @property
+    def whole(self) -> str:
+        return _WHOLE[self.device][0]
 
-    def times_faster(self, side: str, part: str = "iteration", than: str = "") -> Quartiles:
+    def images_per_second(self, side: str, part: str = "") -> Quartiles:
+        return quartiles([one.num_images / _PARTS[part or self.whole](one) for one in self.rounds[side]])
+
+    def times_faster(self, side: str, part: str = "", than: str = "") -> Quartiles:
         """Of each round, than the baseline or another side."""
-        seconds = _PARTS[part]
+        seconds = _PARTS[part or self.whole]
         pairs = zip(self.rounds[than or self.baseline], self.rounds[side], strict=True)
         return quartiles([seconds(theirs) / seconds(ours) for theirs, ours in pairs])
 
@@ -100,19 +95,30 @@ def summary(results: Sequence[Result]) -> str:
     for result in results:
         rows = [_row(result, side) for side in result.rounds]
         refused = [f"Not timed: {side}, {why}." for side, why in result.refused.items()]
-        told = [f"## {result.recipe}, against {result.peer}", table(_HEADER, rows), *refused, *_unchecked(result)]
+        told = [
+            f"## {result.recipe}, against {result.peer}",
+            table(_header(result), rows),
+            *refused,
+            *_unchecked(result),
+        ]
         parts.append("\n\n".join(told))
     return "\n\n".join(parts)
+
+
+def _header(result: Result) -> list[str]:
+    clock = [f"x alike, {part} by the clock" for part in _BY_THE_CLOCK]
+    return ["side", _WHOLE[result.device][1], "x baseline", "x alike", *clock, *_FIGURES]
 
 
 def _row(result: Result, side: str) -> list[str]:
     rounds = result.rounds[side]
     alike = result.alike(side)
+    parts = (result.whole, *_BY_THE_CLOCK)
     return [
         side,
-        *(_spread(result.images_per_second(side, part), ".3g") for part in ("iteration", "rollout", "update")),
+        _spread(result.images_per_second(side), ".3g"),
         _spread(result.times_faster(side), ".2f"),
-        *("" if alike in (None, side) else _spread(result.times_faster(side, p, str(alike)), ".2f") for p in _PARTS),
+        *("" if alike in (None, side) else _spread(result.times_faster(side, p, str(alike)), ".2f") for p in parts),
         f"{max(one.peak_bytes for one in rounds) / 1e6:.0f}",
         f"{max(one.ratio_deviation for one in rounds):.1e}",
         *_figures(result.agreements.get(side)),
@@ -138,11 +144,11 @@ def _unchecked(result: Result) -> list[str]:
     return []
 
 
-def goals(results: Sequence[Result], device: str) -> list[str]:
+def goals(results: Sequence[Result]) -> list[str]:
     """What was measured, beside what was aimed at: ours, like against like where there is a like."""
     lines = []
     for result in results:
-        goal = (_SMART_GOAL if result.recipe == "smart" else _GOALS)[device]
+        goal = (_SMART_GOAL if result.recipe == "smart" else _GOALS)[result.device]
         for side in result.rounds:
             if side != result.baseline and not side.startswith(THEIRS):
                 than = result.alike(side) or result.baseline
