@@ -14,12 +14,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from benchmarks.lasting import different_metrics
 from benchmarks.report import table, write_report
 from fastgrpo.records.json_lines import read_rows
 
-VARYING = ("seconds", "images_per_second", "peak_bytes")
 SETTINGS = (
     "train.iterations=12",
     "train.prompts_per_iteration=2",
@@ -122,23 +121,13 @@ def _lines(output: Path) -> list[int]:
 
 def _differences(output: Path, undisturbed: Path) -> list[str]:
     """Names of what is not equal: a metric at an iteration, or a file of the last checkpoint."""
-    ours, theirs = (_lasting(path) for path in (output, undisturbed))
-    found = [
-        f"iteration {key[0]}: {key[1]}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
+    found = different_metrics(output, undisturbed)
     last = max((undisturbed / "checkpoints").glob("step_*"))
     for name in ("weights.safetensors", "ema.safetensors", "optimizer.safetensors"):
         path = output / "checkpoints" / last.name / name
         if not path.exists() or path.read_bytes() != (last / name).read_bytes():
             found.append(f"{last.name}/{name}")
     return found
-
-
-def _lasting(output: Path) -> dict[tuple[int, str], Any]:
-    rows = read_rows(output / "metrics.jsonl")
-    return {(r["iteration"], key): value for r in rows for key, value in r.items() if not key.startswith(VARYING)}
 
 
 def _report(runs: list[Kills], pace: Pace, arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ Letters: P prompts, G samples of each, B = P * G.
 
 import argparse
 import statistics
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,14 +95,14 @@ class Bench:
 
     def roll(self, option: str, other_noise: int = 0) -> tuple[Trajectories, float]:
         """Trajectories and the seconds they took."""
-        model, solver = self._model_and_solver(option)
+        model = self._model(option)
         rollout = Rollout(
             model=model,
             grid=self.algorithm.grid,
             dynamics=self.algorithm.dynamics,
             batch_sizes=self.batch_sizes,
             seed=self.seed + other_noise,
-            solver=solver,
+            solver=_solver(" ".join(word for word in option.split() if word.startswith("solver"))),
         )
         samples = Samples.all_of(self.prompts, self.group_size)
         conditions = model.encode(samples.texts)
@@ -109,7 +110,7 @@ class Bench:
         return timed(lambda: rollout(samples, conditions, plain_noise(draw), self.trained_steps))
 
     def ratio_deviation(self, option: str, trajectories: Trajectories) -> float:
-        model, _ = self._model_and_solver(option)
+        model = self._model(option)
         update = Update(
             model=model,
             grid=self.algorithm.grid,
@@ -145,9 +146,8 @@ class Bench:
         facts["other noise"] = self._drift(self.roll(EXACT, other_noise=1)[0].images_BCHW, exact, exact_PG)
         return facts
 
-    def _model_and_solver(self, option: str) -> tuple[Any, Solver]:
-        config = load_config("train", [*self.common, *(option.split() if option != EXACT else [])])
-        return self.models["fp8" if "fp8" in option else "none"], build(config.solver)
+    def _model(self, option: str) -> Any:
+        return self.models["fp8" if "fp8" in option else "none"]
 
     def _drift(self, images_BCHW: Tensor, exact_BCHW: Tensor, exact_PG: Tensor) -> dict[str, float]:
         reward_PG = self.rewards(images_BCHW, self.prompts.texts).total_PG
@@ -209,6 +209,13 @@ def _cells(fact: dict[str, float]) -> list[str]:
     cells = [f"{255 * fact['rms']:.2f}", f"{fact['psnr']:.1f}", f"{fact['reward']:.4f}", f"{fact['rank']:.3f}"]
     measured = "speed" in fact
     return [*cells, f"{fact['ratio_deviation']:.2g}" if measured else "", f"{fact['speed']:.2f}x" if measured else ""]
+
+
+@cache
+def _solver(overrides: str) -> Solver:
+    """A config takes a good part of a second, and every roll asks for one."""
+    solver: Solver = build(load_config("train", overrides.split()).solver)
+    return solver
 
 
 def _lossy_pieces() -> dict[str, Any]:

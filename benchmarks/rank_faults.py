@@ -28,11 +28,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.kill_resume import VARYING
+from benchmarks.lasting import different_metrics
 from benchmarks.report import table, write_report
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import as_named_tensors
@@ -198,12 +197,7 @@ def _changed(job: Job) -> int:
 
 def differences(output: Path, undisturbed: Path) -> list[str]:
     """Metrics, and tensors of the last checkpoint, that are not equal."""
-    ours, theirs = (_lasting(path) for path in (output, undisturbed))
-    found = [
-        f"{name} of iteration {iteration}"
-        for iteration, name in sorted(ours.keys() | theirs.keys())
-        if ours.get((iteration, name)) != theirs.get((iteration, name))
-    ]
+    found = different_metrics(output, undisturbed)
     own, other = (_learned(path) for path in (output, undisturbed))
     names = sorted(own.keys() | other.keys())
     return found + [n for n in names if n not in own or n not in other or not torch.equal(own[n], other[n])]
@@ -215,11 +209,6 @@ def _learned(output: Path) -> dict[str, torch.Tensor]:
     if path is None:
         return {}
     return {f"{path.name}/{name}": tensor for name, tensor in as_named_tensors(checkpoints.load(path))[0].items()}
-
-
-def _lasting(output: Path) -> dict[tuple[int, str], Any]:
-    rows = read_rows(output / "metrics.jsonl")
-    return {(row["iteration"], k): value for row in rows for k, value in row.items() if not k.startswith(VARYING)}
 
 
 def main() -> None:

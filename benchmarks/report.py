@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import os
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -27,12 +25,16 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
     dirty = "-dirty" if revision.endswith("-dirty") else ""
     stem = f"{theme.replace('.', '_')}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"
-    origin = {"commit": revision, "hardware": hardware(), "cpu": _cpu(), "versions": versions()}
+    machine = hardware()
+    origin = {"commit": revision, "hardware": machine, "versions": versions()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    where = f"{os.cpu_count()} cores of {_cpu()}" if device == "cpu" else device
-    command = f"python -m benchmarks.{theme} {shlex.join(sys.argv[1:])}".strip()
+    where = f"{machine['cpu_cores']} cores of {machine['cpu']}"
+    where = where if device == "cpu" else f"{device}, {where}"
+    # where something lies on this machine says nothing on another one
+    arguments = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = f"python -m benchmarks.{theme} {shlex.join(arguments)}".strip()
     body = f"{body.strip()}\n\nCommand: `{command}`"
     text = f"# {title}\n\n{body}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"
@@ -44,12 +46,3 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks.fault_proxy import Fault, FaultProxy, garbage, partial, slow
-from benchmarks.kill_resume import VARYING
+from benchmarks.lasting import different_metrics
 from benchmarks.report import table, write_report
 from benchmarks.reward_server import Server
 from fastgrpo.records.json_lines import read_rows
@@ -90,12 +89,7 @@ class Runs:
 
     def differences(self, case: str) -> list[str]:
         """Where metrics or weights are not those of the undisturbed run."""
-        ours, theirs = (_lasting(self.out / name) for name in (case, "undisturbed"))
-        found = [
-            f"{key} of iteration {i}"
-            for i, key in sorted(ours.keys() | theirs.keys())
-            if ours.get((i, key)) != theirs.get((i, key))
-        ]
+        found = different_metrics(self.out / case, self.out / "undisturbed")
         last = max((self.out / "undisturbed" / "checkpoints").glob("step_*"))
         for name in FILES:
             path = self.out / case / "checkpoints" / last.name / name
@@ -195,11 +189,6 @@ def _killing(server: Server, *, restart: bool) -> Fault:
             threading.Timer(RESTART_SECONDS, server.start).start()
 
     return kill
-
-
-def _lasting(output: Path) -> dict[tuple[int, str], Any]:
-    rows = read_rows(output / "metrics.jsonl")
-    return {(r["iteration"], key): value for r in rows for key, value in r.items() if not key.startswith(VARYING)}
 
 
 def _report(outcomes: list[Outcome], overrides: list[str]) -> None:

@@ -2,12 +2,18 @@
 
     python -m benchmarks.flow_grpo --checkout PATH             in miniature, on the CPU
     python -m benchmarks.flow_grpo --checkout PATH --full      SD3.5-medium at 512x512, on a GPU
-    python -m benchmarks.flow_grpo --checkout PATH --ours "compile=blocks" --ours "compile=eager"
+    python -m benchmarks.flow_grpo --checkout PATH --theirs float32 --ours "" --ours "compile=blocks"
 
-PATH is a checkout of github.com/yifan123/flow_grpo; with several, each recipe takes the first that can run it (the fast
-recipe came in August 2025; until then the unconditional branch was detached, as it is here).  Weights are random unless
---pipeline names a StableDiffusion3Pipeline directory.  Without a checkout ours is compared with itself, every
-optimization off.  What is theirs and what is the driver's: benchmarks/flow_grpo/theirs.py.
+Both have the same chances: --theirs is a type, float32, float16 or bfloat16, by accelerate's mixed precision, with
+``compiled`` after it for torch.compile of its transformer blocks; --ours is overrides of the config. Each of ours is
+set beside the side of theirs that computes as it does. Each side is checked as it will be timed
+(benchmarks/flow_grpo/agreement.py), and one that does not do the same work is not timed.
+
+PATH is a checkout of github.com/yifan123/flow_grpo; with several, each recipe takes the first that can run it. The
+fast recipe came in August 2025; until then the unconditional branch was detached, as it is here: give one checkout
+from before and one from after. Weights are random unless --pipeline names a StableDiffusion3Pipeline directory.
+Without a checkout ours is compared with itself, every optimization off. What is theirs and what is the driver's:
+benchmarks/flow_grpo/theirs.py.
 """
 
 import argparse
@@ -20,25 +26,31 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flow_grpo.agreement import Agreement, agreement
+from benchmarks.flow_grpo.agreement import agreement
 from benchmarks.flow_grpo.checkout import Checkout, choose
-from benchmarks.flow_grpo.children import Work, children
+from benchmarks.flow_grpo.measure import Entry, checked, timed
 from benchmarks.flow_grpo.ours import FastGRPO
 from benchmarks.flow_grpo.pipeline import FULL, MINIATURE, make_pipeline
 from benchmarks.flow_grpo.plain import PlainFastGRPO
-from benchmarks.flow_grpo.recipe import MICRO_BATCH, OPTIMIZER_STEPS, RECIPES, Job
+from benchmarks.flow_grpo.recipe import MICRO_BATCH, OPTIMIZER_STEPS, RECIPES, Job, our_config, our_setting
 from benchmarks.flow_grpo.results import PLAIN, THEIRS, Result, goals, summary
-from benchmarks.flow_grpo.side import Iteration
+from benchmarks.flow_grpo.setting import Setting
 from benchmarks.flow_grpo.theirs import FlowGRPO
 from benchmarks.report import write_report
 from fastgrpo.shapes.captions import training_captions
 
+# theirs as its configs have it first: the baseline
+_THEIRS = {"cpu": ("float32", "bfloat16", "bfloat16 compiled"), "cuda": ("float16", "float16 compiled")}
 _LEGEND = """\
-images/s: median [quartiles] over rounds, in which the sides take turns.  rollout: text encoders, noise search,
-sampling, rewards and advantages; update: the rest.  `x`: times faster than the baseline of the same round.  MB: the
-most memory of a side's process, on a GPU the most that was allocated.  `ratio deviation`: max |ratio - 1| before the
-first optimizer step.  The reward is the size of the image's JPEG file on both sides, computed in threads:
-a few milliseconds."""
+Median [quartiles] over rounds, every other of which goes through the sides backwards.  `x`: times faster than another
+side in the same round: than the baseline, which is the first line, or than the side of flow_grpo that is alike, in
+the same type and compiled or not, as this one.  On a GPU that is by the clock.  On a CPU it is in CPU time, of all
+threads of a side's process: the machine may be shared with other work, which lengthens what the clock says, given
+beside it, and CPU time by far less.  rollout: text encoders, noise search, sampling, rewards and advantages;
+update: the rest.  MB: the most memory of a side's process, on a GPU the most that was allocated.  `ratio deviation`:
+max |ratio - 1| before the first optimizer step, within the side.  `checked`: on the same samples, how far the side's
+ratio and gradients are from those of the other's code in float32, ours for a side of theirs and theirs for one of
+ours.  The reward is the size of the image's JPEG file on both sides, computed in threads: a few milliseconds."""
 
 
 def main(arguments_of_shell: Sequence[str] | None = None) -> None:
@@ -58,15 +70,12 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
                 print(summary(results[-1:]), flush=True)
     if not results:
         raise SystemExit("no recipe could run on the given checkouts")
-    device = job.device
-    body = "\n\n".join(
-        ["\n".join(f"- {line}" for line in goals(results, device)), _LEGEND, _setting(job), summary(results)]
-    )
+    body = "\n\n".join(["\n".join(f"- {line}" for line in goals(results)), _LEGEND, _setting(job), summary(results)])
     data = {"rounds": arguments.rounds, "batches": job.batches, "results": [one.to_dict() for one in results]}
     title = "Flow-GRPO's own functions and ours, " + ("SD3.5-medium" if arguments.full else "in miniature")
     print(write_report("flow_grpo", title=title, body=body, data=data).read_text())
-    if any(one.agreement and not one.agreement.holds for one in results):
-        raise SystemExit("the sides did not do the same work")
+    if refused := [f"{one.recipe}: {side}" for one in results for side in one.refused]:
+        raise SystemExit(f"not timed, see above: {'; '.join(refused)}")
 
 
 def _parse(arguments_of_shell: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +83,7 @@ def _parse(arguments_of_shell: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkout", type=Path, action="append", default=[], help="of flow_grpo; may be repeated")
     parser.add_argument("--full", action="store_true", help="SD3.5-medium's sizes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--theirs", action="append", help="a type, and compiled after it; repeat for several")
     parser.add_argument("--ours", action="append", default=[], help="config overrides; repeat for several variants")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="iterations of each side that are not counted")
@@ -107,44 +117,64 @@ def _job(arguments: argparse.Namespace, scratch: Path) -> Job:
 
 def _run(job: Job, checkouts: Sequence[Checkout], arguments: argparse.Namespace, scratch: Path) -> Result | None:
     recipe = RECIPES[job.recipe]
-    peer = replace(job, recipe=recipe.peer or recipe.name)
-    checkout = choose(checkouts, RECIPES[peer.recipe])
+    peer = recipe.peer or recipe.name
+    checkout = choose(checkouts, RECIPES[peer])
     if checkouts and checkout is None:
         print(f"{recipe.name} is not measured: no given checkout has flow_grpo's fast recipe; use one from August 2025")
         return None
-    sides: dict[str, Work] = {}
+    entries = _theirs(job, checkout, arguments, scratch) | _ours(job, checkout, arguments, scratch)
+    baseline = next(iter(entries))
+    agreements, refused = checked(entries)
+    entries = {side: entry for side, entry in entries.items() if side not in refused}
+    if baseline in refused or len(entries) < 2:
+        raise SystemExit(f"{recipe.name} cannot be measured: " + "; ".join(f"{s}, {why}" for s, why in refused.items()))
+    return Result(
+        recipe=recipe.name,
+        baseline=baseline,
+        peer=f"flow_grpo {checkout.commit()[:9]}, recipe {peer}" if checkout else "ours with every optimization off",
+        settings={side: entry.setting for side, entry in entries.items()},
+        rounds=timed(entries, arguments.warm_up, arguments.rounds),
+        device=job.device,
+        agreements=agreements,
+        refused=refused,
+    )
+
+
+def _theirs(job: Job, checkout: Checkout | None, arguments: argparse.Namespace, scratch: Path) -> dict[str, Entry]:
+    """Sides of flow_grpo; without a checkout ours, plain."""
     if checkout is None:
-        baseline, against = PLAIN, "ours with every optimization off"
-        sides[PLAIN] = partial(PlainFastGRPO, job, scratch / "plain")
-    else:
-        baseline, against = THEIRS, f"flow_grpo {checkout.commit()[:9]}, recipe {peer.recipe}"
-        sides[THEIRS] = partial(FlowGRPO, checkout, peer)
+        return {PLAIN: Entry(make=partial(PlainFastGRPO, job, scratch / "plain"), setting=Setting())}
+    peer = replace(job, recipe=RECIPES[job.recipe].peer or job.recipe)
+    entries = {}
+    for index, text in enumerate(arguments.theirs or _THEIRS[job.device]):
+        setting, check = Setting.parse(text), scratch / f"check_theirs_{index}"
+        entries[f"{THEIRS} {setting}"] = Entry(
+            make=partial(FlowGRPO, checkout, peer, setting),
+            setting=setting,
+            check=partial(agreement, checkout, peer, check, ("model.dtype=float32",), setting),
+        )
+    return entries
+
+
+def _ours(job: Job, checkout: Checkout | None, arguments: argparse.Namespace, scratch: Path) -> dict[str, Entry]:
+    entries = {}
     for index, text in enumerate(arguments.ours or [""]):
-        side = f"ours {text}".strip()
-        sides[side] = partial(FastGRPO, job, scratch / f"ours_{index}", shlex.split(text))
-    checked = _agreement(checkout, peer, scratch / "agreement") if checkout else None
-    with children(sides) as run:
-        rounds: dict[str, list[Iteration]] = {side: [] for side in sides}
-        for number in range(arguments.warm_up + arguments.rounds):
-            for side in sides:
-                iteration = run[side]()
-                if number >= arguments.warm_up:
-                    rounds[side].append(iteration)
-    return Result(recipe.name, baseline, against, rounds, checked)
-
-
-def _agreement(checkout: Checkout, job: Job, output: Path) -> Agreement:
-    with children({"the check": partial(partial, agreement, checkout, job, output)}) as run:
-        checked: Agreement = run["the check"]()
-    return checked
+        overrides = shlex.split(text)
+        check = scratch / f"check_ours_{index}"
+        entries[f"ours {text}".strip()] = Entry(
+            make=partial(FastGRPO, job, scratch / f"ours_{index}", overrides),
+            setting=our_setting(our_config(job, overrides)),
+            check=partial(agreement, checkout, job, check, overrides, Setting()) if checkout else None,
+        )
+    return entries
 
 
 def _setting(job: Job) -> str:
     return (
         f"{job.num_images} images an iteration: {job.batches} prompts x {MICRO_BATCH}, micro-batches of {MICRO_BATCH}, "
-        f"{OPTIMIZER_STEPS} optimizer steps, {job.size.resolution}x{job.size.resolution}; "
-        + ("theirs in fp16 over float32, ours in bfloat16." if job.device == "cuda" else "float32 on both sides but ")
-        + ("" if job.device == "cuda" else f"for our decoding, in bfloat16; CPU threads: {job.threads or 'all'}.")
+        f"{OPTIMIZER_STEPS} optimizer steps, {job.size.resolution}x{job.size.resolution}.  Theirs decodes in float32 "
+        "in every setting, as its script does, ours in bfloat16 where no override says otherwise.  CPU threads: "
+        f"{job.threads or 'all'}."
     )
 
 

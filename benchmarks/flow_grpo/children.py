@@ -1,14 +1,13 @@
 """Sides in processes of their own, one iteration at a time: neither inherits the other's threads, caches or patches."""
 
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
 
 Work = Callable[[], Callable[[], Any]]
 _GOODBYE_SECONDS = 30
@@ -65,8 +64,9 @@ def _serve(work: Work, connection: Connection) -> None:
         while True:
             connection.recv()
             answer = run()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            # a side that never imported it has nothing to give back, and need not wait for its import
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
             connection.send((True, answer))
     except EOFError:
         # the other end has had enough

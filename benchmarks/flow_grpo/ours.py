@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flow_grpo.recipe import Job, our_trainer
+from benchmarks.flow_grpo.recipe import Job, our_config
 from benchmarks.flow_grpo.side import Iteration, now
+from fastgrpo.train import build_trainer
 
 
 class FastGRPO:
@@ -15,7 +16,7 @@ class FastGRPO:
 
     def __init__(self, job: Job, output: Path, overrides: Sequence[str] = ()) -> None:
         self.job = job
-        self.trainer = our_trainer(job, output, overrides)
+        self.trainer = build_trainer(our_config(job, [*overrides, f"output={output}"]))
 
     def __call__(self) -> Iteration:
         if self.job.device == "cuda":

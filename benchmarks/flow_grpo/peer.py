@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -22,23 +23,29 @@ from benchmarks.flow_grpo.recipe import (
     WEIGHT_DECAY,
     Job,
 )
+from benchmarks.flow_grpo.setting import Setting
 
 _EMA_EVERY = 8
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# a block with its adapters on and off, with and without gradient, in training and not: dynamo's own limit is 8
+_MAX_VARIANTS = 64
 
 
 class Peer:
     """Flow-GRPO's functions from ``checkout``, and the model, optimizer and average that its script makes."""
 
-    def __init__(self, checkout: Checkout, job: Job) -> None:
-        self.recipe, self.job = RECIPES[job.recipe], job
+    def __init__(self, checkout: Checkout, job: Job, setting: Setting) -> None:
+        self.recipe, self.job, self.setting = RECIPES[job.recipe], job, setting
         if job.threads:
             torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         self._take_functions(checkout)
+        # accelerate has one state a process, and a check has a peer in each setting
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         self.accelerator = Accelerator(
-            mixed_precision="fp16" if job.device == "cuda" else "no",
+            mixed_precision=setting.mixed_precision,
             cpu=job.device == "cpu",
             gradient_accumulation_steps=job.batches // OPTIMIZER_STEPS * self.recipe.num_trained_steps,
         )
@@ -76,7 +83,7 @@ class Peer:
     def _load(self) -> Any:
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.job.pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        encoder_dtype = torch.float16 if self.job.device == "cuda" else torch.float32
+        encoder_dtype = getattr(torch, self.setting.dtype)
         encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
         for module in (*encoders, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False)
@@ -89,6 +96,10 @@ class Peer:
             target_modules=[f"attn.{target}" for target in _TARGETS],
         )
         pipeline.transformer = get_peft_model(pipeline.transformer, lora)
+        if self.setting.compiled:
+            torch._dynamo.config.recompile_limit = _MAX_VARIANTS
+            for block in pipeline.transformer.transformer_blocks:
+                block.compile(dynamic=False)
         return pipeline
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ settings: arXiv:2505.05470 and flow_grpo's config/grpo.py (``general_ocr_sd3``, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from omegaconf import DictConfig
 
 from benchmarks.flow_grpo.pipeline import Size
+from benchmarks.flow_grpo.setting import Setting
 from fastgrpo.config import load_config
-from fastgrpo.train import build_trainer
-from fastgrpo.trainer import Trainer
 
 MICRO_BATCH = 9
 NUM_STEPS = 10
@@ -23,6 +23,7 @@ MAX_GRAD_NORM = 1.0
 EMA_DECAY = 0.9
 # Flow-GRPO's unit of the JPEG reward: 500 kB
 REWARD_WEIGHT = 0.002
+_UNCOMPILED = "fastgrpo.compile.blocks.Uncompiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,10 @@ class Recipe:
     clip_range: float
     window: int = 0
     window_range: tuple[int, int] = (0, NUM_STEPS // 2)
-    # what their side runs, where it is not the same
+    # what their side is timed on, where it is not the same; it is checked on this
     peer: str = ""
+    # overrides of our config under which a check sees all that the recipe does
+    checked_with: tuple[str, ...] = ()
 
     @property
     def num_trained_steps(self) -> int:
@@ -47,14 +50,22 @@ class Recipe:
 
 
 _FULL = {"algorithm": "flow_grpo", "guidance_scale": 4.5, "noise_level": 0.7, "dynamics": "sde", "clip_range": 1e-4}
-_FAST = {"guidance_scale": 1.0, "kl_coef": 0.0, "noise_level": 0.8, "dynamics": "cps", "clip_range": 1e-5, "window": 3}
+_FAST = {"guidance_scale": 1.0, "kl_coef": 0.0, "dynamics": "cps", "clip_range": 1e-5, "window": 3}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="full", kl_coef=0.04, **_FULL),  # type: ignore[arg-type]
         Recipe(name="full_without_kl", kl_coef=0.0, **_FULL),  # type: ignore[arg-type]
-        Recipe(name="fast", algorithm="flow_grpo_fast", **_FAST),  # type: ignore[arg-type]
-        Recipe(name="smart", algorithm="smart_grpo", peer="fast", **_FAST),  # type: ignore[arg-type]
+        Recipe(name="fast", algorithm="flow_grpo_fast", noise_level=0.8, **_FAST),  # type: ignore[arg-type]
+        Recipe(
+            name="smart",
+            algorithm="smart_grpo",
+            noise_level=0.5,
+            peer="fast",
+            # the one prompt of a check is searched
+            checked_with=("algorithm.noise.mix=0",),
+            **_FAST,  # type: ignore[arg-type]
+        ),
     )
 }
 
@@ -78,8 +89,8 @@ class Job:
         return self.batches * MICRO_BATCH
 
 
-def our_trainer(job: Job, output: Path, overrides: Sequence[str] = ()) -> Trainer:
-    """What ``fastgrpo train`` would run; ``overrides`` come last and win."""
+def our_config(job: Job, overrides: Sequence[str] = ()) -> DictConfig:
+    """Of ``fastgrpo train``; ``overrides`` come last and win, and name the output."""
     recipe, size = RECIPES[job.recipe], job.size
     values = {
         "algorithm": recipe.algorithm,
@@ -92,6 +103,8 @@ def our_trainer(job: Job, output: Path, overrides: Sequence[str] = ()) -> Traine
         "model.guidance_scale": recipe.guidance_scale,
         "model.max_sequence_length": size.t5_tokens,
         "model.dtype": "bfloat16" if job.device == "cuda" else "float32",
+        # else a run finds on disk what another one encoded, and theirs encodes everything
+        "model.condition_cache": "null",
         "adaptation.rank": size.lora_rank,
         "adaptation.alpha": 2 * size.lora_rank,
         "reward": "jpeg_compressibility",
@@ -109,6 +122,10 @@ def our_trainer(job: Job, output: Path, overrides: Sequence[str] = ()) -> Traine
         "train.max_grad_norm": MAX_GRAD_NORM,
         "train.ema_decay": EMA_DECAY,
         "seed": job.seed,
-        "output": output,
     }
-    return build_trainer(load_config("train", [*(f"{name}={value}" for name, value in values.items()), *overrides]))
+    return load_config("train", [*(f"{name}={value}" for name, value in values.items()), *overrides])
+
+
+def our_setting(config: DictConfig) -> Setting:
+    """How a trainer of this config computes."""
+    return Setting(config.model.dtype, compiled=config.compile._target_ != _UNCOMPILED)

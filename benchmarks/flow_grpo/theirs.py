@@ -9,7 +9,8 @@ arguments, the clipped loss and the statistics that are logged, as ``scripts/tra
 what only costs time: data loaders, logging to wandb, progress bars, evaluation, the copy of logged images, the wrapper
 for several GPUs.  Samples of zero advantage are kept, on both sides.
 
-fp16 mixed precision over float32 weights on a GPU, as its configs say; float32 on a CPU, where accelerate has no fp16.
+fp16 mixed precision over float32 weights is what its configs say; on a CPU, where that is slow, float32 and bfloat16
+mixed precision, and each of them compiled on demand, which its script does not do.
 Letters: B samples of a micro-batch, S samples of an iteration, T trained steps.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from benchmarks.flow_grpo.checkout import Checkout
 from benchmarks.flow_grpo.peer import Peer
 from benchmarks.flow_grpo.recipe import MICRO_BATCH, NUM_STEPS, Job
+from benchmarks.flow_grpo.setting import Setting
 from benchmarks.flow_grpo.side import Iteration, now
 from benchmarks.flow_grpo.their_update import TheirUpdate
 from fastgrpo.memory.device import peak_bytes
@@ -35,8 +37,8 @@ _REWARD_THREADS = 8
 class FlowGRPO:
     """Called, it drives their functions through one iteration."""
 
-    def __init__(self, checkout: Checkout, job: Job) -> None:
-        self.peer = Peer(checkout, job)
+    def __init__(self, checkout: Checkout, job: Job, setting: Setting) -> None:
+        self.peer = Peer(checkout, job, setting)
         self.update = TheirUpdate(self.peer)
         self.prompts = PromptSource(load_prompts(job.prompts), job.batches, job.seed)
         self.executor = ThreadPoolExecutor(_REWARD_THREADS)

@@ -41,7 +41,8 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
         print(summary(results[-1:]) + "\n", flush=True)
         # the next network may need the memory, and its shapes would count as recompilations
         del case
-        gc.collect()
+        if not arguments.miniature:
+            gc.collect()
         torch._dynamo.reset()
     if arguments.miniature:
         print(f"{len(results)} rewards on {device}, networks in miniature: nothing here is a result")

@@ -6,7 +6,7 @@ Letters: B images, C H W.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -138,6 +138,7 @@ def _network_reward(
     return architecture.reward(network, BACKENDS[backend](batch), miniature)
 
 
+@cache
 def written_pictures(batch: int) -> tuple[Tensor, list[str]]:
     """Pictures of words, 512 x 512, and prompts that quote them."""
     drawn = [samples(seed)[0] for seed in range(batch)]

@@ -42,7 +42,24 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def hardware() -> dict[str, Any]:
     """The machine of this process."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"gpus": gpus, "machine": platform.machine(), "cpu_cores": os.cpu_count(), "system": platform.platform()}
+    return {
+        "gpus": gpus,
+        "cpu": processor(),
+        "machine": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The model's name; on Linux with family and model number, since a virtual machine may cut the name short."""
+    lines = info.read_text().splitlines() if info.exists() else []
+    # the first processor's: a file has them all, one after another
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = [f"{word} {found[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in found]
+    return f"{found['model name']} ({', '.join(numbers)})" if numbers else found["model name"]
 
 
 def versions() -> dict[str, str | None]:

@@ -7,21 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.flow_grpo import __main__ as command
-from benchmarks.flow_grpo.agreement import Agreement
+from benchmarks.flow_grpo.__main__ import main
+from benchmarks.flow_grpo.agreement import Agreement, Tolerance
 from benchmarks.flow_grpo.checkout import Checkout, choose, definition, executed
 from benchmarks.flow_grpo.children import ChildError, children
 from benchmarks.flow_grpo.ours import FastGRPO
-from benchmarks.flow_grpo.pipeline import MINIATURE, make_pipeline
 from benchmarks.flow_grpo.plain import PlainFastGRPO
 from benchmarks.flow_grpo.recipe import RECIPES, Job
 from benchmarks.flow_grpo.results import Result, goals, summary
+from benchmarks.flow_grpo.setting import Setting
 from benchmarks.flow_grpo.side import Iteration
 from benchmarks.kernels.timing import Quartiles
-from fastgrpo.shapes.captions import training_captions
 from tests.benchmarks.flow_grpo_children import count, die, fail_when_called, fail_when_made
 
-TINY = replace(MINIATURE, resolution=32, num_layers=2, num_dual_layers=1, num_heads=1)
 _PACKAGE = "flow_grpo/diffusers_patch/"
 _FILES = [
     *(f"{_PACKAGE}{name}.py" for name in ("sd3_pipeline_with_logprob", "train_dreambooth_lora_sd3")),
@@ -68,7 +66,7 @@ def test_what_a_checkout_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkout of flow_grpo: it lacks flow_grpo/ema\.py; clone https"):
         Checkout(tmp_path)
     with pytest.raises(ValueError, match=r"lacks .*train_sd3\.py"):
-        command.main(["--checkout", str(tmp_path / "nowhere")])
+        main(["--checkout", str(tmp_path / "nowhere")])
 
 
 def test_a_recipe_takes_the_checkout_that_runs_it_and_whose_gradient_is_ours(tmp_path: Path) -> None:
@@ -113,43 +111,116 @@ def iteration(rollout: float, update: float, **others: float) -> Iteration:
 
 
 def test_speeds_and_ratios_by_hand() -> None:
-    # a slow moment of the machine, the second round, is in both sides and in no ratio
-    theirs = [iteration(2, 4, ratio_deviation=7e-5), iteration(20, 40), iteration(3, 6)]
-    ours = [iteration(1, 1, peak_bytes=9_000_000), iteration(10, 10), iteration(1, 2)]
-    result = Result("full", "flow_grpo", "flow_grpo abc, recipe full", {"flow_grpo": theirs, "ours": ours})
+    # a slow moment of the machine, the second round, is in all sides and in no ratio
+    theirs = [
+        iteration(2, 4, cpu_seconds=8.0, ratio_deviation=7e-5),
+        iteration(20, 40, cpu_seconds=12.0),
+        iteration(3, 6, cpu_seconds=9.0),
+    ]
+    ours = [
+        iteration(1, 1, cpu_seconds=2.0, peak_bytes=9_000_000),
+        iteration(10, 10, cpu_seconds=2.0),
+        iteration(1, 2, cpu_seconds=2.0),
+    ]
+    compiled = [iteration(1, 2, cpu_seconds=3.0), iteration(10, 20, cpu_seconds=3.0), iteration(2, 2, cpu_seconds=3.0)]
+    result = Result(
+        recipe="full",
+        baseline="flow_grpo float32",
+        peer="flow_grpo abc, recipe full",
+        settings={
+            "flow_grpo float32": Setting(),
+            "flow_grpo bfloat16 compiled": Setting("bfloat16", compiled=True),
+            "ours": Setting(),
+            "ours compile=blocks": Setting("float16", compiled=True),
+            "ours model.dtype=bfloat16": Setting("bfloat16"),
+        },
+        rounds={
+            "flow_grpo float32": theirs,
+            "flow_grpo bfloat16 compiled": compiled,
+            "ours": ours,
+            "ours compile=blocks": ours,
+            "ours model.dtype=bfloat16": ours,
+        },
+    )
     assert result.images_per_second("ours", "rollout") == Quartiles(18.0, 9.9, 18.0)
-    assert result.times_faster("ours") == Quartiles(3.0, 3.0, 3.0)
+    assert result.times_faster("ours", "iteration") == Quartiles(3.0, 3.0, 3.0)
     assert result.times_faster("ours", "rollout") == Quartiles(2.0, 2.0, 2.5)
     assert result.times_faster("ours", "update") == Quartiles(4.0, 3.5, 4.0)
-    assert goals([result], "cpu") == ["full: ours is 3.00x flow_grpo [3.00, 3.00] (goal: 2x)."]
+    # on a CPU what counts is CPU time: 8, 12 and 9 of theirs, 2 of ours
+    assert result.times_faster("ours") == Quartiles(4.5, 4.25, 5.25)
+    assert result.images_per_second("ours") == Quartiles(9.0, 9.0, 9.0)
+    assert replace(result, device="cuda").times_faster("ours") == Quartiles(3.0, 3.0, 3.0)
+    assert result.alike("ours") == "flow_grpo float32"
+    assert result.alike("ours compile=blocks") == "flow_grpo bfloat16 compiled"
+    assert result.alike("ours model.dtype=bfloat16") is None
+    assert goals([result]) == [
+        "full: ours is 4.50x flow_grpo float32 [4.25, 5.25] (goal: 2x).",
+        # 3 of the compiled one
+        "full: ours compile=blocks is 1.50x flow_grpo bfloat16 compiled [1.50, 1.50] (goal: 2x).",
+        "full: ours model.dtype=bfloat16 is 4.50x flow_grpo float32 [4.25, 5.25] (goal: 2x).",
+    ]
     text = summary([result])
     assert "## full, against flow_grpo abc, recipe full" in text
-    assert "| ours | 6 [3.45, 7.5] | 18 [9.9, 18] | 9 [5.4, 13.5] | 3.00 [3.00, 3.00] | 2.00 [2.00, 2.50] |" in text
+    assert "| side | images/CPU s | x baseline | x alike | x alike, iteration by the clock |" in text
+    assert "| ours | 9 [9, 9] | 4.50 [4.25, 5.25] | 4.50 [4.25, 5.25] | 3.00 [3.00, 3.00] | 2.00 [2.00, 2.50] |" in text
+    assert "| ours compile=blocks | 9 [9, 9] | 4.50 [4.25, 5.25] | 1.50 [1.50, 1.50] | 1.50 [1.42, 1.50] |" in text
+    assert "| ours model.dtype=bfloat16 | 9 [9, 9] | 4.50 [4.25, 5.25] |  |  |  |  | 9 |" in text
     assert "| 5 | 7.0e-05 |" in text
     assert "| 9 | 0.0e+00 |" in text
+    assert "There was no checkout of flow_grpo" in text
+    assert "| side | images/s | x baseline |" in summary([replace(result, device="cuda")])
+    sides = result.to_dict()["sides"]
+    assert sides["ours compile=blocks"]["times_faster_than_alike"]["iteration"]["median"] == 1.5
+    assert sides["ours model.dtype=bfloat16"]["times_faster_than_alike"] is None
 
 
-def test_sides_that_do_other_work_are_told_apart() -> None:
-    same = Agreement(ratio_deviation=1e-7, gradient_difference=2e-6, tolerance=1e-4, trains_unconditional=False)
-    other = replace(same, gradient_difference=0.2)
-    assert same.holds
+SAME = Agreement(
+    ratio_deviation=1e-7,
+    gradient_difference=2e-6,
+    tolerance=Tolerance(ratio=1e-4, gradient=1e-5),
+    trains_unconditional=False,
+)
+
+
+def test_a_side_that_does_other_work_is_told_apart() -> None:
+    other = replace(SAME, gradient_difference=0.2)
+    assert SAME.holds
     assert not other.holds
     assert replace(other, trains_unconditional=True).holds
-    assert not replace(same, ratio_deviation=float("nan")).holds
-    rounds = {"flow_grpo": [iteration(1, 1)] * 2, "ours": [iteration(1, 1)] * 2}
-    told = summary([Result("full", "flow_grpo", "flow_grpo", rounds, agreement) for agreement in (same, other, None)])
-    assert told.count("Checked: the same work.") == 1
-    assert "NOT the same work (tolerance 0.0001)" in told
-    assert "There was no checkout of flow_grpo" in told
+    assert not replace(SAME, ratio_deviation=2e-4).holds
+    assert not replace(SAME, ratio_deviation=float("nan")).holds
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    directory = tmp_path_factory.mktemp("flow_grpo")
-    (directory / "prompts.txt").write_text("\n".join(map(str, training_captions())))
-    pipeline = make_pipeline(directory / "pipeline", TINY, "cpu")
-    prompts = str(directory / "prompts.txt")
-    return Job(recipe="full", pipeline=str(pipeline), size=TINY, prompts=prompts, batches=2, device="cpu", threads=1)
+def test_every_row_has_the_figures_of_its_own_check() -> None:
+    sides = ("flow_grpo float32", "ours", "ours late")
+    result = Result(
+        recipe="full",
+        baseline=sides[0],
+        peer="flow_grpo",
+        settings=dict.fromkeys(sides, Setting()),
+        rounds={side: [iteration(1, 1)] * 2 for side in sides},
+        agreements={
+            sides[0]: SAME,
+            sides[1]: replace(SAME, ratio_deviation=3e-7, gradient_difference=4e-6),
+            sides[2]: replace(SAME, trains_unconditional=True),
+        },
+        refused={"ours wrong": "not the same work"},
+    )
+    rows = {line.split(" | ")[0].strip("| "): line for line in summary([result]).splitlines() if line.startswith("| ")}
+    assert rows[sides[0]].endswith("| 1.0e-07 | 2.0e-06 |")
+    assert rows[sides[1]].endswith("| 3.0e-07 | 4.0e-06 |")
+    assert rows[sides[2]].endswith("| 1.0e-07 | not compared |")
+    assert "Not timed: ours wrong, not the same work." in summary([result])
+    assert result.to_dict()["sides"]["ours"]["agreement"]["gradient_difference"] == 4e-6
+
+
+def test_a_setting_is_read_as_it_is_told() -> None:
+    for setting in (Setting("float16"), Setting("bfloat16", compiled=True)):
+        assert Setting.parse(str(setting)) == setting
+    with pytest.raises(ValueError, match="float32, float16, bfloat16, got 'int8'"):
+        Setting.parse("int8")
+    with pytest.raises(ValueError, match="'compiled' or nothing, got 'float32 fast'"):
+        Setting.parse("float32 fast")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -159,24 +230,3 @@ def test_ours_and_ours_without_optimizations_do_the_same_work(job: Job, recipe: 
     for name in ("reward/total", "reward/group_std", "grad_norm"):
         assert plain[name] == pytest.approx(fast[name], rel=1e-3), name
     assert plain["ratio_deviation"] == fast["ratio_deviation"] == 0
-
-
-def test_without_a_checkout_ours_is_compared_with_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written: dict[str, Any] = {}
-
-    def write(theme: str, **report: Any) -> Path:
-        written.update(report)
-        (tmp_path / "report.md").write_text(report["body"])
-        return tmp_path / "report.md"
-
-    monkeypatch.setattr(command, "write_report", write)
-    monkeypatch.setattr(command, "MINIATURE", TINY)
-    command.main(["--recipes", "fast", "--rounds", "2", "--warm-up", "0", "--ours", "runtime.micro_batch=6"])
-    told = capsys.readouterr().out
-    assert "no --checkout of flow_grpo was given" in told
-    assert "- fast: ours runtime.micro_batch=6 is " in told
-    (result,) = written["data"]["results"]
-    assert result["baseline"] == "ours, plain"
-    assert [len(side["iterations"]) for side in result["sides"].values()] == [2, 2]

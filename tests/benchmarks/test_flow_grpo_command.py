@@ -1,0 +1,171 @@
+"""``python -m benchmarks.flow_grpo`` on a stand-in: all sides are checked as they are timed, and take turns."""
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.flow_grpo import __main__ as command
+from benchmarks.flow_grpo import agreement as agreements
+from benchmarks.flow_grpo import measure
+from benchmarks.flow_grpo.agreement import Agreement, Tolerance
+from benchmarks.flow_grpo.checkout import Checkout
+from benchmarks.flow_grpo.children import Work
+from benchmarks.flow_grpo.measure import Entry, checked, timed
+from benchmarks.flow_grpo.pipeline import Size
+from benchmarks.flow_grpo.setting import Setting
+
+
+@contextmanager
+def in_this_process(sides: Mapping[str, Work]) -> Iterator[dict[str, Callable[[], Any]]]:
+    """What ``children`` does, without the seconds that a process takes to import; a process is sent the work."""
+    yield {name: pickle.loads(pickle.dumps(work))() for name, work in sides.items()}
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_size: Size) -> dict[str, Any]:
+    """What the command writes."""
+    written: dict[str, Any] = {}
+
+    def write(theme: str, **report: Any) -> Path:
+        written.update(report)
+        (tmp_path / "report.md").write_text(report["body"])
+        return tmp_path / "report.md"
+
+    monkeypatch.setattr(command, "write_report", write)
+    monkeypatch.setattr(command, "MINIATURE", tiny_size)
+    monkeypatch.setattr(measure, "children", in_this_process)
+    return written
+
+
+def test_each_side_is_checked_as_it_is_timed_and_set_beside_its_like(
+    report: dict[str, Any], stand_in: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = ["--theirs", "float32", "--theirs", "bfloat16", "--ours", "", "--ours", "model.dtype=bfloat16"]
+    command.main(["--checkout", str(stand_in.path), "--recipes", "fast", "--rounds", "2", "--warm-up", "0", *sides])
+    (result,) = report["data"]["results"]
+    found = result["sides"]
+    assert list(found) == ["flow_grpo float32", "flow_grpo bfloat16", "ours", "ours model.dtype=bfloat16"]
+    assert result["baseline"] == "flow_grpo float32"
+    assert [side["setting"] for side in found.values()] == ["float32", "bfloat16", "float32", "bfloat16"]
+    assert found["ours model.dtype=bfloat16"]["alike"] == "flow_grpo bfloat16"
+    assert [len(side["iterations"]) for side in found.values()] == [2, 2, 2, 2]
+    differences = {side: one["agreement"]["gradient_difference"] for side, one in found.items()}
+    # their float32 and ours are one comparison seen from both ends; bfloat16 shows in each that computes in it
+    assert differences["flow_grpo float32"] == differences["ours"] < 1e-5
+    assert 1e-3 < differences["flow_grpo bfloat16"] < 0.06
+    assert 1e-3 < differences["ours model.dtype=bfloat16"] < 0.06
+    assert "- fast: ours model.dtype=bfloat16 is " in report["body"]
+    assert "x flow_grpo bfloat16 [" in report["body"]
+    assert "ours model.dtype=bfloat16" in capsys.readouterr().out
+
+
+def test_without_a_checkout_ours_is_compared_with_itself(
+    report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(["--recipes", "fast", "--rounds", "2", "--warm-up", "0", "--ours", "runtime.micro_batch=6"])
+    told = capsys.readouterr().out
+    assert "no --checkout of flow_grpo was given" in told
+    assert "- fast: ours runtime.micro_batch=6 is " in told
+    (result,) = report["data"]["results"]
+    assert result["baseline"] == "ours, plain"
+    assert [len(side["iterations"]) for side in result["sides"].values()] == [2, 2]
+
+
+AGREEMENT = Agreement(
+    ratio_deviation=1e-7, gradient_difference=2e-6, tolerance=Tolerance(1e-5, 1e-5), trains_unconditional=False
+)
+
+
+def holds() -> Agreement:
+    return AGREEMENT
+
+
+def differs() -> Agreement:
+    return replace(AGREEMENT, gradient_difference=0.2)
+
+
+def fails() -> Agreement:
+    raise ValueError("no such override")
+
+
+def make() -> Callable[[], Any]:
+    raise AssertionError("nothing is made before all is checked")
+
+
+def entry(check: Callable[[], Agreement]) -> Entry:
+    return Entry(make=make, setting=Setting(), check=check)
+
+
+def test_a_side_whose_check_fails_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "children", in_this_process)
+    found, refused = checked({"theirs": entry(holds), "wrong": entry(differs), "broken": entry(fails)})
+    assert found == {"theirs": AGREEMENT}
+    assert refused == {
+        "wrong": "not the same work: its ratio is off by 1.0e-07, its gradients by 2.0e-01 of their length, where "
+        "ratio 1e-05, gradients 1e-05 are allowed",
+        "broken": "ValueError: no such override",
+    }
+
+
+def test_a_refused_side_is_not_timed_and_the_command_fails(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stand_in: Checkout
+) -> None:
+    monkeypatch.setattr(command, "timed", lambda entries, *_: {side: [ITERATION] * 2 for side in entries})
+    monkeypatch.setattr(
+        command, "checked", lambda entries: (dict.fromkeys(list(entries)[:2], AGREEMENT), {"ours seed=1": "wrong"})
+    )
+    arguments = ["--checkout", str(stand_in.path), "--recipes", "fast", "--theirs", "float32"]
+    with pytest.raises(SystemExit, match="not timed, see above: fast: ours seed=1"):
+        command.main([*arguments, "--ours", "", "--ours", "seed=1"])
+    (result,) = report["data"]["results"]
+    assert list(result["sides"]) == ["flow_grpo float32", "ours"]
+    assert result["refused"] == {"ours seed=1": "wrong"}
+    monkeypatch.setattr(command, "checked", lambda entries: ({}, {"flow_grpo float32": "wrong"}))
+    with pytest.raises(SystemExit, match="fast cannot be measured: flow_grpo float32, wrong"):
+        command.main([*arguments, "--ours", ""])
+
+
+ITERATION = measure.Iteration(
+    num_images=18, rollout_seconds=1.0, update_seconds=1.0, cpu_seconds=2.0, peak_bytes=1, ratio_deviation=0.0
+)
+TURNS: list[str] = []
+
+
+def turn(name: str) -> measure.Iteration:
+    TURNS.append(name)
+    return replace(ITERATION, peak_bytes=len(TURNS))
+
+
+class Turn:
+    """Work whose side only notes that it was its turn."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> Callable[[], measure.Iteration]:
+        return lambda: turn(self.name)
+
+
+def test_every_other_round_goes_backwards_and_a_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "children", in_this_process)
+    TURNS.clear()
+    rounds = timed({name: Entry(make=Turn(name), setting=Setting()) for name in "abc"}, warm_up=1, rounds=2)
+    assert "".join(TURNS) == "abc" + "cba" + "abc"
+    assert [[one.peak_bytes for one in rounds[name]] for name in "abc"] == [[6, 7], [5, 8], [4, 9]]
+
+
+def test_what_is_allowed_grows_with_the_blocks_and_shrinks_with_the_latent(tiny_size: Size) -> None:
+    float32, bfloat16 = Setting(), Setting("bfloat16")
+    tolerance = agreements._tolerance
+    assert tolerance(float32, command.MINIATURE, "cpu") == Tolerance(1e-5, 1e-5)
+    # 24 blocks in place of 4
+    assert tolerance(bfloat16, command.FULL, "cuda").gradient == pytest.approx(0.06 * 6**0.5)
+    # 6 times the width and height in place of tiny's, of the elements that a ratio averages
+    assert tolerance(bfloat16, tiny_size, "cpu") == Tolerance(pytest.approx(0.012), 0.06)  # type: ignore[arg-type]
+    # on a GPU float32 has the bits of TF32
+    assert tolerance(float32, command.FULL, "cuda") == tolerance(Setting("float16"), command.FULL, "cuda")
