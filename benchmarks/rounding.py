@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kill_resume import VARYING
+from benchmarks.lasting import VARYING
 
 WEIGHTS = "weights"
 
