@@ -20,7 +20,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.flux_network import FluxNetwork
-from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.rollout import Rollout
@@ -31,7 +31,7 @@ from tests.tiny_config import make_overrides
 from tests.tiny_flux import PROMPTS, TEXT_WIDTH, make_pipeline, make_transformer
 
 TEXTS = list(PROMPTS[:3])
-TARGETS = (*ATTENTION, *FEED_FORWARD)
+TARGETS = tuple(load_config("train", ["adaptation=lora_flux"]).adaptation.targets)
 T = 0.5
 GUIDANCE = 3.5
 
