@@ -30,7 +30,7 @@ def encode(config: DictConfig) -> None:
         # where a model's config leaves a key out, Hydra wants to be told that it is meant
         key = "model.condition_cache" if "condition_cache" in config.model else "+model.condition_cache"
         raise ValueError(
-            f"model.condition_cache is null, so conditions would be lost; add {key}=~/.cache/fastgrpo/conditions here "
+            f"model.condition_cache is null, so conditions would be lost; add {key}=outputs/conditions here "
             "and to the runs that are to find them there"
         )
     model = build_model(config)
