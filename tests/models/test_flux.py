@@ -294,6 +294,13 @@ def test_the_experiment_is_flow_grpos() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"use_t5": False}, {"max_sequence_length": 0}])
-def test_texts_need_t5(setting: dict[str, Any], weights: Path) -> None:
+def test_texts_need_t5(setting: dict[str, Any], weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flux, "_make_pipeline", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="FLUX reads texts through T5"):
         make_model(weights, **setting)
+
+
+def test_resolutions_are_bounded_by_no_table(weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.resolution must be a positive multiple of 16, got 72"):
+        make_model(weights, resolution=72)
+    assert make_model(weights, resolution=8192).latent_shape == (16, 1024, 1024)

@@ -13,6 +13,7 @@ from fastgrpo.models.architectures import SD3Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3_network import SD3Network
 from fastgrpo.types import Conditions
 
@@ -25,9 +26,8 @@ Forward = Callable[[SD3Transformer2DModel, Tensor, Conditions], Tensor]
 
 def make_transformer() -> SD3Transformer2DModel:
     """SD3.5-medium in bfloat16 with Flow-GRPO's adapters."""
-    half = torch.bfloat16
-    transformer = SD3Architecture()(device=torch.device("cpu"), dtype=half, decode_dtype=half).transformer
-    LoRA()(transformer.requires_grad_(False))
+    transformer = random_module(SD3Architecture().make_transformer, device="cpu", dtype=torch.bfloat16, seed=0)
+    LoRA()(transformer)
     return transformer
 
 
