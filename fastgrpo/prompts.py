@@ -32,7 +32,7 @@ class PromptSource:
         if not self.texts:
             raise ValueError("the list of prompts is empty; give at least one prompt")
         if self.prompts_per_iteration < 1:
-            raise ValueError(f"prompts_per_iteration must be at least 1, got {self.prompts_per_iteration}")
+            raise ValueError(f"train.prompts_per_iteration must be at least 1, got {self.prompts_per_iteration}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
@@ -57,21 +57,26 @@ def _order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
 def load_prompts(path: str | Path, key: str = "prompts.path") -> list[str]:
     """Prompts of a text file, one a line, or of a ``.jsonl`` file, one ``{"prompt": ...}`` object a line.
 
-    Raises ValueError, with the file, the line and the remedy, for anything that is not a usable prompt.
+    Raises ValueError, with the file, the line and the remedy, for anything that is not a usable prompt.  ``key`` is the
+    config's key that ``path`` came from.
     """
-    path = Path(path)
+    if not str(path):
+        raise ValueError(f"{key} is empty; give the path of a prompt file")
+    path = Path(path).expanduser()
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"prompt file {path} does not exist; check {key}") from error
-    except OSError as error:
-        raise ValueError(f"prompt file {path} cannot be read ({error.strerror}); give a readable text file") from error
+        looked_for = "" if path.is_absolute() else f" (it was looked for as {path.absolute()})"
+        raise ValueError(f"prompt file {path} does not exist; check {key}{looked_for}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{key}={path} cannot be read ({why}); give a readable text file") from error
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     if not lines:
-        raise ValueError(f"prompt file {path} is empty; write one prompt a line")
-    return [_prompt(line, f"{path}:{number}", path.suffix) for number, line in enumerate(lines, start=1)]
+        raise ValueError(f"{key}={path} is empty; write one prompt a line")
+    return [_prompt(line, f"{key}: {path}:{number}", path.suffix) for number, line in enumerate(lines, start=1)]
 
 
 def _prompt(line: bytes, place: str, suffix: str) -> str:

@@ -69,7 +69,11 @@ CONFINED = {
     "requests": ("fastgrpo/rewards/remote/",),
     "fastapi": ("fastgrpo/rewards/remote/",),
     "uvicorn": ("fastgrpo/commands/serve_reward.py",),
-    "huggingface_hub": ("fastgrpo/rewards/networks/checkpoints.py", "fastgrpo/models/quiet.py"),
+    "huggingface_hub": (
+        "fastgrpo/files/hub.py",
+        "fastgrpo/rewards/networks/checkpoints.py",
+        "fastgrpo/models/quiet.py",
+    ),
     "triton": ("kernels/",),
     "fastgrpo_kernels": (
         "kernels/",

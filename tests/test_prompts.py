@@ -104,7 +104,34 @@ def test_a_bad_prompt_file_is_refused_with_line_and_remedy(
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.txt does not exist; check prompts\.path"):
+    with pytest.raises(ValueError, match=r"none\.txt does not exist; check prompts\.path$"):
         load_prompts(tmp_path / "none.txt")
     with pytest.raises(ValueError, match=r"cannot be read .* give a readable text file"):
         load_prompts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("none.txt", None), ("empty.txt", b""), ("blank.txt", b"good\n\n"), ("", None), (".", None)]
+)
+def test_what_is_wrong_with_a_file_is_told_by_the_key_it_came_from(
+    name: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    for key, other in (("prompts.held_out", "prompts.path"), ("prompts.path", "prompts.held_out")):
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")) as raised:
+            load_prompts(name, key=key)
+        assert other not in str(raised.value)
+
+
+def test_where_a_relative_path_was_looked_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"does not exist; check prompts\.path \(it was looked for as {tmp_path}/no"):
+        load_prompts("nowhere.txt")
+
+
+def test_a_file_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("a red circle\n")
+    assert load_prompts("~/mine.txt") == ["a red circle"]

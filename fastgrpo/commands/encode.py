@@ -24,10 +24,14 @@ class Encoded:
 def encode(config: DictConfig) -> None:
     """Run a checked ``encode`` config and print what it did; a second run goes on where a first one stopped."""
     prompts = load_prompts(resolve_path(config.prompts.path))
-    if config.model.get("condition_cache") is None or config.model.weights == "random":
+    if config.model.weights == "random":
+        raise ValueError("conditions of model.weights=random are drawn, not encoded; give the weights of a model")
+    if config.model.get("condition_cache") is None:
+        # where a model's config leaves a key out, Hydra wants to be told that it is meant
+        key = "model.condition_cache" if "condition_cache" in config.model else "+model.condition_cache"
         raise ValueError(
-            f"conditions of model.weights={config.model.weights} are not kept on disk; give model.condition_cache= a "
-            "directory, and weights that are not random"
+            f"model.condition_cache is null, so conditions would be lost; add {key}=outputs/conditions here "
+            "and to the runs that are to find them there"
         )
     model = build_model(config)
     if not isinstance(model, PipelineModel):

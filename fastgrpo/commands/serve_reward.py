@@ -73,10 +73,9 @@ def _listen(host: str, port: int, *, has_token: bool) -> socket.socket:
                 "token_env=NAME, or use host=127.0.0.1"
             )
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host} port {port} ({error.strerror}); give host= or port= another"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot listen on {host} port {port} ({why}); give host= or port= another") from error
 
 
 def _address(listener: socket.socket) -> str:

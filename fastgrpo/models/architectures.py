@@ -25,6 +25,7 @@ from fastgrpo.models.random_weights import random_embedding, random_module
 LATENT_CHANNELS = 16
 # tokens of CLIP, before those of T5
 _CLIP_TOKENS = 77
+_POSITION_WIDTHS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,30 @@ class Architecture(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "decoder_channels", tuple(self.decoder_channels))
-        for key in ("num_layers", "num_heads", "head_width", "pooled_width", "text_width", "decoder_layers"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.architecture.{key} must be at least 1, got {getattr(self, key)}")
+        object.__setattr__(self, "decoder_channels", self._numbers("decoder_channels"))
+        self._check_least(1, "num_layers", "num_heads", "head_width", "pooled_width", "text_width", "decoder_layers")
+        self._check_least(0, "seed")
         if not self.decoder_channels or min(self.decoder_channels) < 1:
             raise ValueError(f"model.architecture.decoder_channels must be positive, got {self.decoder_channels}")
 
+    def _numbers(self, key: str) -> tuple[int, ...]:
+        value: Any = getattr(self, key)
+        if isinstance(value, str | int | float) or not all(isinstance(number, int) for number in value):
+            raise ValueError(f"model.architecture.{key} is a list of whole numbers, as in [8,16], got {value!r}")
+        return tuple(value)
+
+    def _check_least(self, least: int, *keys: str) -> None:
+        for key in keys:
+            if getattr(self, key) < least:
+                raise ValueError(f"model.architecture.{key} must be at least {least}, got {getattr(self, key)}")
+
     @abstractmethod
     def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any: ...
+
+    @property
+    @abstractmethod
+    def transformer_config(self) -> dict[str, Any]:
+        """As a pipeline's directory has it in transformer/config.json."""
 
     @abstractmethod
     def make_transformer(self) -> Any:
@@ -117,6 +133,20 @@ class SD3Architecture(Architecture):
     num_dual_layers: int = 13
     max_positions: int = 384
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "max_positions")
+        if not 0 <= self.num_dual_layers <= self.num_layers:
+            raise ValueError(
+                f"model.architecture.num_dual_layers must lie in 0 to num_layers={self.num_layers}, got "
+                f"{self.num_dual_layers}"
+            )
+        if self.num_heads * self.head_width % _POSITION_WIDTHS:
+            raise ValueError(
+                f"model.architecture.num_heads * head_width must be a multiple of {_POSITION_WIDTHS}, the sines and "
+                f"cosines of two coordinates, got {self.num_heads} * {self.head_width}"
+            )
+
     def __call__(
         self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype
     ) -> StableDiffusion3Pipeline:
@@ -126,21 +156,26 @@ class SD3Architecture(Architecture):
             tokenizer_3=None,
         )
 
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        return {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": LATENT_CHANNELS,
+            "out_channels": LATENT_CHANNELS,
+            "num_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_width,
+            "caption_projection_dim": self.num_heads * self.head_width,
+            "joint_attention_dim": self.text_width,
+            "pooled_projection_dim": self.pooled_width,
+            "pos_embed_max_size": self.max_positions,
+            "dual_attention_layers": tuple(range(self.num_dual_layers)),
+            "qk_norm": "rms_norm",
+        }
+
     def make_transformer(self) -> SD3Transformer2DModel:
-        return SD3Transformer2DModel(
-            sample_size=128,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            num_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            attention_head_dim=self.head_width,
-            caption_projection_dim=self.num_heads * self.head_width,
-            joint_attention_dim=self.text_width,
-            pooled_projection_dim=self.pooled_width,
-            pos_embed_max_size=self.max_positions,
-            dual_attention_layers=tuple(range(self.num_dual_layers)),
-            qk_norm="rms_norm",
-        )
+        return SD3Transformer2DModel(**self.transformer_config)
 
     def num_text_tokens(self, max_sequence_length: int) -> int:
         return _CLIP_TOKENS + max_sequence_length
@@ -163,7 +198,12 @@ class FluxArchitecture(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "rotated_widths", tuple(self.rotated_widths))
+        object.__setattr__(self, "rotated_widths", self._numbers("rotated_widths"))
+        self._check_least(0, "num_single_layers")
+        if len(self.rotated_widths) != 3 or any(width < 2 or width % 2 for width in self.rotated_widths):
+            raise ValueError(
+                f"model.architecture.rotated_widths must be three even positive numbers, got {self.rotated_widths}"
+            )
         if sum(self.rotated_widths) != self.head_width:
             raise ValueError(
                 f"model.architecture.rotated_widths must add up to head_width: {self.rotated_widths}, {self.head_width}"
@@ -172,18 +212,22 @@ class FluxArchitecture(Architecture):
     def __call__(self, *, device: torch.device, dtype: torch.dtype, decode_dtype: torch.dtype) -> FluxPipeline:
         return FluxPipeline(**self._parts(device, dtype, decode_dtype))
 
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        return {
+            "in_channels": 4 * LATENT_CHANNELS,
+            "num_layers": self.num_layers,
+            "num_single_layers": self.num_single_layers,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_width,
+            "joint_attention_dim": self.text_width,
+            "pooled_projection_dim": self.pooled_width,
+            "guidance_embeds": self.guidance_embeds,
+            "axes_dims_rope": self.rotated_widths,
+        }
+
     def make_transformer(self) -> FluxTransformer2DModel:
-        return FluxTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS,
-            num_layers=self.num_layers,
-            num_single_layers=self.num_single_layers,
-            num_attention_heads=self.num_heads,
-            attention_head_dim=self.head_width,
-            joint_attention_dim=self.text_width,
-            pooled_projection_dim=self.pooled_width,
-            guidance_embeds=self.guidance_embeds,
-            axes_dims_rope=self.rotated_widths,
-        )
+        return FluxTransformer2DModel(**self.transformer_config)
 
     def num_text_tokens(self, max_sequence_length: int) -> int:
         return max_sequence_length

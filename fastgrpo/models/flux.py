@@ -4,7 +4,7 @@ FLUX.1-dev was distilled with guidance: its scale is an input of the network, an
 FLUX.1-schnell knows no guidance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import FluxPipeline
@@ -28,22 +28,24 @@ class Flux(PipelineModel):
     def _has_two_branches(self) -> bool:
         return False
 
-    @property
-    def _patch_size(self) -> int:
-        return PATCH
-
-    def _make_network(
-        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
-    ) -> Network:
+    def _check(self, transformer: Mapping[str, Any]) -> None:
         if not self.use_t5 or self.max_sequence_length < 1:
             raise ValueError(
                 "FLUX reads texts through T5: leave out model.use_t5, set model.max_sequence_length to 128"
             )
-        if self.guidance_scale != 1 and not self.transformer.config.guidance_embeds:
+        if self.guidance_scale != 1 and not transformer.get("guidance_embeds", False):
             raise ValueError(
                 f"model.guidance_scale is {self.guidance_scale}, but this transformer was distilled without guidance; "
                 "use model.guidance_scale=1"
             )
+
+    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        # positions are turned into angles as they come
+        return PATCH, None
+
+    def _make_network(
+        self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
+    ) -> Network:
         return FluxNetwork(
             guidance_scale=self.guidance_scale,
             attention=attention,

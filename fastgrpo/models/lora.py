@@ -4,6 +4,7 @@ A starts from N(0, 1 / rank^2), B from zero, as Flow-GRPO's adapters do.  Both a
 For sampling, ``merged`` adds the product to W in place; W comes back bit for bit.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from fastgrpo.models.adaptation import Adaptation, Forward, Inputs, join, split
 
 # Flow-GRPO's targets in an MM-DiT: the joint attention of every block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD = ("net.0.proj", "net.2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,17 @@ class LoRA:
     backup: str = "device"
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str) or not self.targets or not all(self.targets):
+            raise ValueError(f"adaptation.targets is a list of layers, as in [to_q,to_k], got {self.targets!r}")
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}; use adaptation=full to train without LoRA")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}; 2 * rank is the usual choice")
+            raise ValueError(
+                f"adaptation.rank must be at least 1, got {self.rank}; use adaptation=full to train without LoRA"
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"adaptation.alpha must be positive and finite, got {self.alpha}; 2 * rank is the usual choice"
+            )
         if self.backup not in ("device", "host"):
             raise ValueError(f"adaptation.backup must be device or host, got {self.backup!r}")
 
@@ -52,7 +58,7 @@ class LoRA:
         layers = [(name, module) for name, module in transformer.named_modules() if self._is_target(name, module)]
         if not layers:
             raise ValueError(
-                f"LoRA found no linear layer named {', '.join(self.targets)}; check model.adaptation.targets"
+                f"adaptation.targets: LoRA found no linear layer named {', '.join(self.targets)}; correct them"
             )
         adapted: dict[str, LoRALinear] = {}
         for name, base in layers:

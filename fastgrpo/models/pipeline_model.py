@@ -5,8 +5,9 @@ policy.py.
 Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import Attention, attention_backend
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import encoder_identity
+from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
-from fastgrpo.models.weights import load_pipeline, pipeline_directory
+from fastgrpo.models.weights import load_pipeline, pipeline_directory, read_config, refuse_damaged_files
 from fastgrpo.types import Conditions
 
 _DTYPES = {
@@ -35,13 +37,15 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _HALF = (torch.bfloat16, torch.float16)
+# of T5
+_MAX_TOKENS = 512
 
 
 class PipelineModel(Policy):
     """``FlowModel`` over a diffusers pipeline.
 
-    weights: a hub id, a directory, ``pkg://package/path`` for one inside an installed package, or ``random`` for random
-        weights and conditions in an ``architecture``.
+    weights: a directory, a hub id owner/name or owner/name@revision, ``pkg://package/path`` for a directory inside an
+        installed package, or ``random`` for random weights and conditions in an ``architecture``.
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
@@ -78,11 +82,7 @@ class PipelineModel(Policy):
         lossy: Lossy | None = None,
         condition_cache: str | None = None,
     ) -> None:
-        for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
-            if value not in _DTYPES:
-                raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
-        if guidance_scale < 1:
-            raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
+        _check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length)
         compile = compile or Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
@@ -90,13 +90,17 @@ class PipelineModel(Policy):
         self.device = torch.device(device)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
         self._random = _architecture_of(weights, architecture)
-        self.pipeline: Any = self._make_pipeline(weights, _DTYPES[dtype], _DTYPES[decode_dtype])
+        self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
+        # all that can be refused is refused before gigabytes are read
+        transformer, num_levels = self._describe()
+        self._check(transformer)
+        patch, most_tokens = self._tokens_of(transformer)
+        ImageSizes.of(patch=patch, num_levels=num_levels, most_tokens=most_tokens).check(resolution)
+        self.conditions = self._make_conditions(_DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
+        self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        step = self.pipeline.vae_scale_factor * self._patch_size
-        if resolution < step or resolution % step:
-            raise ValueError(f"model.resolution must be a positive multiple of {step}, got {resolution}")
         side = resolution // self.pipeline.vae_scale_factor
         self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
@@ -123,19 +127,32 @@ class PipelineModel(Policy):
             is_compiled=self._decode is not _decode,
             lossy=lossy,
         )
-        self.conditions = self._make_conditions(weights, _DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
 
-    def _make_pipeline(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
+    def _describe(self) -> tuple[Mapping[str, Any], int]:
+        """The config of the transformer, and the number of the autoencoder's levels; ValueError for damaged files."""
+        if self._random is not None:
+            return self._random.transformer_config, len(self._random.decoder_channels)
+        assert self._directory is not None
+        encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
+        refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
+        transformer, vae = (read_config(self._directory / part / "config.json") for part in ("transformer", "vae"))
+        return transformer, len(vae.get("block_out_channels", [0]))
+
+    def _check(self, transformer: Mapping[str, Any]) -> None:
+        """ValueError for settings that do not go with a transformer of this config."""
+
+    def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
             return self._random(device=self.device, dtype=dtype, decode_dtype=decode_dtype)
-        return self._load(weights, dtype, decode_dtype, without=self.text_encoders).to(self.device)
+        return self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
 
-    def _load(self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
+    def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
+        assert self._directory is not None
         without += () if self.use_t5 else self.t5
-        return load_pipeline(self.pipeline_class, weights, dtype, decode_dtype, **dict.fromkeys(without))
+        return load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **dict.fromkeys(without))
 
     def _make_conditions(
-        self, weights: str, dtype: torch.dtype, decode_dtype: torch.dtype, directory: str | None
+        self, dtype: torch.dtype, decode_dtype: torch.dtype, cache_directory: str | None
     ) -> ConditionCache:
         random, length = self._random, self.max_sequence_length
         if random is not None:
@@ -149,24 +166,24 @@ class PipelineModel(Policy):
             )
 
         def load() -> list[nn.Module]:
-            loaded = self._load(weights, dtype, decode_dtype, without=("transformer", "vae")).components
+            loaded = self._load(dtype, decode_dtype, without=("transformer", "vae")).components
             encoders = {name: loaded[name] for name in self.text_encoders}
             self.pipeline.register_modules(**encoders)
             return [module for module in encoders.values() if module is not None]
 
         self._text_encoders = encoders = TextEncoders(load, self._run_encoders, self.device)
         settings = {"pipeline": self.pipeline_class.__name__, "dtype": str(dtype), "length": length, "t5": self.use_t5}
+        assert self._directory is not None
         return ConditionCache(
             encode=encoders,
-            encoders=encoder_identity(pipeline_directory(self.pipeline_class, weights), settings),
-            directory=None if directory is None else Path(directory).expanduser(),
+            encoders=encoder_identity(self._directory, settings),
+            directory=None if cache_directory is None else Path(cache_directory).expanduser(),
             device=self.device,
         )
 
-    @property
     @abstractmethod
-    def _patch_size(self) -> int:
-        """Height and width in latent pixels of what becomes one token."""
+    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
 
     @abstractmethod
     def _make_network(
@@ -217,6 +234,19 @@ class PipelineModel(Policy):
         if _is_first():
             self._text_encoders.make()
             self.pipeline.save_pretrained(directory)
+
+
+def _check_settings(dtype: str, decode_dtype: str, guidance_scale: float, max_sequence_length: int) -> None:
+    for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
+        if value not in _DTYPES:
+            raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
+    if not 1 <= guidance_scale < math.inf:
+        raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
+    if not 0 <= max_sequence_length <= _MAX_TOKENS:
+        raise ValueError(
+            f"model.max_sequence_length must lie in 0 to {_MAX_TOKENS}, the most that these models were trained with, "
+            f"got {max_sequence_length}"
+        )
 
 
 def _architecture_of(weights: str, architecture: Architecture | None) -> Architecture | None:

@@ -3,7 +3,7 @@
 The embedded model is such a directory too, so what trains on a laptop is the code that trains SD3.5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
@@ -23,9 +23,8 @@ class StableDiffusion3(PipelineModel):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     t5 = ("text_encoder_3", "tokenizer_3")
 
-    @property
-    def _patch_size(self) -> int:
-        return int(self.transformer.config.patch_size)
+    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        return int(transformer.get("patch_size", 2)), int(transformer.get("pos_embed_max_size", 96))
 
     def _make_network(
         self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations

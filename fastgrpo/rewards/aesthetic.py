@@ -7,13 +7,17 @@ TRL's trl-lib/ddpo-aesthetic-predictor publishes one of this form as aesthetic-m
 Letters: B images, D the width of an embedding.
 """
 
-import json
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory, load_state, load_tensors
+from fastgrpo.rewards.networks.checkpoints import (
+    checkpoint_directory,
+    load_directory,
+    load_state,
+    load_tensors,
+    read_for,
+)
 from fastgrpo.rewards.networks.clip import ClipImageTower, random_image_tower, vit_l_14
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork
 from fastgrpo.rewards.networks.preprocess import Preprocess
@@ -28,14 +32,14 @@ def aesthetic(*, path: str, head: str, head_file: str, backend: Backend) -> Netw
         path, ["preprocessor_config.json", "config.json", "model.safetensors"], option=f"{_OPTION}.path"
     )
     file = checkpoint_directory(head, [head_file], option=f"{_OPTION}.head") / head_file
-    model = load_directory(CLIPModel, directory)
-    score_head = ScoreHead(model.config.projection_dim)
-    load_state(score_head, load_tensors(file), file)
-    config = directory / "preprocessor_config.json"
+    with read_for(f"{_OPTION}.path", path):
+        model = load_directory(CLIPModel, directory)
+        preprocess = Preprocess.from_file(directory / "preprocessor_config.json")
+    with read_for(f"{_OPTION}.head", head):
+        score_head = ScoreHead(model.config.projection_dim)
+        load_state(score_head, load_tensors(file), file)
     return NetworkReward(
-        network=AestheticNetwork(ClipImageTower(model), score_head),
-        preprocess=Preprocess.from_config(json.loads(config.read_text()), str(config)),
-        backend=backend,
+        network=AestheticNetwork(ClipImageTower(model), score_head), preprocess=preprocess, backend=backend
     )
 
 

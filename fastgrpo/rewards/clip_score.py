@@ -1,16 +1,17 @@
 """CLIP score: the cosine between an image's and its prompt's CLIP embeddings, in [-1, 1].  arXiv:2104.08718."""
 
-import json
 from pathlib import Path
 
 from transformers import CLIPModel
 
 from fastgrpo import shapes
-from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory, read_for
 from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_l_14
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
 from fastgrpo.rewards.networks.preprocess import Preprocess
 from fastgrpo.rewards.networks.tokens import CLIP_TOKENIZER_FILES, load_clip_tokenizer
+
+_OPTION = "reward.terms.clip_score.path"
 
 
 def clip_score(*, path: str, backend: Backend) -> NetworkReward:
@@ -23,15 +24,17 @@ def clip_score(*, path: str, backend: Backend) -> NetworkReward:
         str(embedded) if path == "shapes" else path,
         ["preprocessor_config.json", "config.json", "model.safetensors"],
         extra=CLIP_TOKENIZER_FILES,
-        option="reward.terms.clip_score.path",
+        option=_OPTION,
     )
-    model = load_directory(CLIPModel, directory)
-    config = directory / "preprocessor_config.json"
+    with read_for(_OPTION, path):
+        model = load_directory(CLIPModel, directory)
+        preprocess = Preprocess.from_file(directory / "preprocessor_config.json")
+        tokenizer = load_clip_tokenizer(directory, model.config.text_config.vocab_size)
     return NetworkReward(
         network=ClipSimilarity(ClipImageTower(model)),
-        preprocess=Preprocess.from_config(json.loads(config.read_text()), str(config)),
+        preprocess=preprocess,
         backend=backend,
-        encode=ClipTexts(model=model, tokenizer=load_clip_tokenizer(directory, model.config.text_config.vocab_size)),
+        encode=ClipTexts(model=model, tokenizer=tokenizer),
     )
 
 

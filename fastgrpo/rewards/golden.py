@@ -26,11 +26,17 @@ class GoldenSet:
 
 
 @cache
+def golden_sets() -> list[str]:
+    """Their names."""
+    return sorted(path.name for path in _DIRECTORY.iterdir() if path.is_dir())
+
+
+@cache
 def golden_set(name: str = "scenes") -> GoldenSet:
     """The pairs in ``golden_set/<name>/``: 0.png, 1.png, ... a line of prompts.txt each.  ValueError for no such."""
     directory = _DIRECTORY / name
-    if name not in (names := sorted(path.name for path in _DIRECTORY.iterdir() if path.is_dir())):
-        raise ValueError(f"there is no golden set {name!r}; use one of {', '.join(names)}, or none")
+    if name not in golden_sets():
+        raise ValueError(f"there is no golden set {name!r}; use one of {', '.join(golden_sets())}, or none")
     prompts = (directory / "prompts.txt").read_text(encoding="utf-8").splitlines()
     images = [np.array(Image.open(directory / f"{row}.png").convert("RGB")) for row in range(len(prompts))]
     pixels_BHWC = torch.from_numpy(np.stack(images))

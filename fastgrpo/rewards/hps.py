@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import CLIPModel
 
-from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_tensors, load_weights
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_tensors, load_weights, read_for
 from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
 from fastgrpo.rewards.networks.open_clip import config_of, to_transformers
@@ -27,18 +27,19 @@ def hps(*, path: str, file: str, tokenizer: str, backend: Backend) -> NetworkRew
     The tokenizer, CLIP's own, is that at ``path`` if there is one, else that at ``tokenizer``.
     """
     directory = checkpoint_directory(path, [file], extra=CLIP_TOKENIZER_FILES, option=f"{_OPTION}.path")
-    model = _load_model(directory / file)
+    origin = f"{_OPTION}.path", path
+    with read_for(*origin):
+        model = _load_model(directory / file)
     if not has_clip_tokenizer(directory):
-        directory = checkpoint_directory(tokenizer, [], extra=CLIP_TOKENIZER_FILES, option=f"{_OPTION}.tokenizer")
+        origin = f"{_OPTION}.tokenizer", tokenizer
+        directory = checkpoint_directory(tokenizer, [], extra=CLIP_TOKENIZER_FILES, option=origin[0])
+    with read_for(*origin):
+        words = load_clip_tokenizer(directory, model.config.text_config.vocab_size)
     return NetworkReward(
         network=ClipSimilarity(ClipImageTower(model)),
         preprocess=PadToSquare(size=model.config.vision_config.image_size, mean=CLIP_MEAN, std=CLIP_STD),
         backend=backend,
-        encode=ClipTexts(
-            model=model,
-            tokenizer=load_clip_tokenizer(directory, model.config.text_config.vocab_size),
-            clean=clean_prompt,
-        ),
+        encode=ClipTexts(model=model, tokenizer=words, clean=clean_prompt),
     )
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
 from fastgrpo.rewards.networks.blip import BlipTower, blip_configs, blip_large
-from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_state, load_tensors, load_weights
+from fastgrpo.rewards.networks.checkpoints import (
+    checkpoint_directory,
+    load_state,
+    load_tensors,
+    load_weights,
+    read_for,
+)
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork
 from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from fastgrpo.rewards.networks.score_head import ScoreHead
@@ -48,9 +54,14 @@ def image_reward(*, path: str, file: str, tokenizer: str, backend: Backend) -> N
     Both are directories or hub ids.
     """
     directory = checkpoint_directory(path, [file], extra=["vocab.txt"], option=f"{_OPTION}.path")
-    network = _load_network(directory / file)
+    origin = f"{_OPTION}.path", path
+    with read_for(*origin):
+        network = _load_network(directory / file)
     if not (directory / "vocab.txt").is_file():
-        directory = checkpoint_directory(tokenizer, ["vocab.txt"], option=f"{_OPTION}.tokenizer")
+        origin = f"{_OPTION}.tokenizer", tokenizer
+        directory = checkpoint_directory(tokenizer, ["vocab.txt"], option=origin[0])
+    with read_for(*origin):
+        words = load_blip_tokenizer(directory, network.trunk.text.config.vocab_size)
     size = network.trunk.vision.config.image_size
     return NetworkReward(
         network=network,
@@ -58,7 +69,7 @@ def image_reward(*, path: str, file: str, tokenizer: str, backend: Backend) -> N
             short_side=size, crop_height=size, crop_width=size, mean=CLIP_MEAN, std=CLIP_STD, crop_offset="nearest"
         ),
         backend=backend,
-        encode=BlipTokens(load_blip_tokenizer(directory, network.trunk.text.config.vocab_size)),
+        encode=BlipTokens(words),
     )
 
 
@@ -119,7 +130,8 @@ class ImageRewardPackage:
                 f"the package image-reward does not import ({error}); pip install 'fastgrpo[image-reward]' beside a "
                 "transformers below 5, or use reward=image_reward: it loads the same checkpoint without the package"
             ) from error
-        return ImageReward.load(self.name, device=self.device)
+        with read_for(f"{_OPTION}.name", self.name):
+            return ImageReward.load(self.name, device=self.device)
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:

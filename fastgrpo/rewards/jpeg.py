@@ -29,7 +29,7 @@ class JpegSize:
     def __post_init__(self) -> None:
         # pillow takes more and means something else by it: above 95 files grow without looking better
         if not 1 <= self.quality <= 95:
-            raise ValueError(f"JPEG quality must lie in 1 to 95, got {self.quality}")
+            raise ValueError(f"reward.terms.jpeg.quality must lie in 1 to 95, got {self.quality}")
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         sign = 1.0 if self.maximize else -1.0

@@ -58,11 +58,9 @@ class Ocr:
     reader: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.search_side < 32:
-            raise ValueError(
-                f"ocr.threads must be at least 1 and ocr.search_side at least 32, got {self.threads} and "
-                f"{self.search_side}"
-            )
+        for key, least in (("threads", 1), ("search_side", 32)):
+            if getattr(self, key) < least:
+                raise ValueError(f"reward.terms.ocr.{key} must be at least {least}, got {getattr(self, key)}")
         if missing := [name for name in _NEEDS if find_spec(name) is None]:
             raise ValueError(f"the ocr reward needs {', '.join(missing)}; pip install 'fastgrpo[ocr]'")
         object.__setattr__(self, "reader", _load_reader(self.search_side))

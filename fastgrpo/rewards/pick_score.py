@@ -3,11 +3,9 @@
 score = exp(logit_scale) * cosine(image, text)
 """
 
-import json
-
 from transformers import CLIPModel
 
-from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory
+from fastgrpo.rewards.networks.checkpoints import checkpoint_directory, load_directory, read_for
 from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipTexts, random_image_tower, vit_h_14
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
 from fastgrpo.rewards.networks.preprocess import Preprocess
@@ -25,17 +23,20 @@ def pick_score(*, path: str, processor: str, backend: Backend) -> NetworkReward:
     directory = checkpoint_directory(
         path, ["config.json", "model.safetensors"], extra=processor_files, option=f"{_OPTION}.path"
     )
-    model = load_directory(CLIPModel, directory)
+    origin = f"{_OPTION}.path", path
+    with read_for(*origin):
+        model = load_directory(CLIPModel, directory)
     if not has_clip_tokenizer(directory) or not (directory / "preprocessor_config.json").is_file():
-        directory = checkpoint_directory(
-            processor, processor_files[:1], extra=CLIP_TOKENIZER_FILES, option=f"{_OPTION}.processor"
-        )
-    config = directory / "preprocessor_config.json"
+        origin = f"{_OPTION}.processor", processor
+        directory = checkpoint_directory(processor, processor_files[:1], extra=CLIP_TOKENIZER_FILES, option=origin[0])
+    with read_for(*origin):
+        preprocess = Preprocess.from_file(directory / "preprocessor_config.json")
+        tokenizer = load_clip_tokenizer(directory, model.config.text_config.vocab_size)
     return NetworkReward(
         network=ClipSimilarity(ClipImageTower(model), scale=model.logit_scale.exp().item()),
-        preprocess=Preprocess.from_config(json.loads(config.read_text()), str(config)),
+        preprocess=preprocess,
         backend=backend,
-        encode=ClipTexts(model=model, tokenizer=load_clip_tokenizer(directory, model.config.text_config.vocab_size)),
+        encode=ClipTexts(model=model, tokenizer=tokenizer),
     )
 
 

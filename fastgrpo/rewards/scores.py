@@ -14,8 +14,9 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fastgrpo.rewards.answers import check_finite
 from fastgrpo.rewards.reward import Reward
-from fastgrpo.rewards.scoring import Scoring, check_finite
+from fastgrpo.rewards.scoring import Scoring
 
 Collected = TypeVar("Collected")
 

@@ -1,17 +1,29 @@
 """Asking a reward: in micro-batches that fit, again where it may help, and never taking a wrong answer.
 
+What a reward raises decides what is done about it:
+    OutOfMemoryError       half as many images at a time, from then on
+    OSError, HTTPException, RewardUnavailable
+                           what happens to connections, disks and other machines may pass: it is asked again
+    RewardError            the reward's own last word: the run ends
+    anything else          a mistake in a program, which no waiting mends: the run ends with the line of the user's file
+
 Letters: B images, C H W of an image.
 """
 
 import logging
 import time
 from dataclasses import dataclass, field
+from http.client import HTTPException
 
 import torch
 from torch import OutOfMemoryError, Tensor
 
-from fastgrpo.rewards.reward import Reward, RewardError
+from fastgrpo.rewards.answers import as_rewards
+from fastgrpo.rewards.raised_at import raised_at
+from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable
 
+_MAY_PASS = (OSError, HTTPException, RewardUnavailable)
+_KEY = "reward.scoring"
 _log = logging.getLogger(__name__)
 
 
@@ -19,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Scoring:
     """A reward gets at most ``micro_batch`` images at a time, half as many from when they did not fit in memory.
 
-    Rewards that run in threads have ``threads`` of them.  An exception is retried ``retries`` times, after
+    Rewards that run in threads have ``threads`` of them.  What may pass is asked again ``retries`` times, after
     ``retry_seconds`` and twice as long each further time, then it ends the run: never a silent zero.
     """
 
@@ -30,11 +42,9 @@ class Scoring:
     _fitting: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.threads < 1 or self.retries < 0 or self.retry_seconds < 0:
-            raise ValueError(
-                "reward.scoring.micro_batch and threads must be at least 1, retries and retry_seconds at least 0, got "
-                f"{self.micro_batch}, {self.threads}, {self.retries} and {self.retry_seconds}"
-            )
+        for key, least in (("micro_batch", 1), ("threads", 1), ("retries", 0), ("retry_seconds", 0)):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"{_KEY}.{key} must be at least {least}, got {getattr(self, key)}")
 
     @torch.no_grad()
     def __call__(self, name: str, reward: Reward, images_BCHW: Tensor, texts: list[str]) -> Tensor:
@@ -53,32 +63,26 @@ class Scoring:
     def _ask(self, name: str, reward: Reward, images_BCHW: Tensor, texts: list[str]) -> Tensor:
         for attempt in range(self.retries + 1):
             try:
-                answer = reward(images_BCHW, texts)
-                break
-            except (OutOfMemoryError, RewardError):
-                raise
-            except Exception as error:
+                return as_rewards(name, reward(images_BCHW, texts), len(texts), images_BCHW.device)
+            except _MAY_PASS as error:
                 if attempt == self.retries:
                     raise RewardError(
                         f"reward {name!r} raised {type(error).__name__}: {error}, {attempt + 1} times on the same "
-                        f"{len(texts)} images; make it answer, or raise reward.scoring.retries if it only needs time"
+                        f"{len(texts)} images; make it answer, or raise {_KEY}.retries if it only needs time"
                     ) from error
                 seconds = self.retry_seconds * 2**attempt
                 _log.warning("reward %r raised %s: %s; again in %g s", name, type(error).__name__, error, seconds)
                 time.sleep(seconds)
-        if not isinstance(answer, Tensor) or answer.shape != (len(texts),):
-            what = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-            raise RewardError(
-                f"reward {name!r} answered {what} for {len(texts)} images; return a tensor [{len(texts)}]"
-            )
-        return answer.to(images_BCHW.device, torch.float32)
+            except (OutOfMemoryError, RewardError):
+                raise
+            except Exception as error:
+                raise RewardError(_mistake(name, error)) from error
+        raise AssertionError("the last attempt returns or raises")
 
 
-def check_finite(name: str, reward_B: Tensor, texts: list[str]) -> None:
-    """RewardError, naming image and text, if an answer is NaN or infinite."""
-    bad = (~torch.isfinite(reward_B)).nonzero().flatten().tolist()
-    if bad:
-        raise RewardError(
-            f"reward {name!r} answered {reward_B[bad[0]].item()} for image {bad[0]} ({texts[bad[0]]!r}); {len(bad)} of "
-            f"its {len(texts)} answers are not finite; let it return a finite number for every image"
-        )
+def _mistake(name: str, error: Exception) -> str:
+    said = f"reward {name!r} raised {type(error).__name__}: {error}"
+    if where := raised_at(error):
+        return f"{said}, at {where}; correct it there, or raise RewardUnavailable for what may pass"
+    # a piece of this package says in its own words what to do
+    return said if isinstance(error, ValueError) else f"{said}; FASTGRPO_TRACEBACK=1 shows where"

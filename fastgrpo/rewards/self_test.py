@@ -49,9 +49,10 @@ def self_test(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenS
 
 def golden_scores(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenScores]:
     """What each reward scores its golden pairs; RewardError if that is no score, or the same for all of them."""
+    rewards.greet()
     tested = {}
     for name, reward in rewards.all.items():
-        golden = _golden_set_of(reward)
+        golden = _golden_set_of(name, reward)
         if golden is None:
             continue
         scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.prompts, dict)
@@ -113,11 +114,16 @@ def identity(reward: Reward) -> str:
     return f"{type(reward).__module__}.{settings}"
 
 
-def _golden_set_of(reward: Reward) -> GoldenSet | None:
+def _golden_set_of(name: str, reward: Reward) -> GoldenSet | None:
     chosen = getattr(reward, "golden_set", "scenes")
+    if isinstance(chosen, GoldenSet):
+        return chosen
     if chosen == "none":
         return None
-    return chosen if isinstance(chosen, GoldenSet) else golden_set(chosen)
+    try:
+        return golden_set(chosen)
+    except ValueError as error:
+        raise ValueError(f"golden_set of reward {name!r}: {error}") from error
 
 
 def _user_record(identity: str) -> Path:

@@ -9,6 +9,7 @@ add up to the same total stay apart; the advantage's ``std: global`` is then its
 Letters: P prompts, G samples of a prompt, B = P * G images, prompt-major.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import types
+from fastgrpo.rewards.raised_at import raised_at
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.scoring import Scoring
@@ -52,6 +54,14 @@ class Rewards:
             raise ValueError(
                 f"{sorted(both)} are in reward.terms and in reward.watch; name the watched ones differently"
             )
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"reward.weights.{name} must be a finite number, got {weight}")
+        if not any(self.weights.values()):
+            raise ValueError(
+                f"reward.weights are 0 for {', '.join(self.weights)}, so nothing would be learned; give one of them a "
+                "weight, and use reward.watch for a reward that is only logged"
+            )
         for name, reward in self.all.items():
             if not callable(reward):
                 raise ValueError(
@@ -73,6 +83,17 @@ class Rewards:
                         check(prompt)
                 except ValueError as error:
                     raise ValueError(f"reward {name!r} cannot judge the prompt {prompt!r}: {error}") from error
+                except Exception as error:
+                    where = f", at {line}; correct it there" if (line := raised_at(error)) else ""
+                    raise ValueError(
+                        f"check_prompt of reward {name!r} raised {type(error).__name__} for {prompt!r}: {error}{where}"
+                    ) from error
+
+    def greet(self) -> None:
+        """RewardError, naming the reward, unless somebody is there to answer for each that asks other machines."""
+        for reward in self.all.values():
+            if (greet := getattr(reward, "greet", None)) is not None:
+                greet()
 
     def begin(self, texts: list[str]) -> Scores[Tensor]:
         """Every reward of images to come, one text an image: [B, R], a column for each of ``all``."""

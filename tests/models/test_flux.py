@@ -20,7 +20,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.flux_network import FluxNetwork
-from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.pieces import build
@@ -32,7 +32,7 @@ from tests.tiny_config import make_overrides
 from tests.tiny_flux import PROMPTS, TEXT_WIDTH, make_pipeline, make_transformer
 
 TEXTS = list(PROMPTS[:3])
-TARGETS = (*ATTENTION, *FEED_FORWARD)
+TARGETS = tuple(load_config("train", ["adaptation=lora_flux"]).adaptation.targets)
 T = 0.5
 GUIDANCE = 3.5
 
@@ -295,6 +295,13 @@ def test_the_experiment_is_flow_grpos() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"use_t5": False}, {"max_sequence_length": 0}])
-def test_texts_need_t5(setting: dict[str, Any], weights: Path) -> None:
+def test_texts_need_t5(setting: dict[str, Any], weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flux, "_make_pipeline", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="FLUX reads texts through T5"):
         make_model(weights, **setting)
+
+
+def test_resolutions_are_bounded_by_no_table(weights: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.resolution must be a positive multiple of 16, got 72"):
+        make_model(weights, resolution=72)
+    assert make_model(weights, resolution=8192).latent_shape == (16, 1024, 1024)

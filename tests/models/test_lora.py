@@ -7,8 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from fastgrpo.config import load_config
 from fastgrpo.models.adaptation import FullFineTuning
-from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity, combined
@@ -93,7 +94,9 @@ def test_second_attention_and_feed_forward_are_left_alone_unless_named() -> None
 
 
 def test_named_feed_forwards_are_adapted(tiny_weights: Path) -> None:
-    targets = make_model(tiny_weights, LoRA(rank=4, targets=(*ATTENTION, *FEED_FORWARD))).adaptation.lora_config
+    targets = make_model(
+        tiny_weights, LoRA(rank=4, targets=tuple(load_config("train", ["adaptation=lora_flux"]).adaptation.targets))
+    ).adaptation.lora_config
     names = {name.removeprefix("transformer_blocks.") for name in targets["target_modules"]}
     both_streams = {"0.ff.net.0.proj", "0.ff.net.2", "0.ff_context.net.0.proj", "0.ff_context.net.2"}
     assert names == FLOW_GRPO_TARGETS | both_streams | {"1.ff.net.0.proj", "1.ff.net.2"}
@@ -240,9 +243,13 @@ def test_without_a_kept_reference_there_is_none(tiny_weights: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0; use adaptation=full"),
-        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
-        ({"targets": ("to_qkv",)}, "LoRA found no linear layer named to_qkv"),
+        ({"rank": 0}, r"adaptation\.rank must be at least 1, got 0; use adaptation=full"),
+        ({"alpha": 0.0}, r"adaptation\.alpha must be positive and finite, got 0\.0"),
+        ({"alpha": float("nan")}, r"adaptation\.alpha must be positive and finite, got nan"),
+        ({"targets": "to_q"}, r"adaptation\.targets is a list of layers, as in \[to_q,to_k\], got 'to_q'"),
+        ({"targets": ()}, r"adaptation\.targets is a list of layers, as in \[to_q,to_k\], got \(\)"),
+        ({"targets": ("to_qkv",)}, r"adaptation\.targets: LoRA found no linear layer named to_qkv"),
+        ({"backup": "disk"}, r"adaptation\.backup must be device or host, got 'disk'"),
     ],
 )
 def test_wrong_adapters_are_refused(settings: dict, message: str, tiny_weights: Path) -> None:

@@ -179,17 +179,48 @@ def test_adapters_are_saved_and_a_whole_pipeline_is_not(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(SMALL_SD3, num_layers=0), r"model\.architecture\.num_layers must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, num_layers=0), r"num_layers must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, num_heads=-2), r"num_heads must be at least 1, got -2"),
+        (lambda: replace(SMALL_SD3, head_width=0), r"head_width must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, text_width=0), r"text_width must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, pooled_width=0), r"pooled_width must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, decoder_layers=0), r"decoder_layers must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, max_positions=0), r"max_positions must be at least 1, got 0"),
+        (lambda: replace(SMALL_SD3, seed=-1), r"seed must be at least 0, got -1"),
+        (lambda: replace(SMALL_SD3, num_dual_layers=4), r"num_dual_layers must lie in 0 to num_layers=3, got 4"),
+        (lambda: replace(SMALL_SD3, num_dual_layers=-1), r"num_dual_layers must lie in 0 to num_layers=3, got -1"),
+        (lambda: replace(SMALL_SD3, head_width=63), r"num_heads \* head_width must be a multiple of 4, .* got 2 \* 63"),
+        (lambda: replace(SMALL_SD3, decoder_channels=()), r"decoder_channels must be positive, got \(\)"),
+        (lambda: replace(SMALL_SD3, decoder_channels=(8, 0)), r"decoder_channels must be positive, got \(8, 0\)"),
+        (lambda: replace(SMALL_SD3, decoder_channels=8), r"decoder_channels is a list of whole numbers, .* got 8"),
+        (lambda: replace(SMALL_FLUX, num_single_layers=-1), r"num_single_layers must be at least 0, got -1"),
         (lambda: replace(SMALL_FLUX, head_width=64), r"rotated_widths must add up to head_width: \(16, 56, 56\), 64"),
-        (lambda: replace(SMALL_SD3, decoder_channels=()), r"model\.architecture\.decoder_channels must be positive"),
-        (lambda: build_shapes_with_random_weights(), r"model\.weights=random needs model\.architecture"),
+        (lambda: replace(SMALL_FLUX, rotated_widths=(64, 64)), r"rotated_widths must be three even positive numbers"),
+        (
+            lambda: replace(SMALL_FLUX, rotated_widths=(15, 57, 56)),
+            r"rotated_widths must be three even positive number",
+        ),
     ],
 )
 def test_wrong_sizes_are_refused_by_their_name(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^model\.architecture\." + message):
         make()
 
 
-def build_shapes_with_random_weights() -> Any:
-    config = load_config("train", ["model.weights=random"])
-    return build_partial(config.model, "adaptation")(adaptation=build(config.adaptation))
+@pytest.mark.parametrize(
+    ("architecture", "largest"),
+    [(replace(SMALL_SD3, max_positions=6), 6 * 2 * 8), (replace(SMALL_SD3, decoder_channels=(8, 8)), 384 * 2 * 2)],
+)
+def test_a_table_of_positions_bounds_the_resolution(architecture: SD3Architecture, largest: int) -> None:
+    def make(resolution: int) -> None:
+        StableDiffusion3(weights="random", architecture=architecture, adaptation=LoRA(), resolution=resolution)
+
+    step = 2 * 2 ** (len(architecture.decoder_channels) - 1)
+    with FakeTensorMode():
+        make(largest)
+        with pytest.raises(ValueError, match=rf"model\.resolution must be at most {largest}, got {largest + step}"):
+            make(largest + step)
+        with pytest.raises(
+            ValueError, match=rf"model\.resolution must be a positive multiple of {step}, got {step + 1}"
+        ):
+            make(step + 1)

@@ -206,14 +206,39 @@ def test_an_encoding_does_not_depend_on_its_company(tiny_weights: Path) -> None:
     ("setting", "message"),
     [
         ({"dtype": "float8"}, r"model\.dtype must be one of float32, bfloat16, float16, float64, got 'float8'"),
+        (
+            {"decode_dtype": "int8"},
+            r"model\.decode_dtype must be one of float32, bfloat16, float16, float64, got 'int8'",
+        ),
         ({"guidance_scale": 0.5}, r"model\.guidance_scale must be at least 1, got 0\.5"),
+        ({"guidance_scale": -1.0}, r"model\.guidance_scale must be at least 1, got -1\.0"),
+        ({"guidance_scale": float("nan")}, r"model\.guidance_scale must be at least 1, got nan"),
+        ({"max_sequence_length": -1}, r"model\.max_sequence_length must lie in 0 to 512, .*, got -1"),
+        ({"max_sequence_length": 513}, r"model\.max_sequence_length must lie in 0 to 512, .*, got 513"),
         ({"resolution": 40}, r"model\.resolution must be a positive multiple of 16, got 40"),
-        ({"weights": "/nowhere"}, r"model\.weights: cannot load a StableDiffusion3Pipeline from '/nowhere'"),
+        ({"resolution": 0}, r"model\.resolution must be a positive multiple of 16, got 0"),
+        ({"resolution": -16}, r"model\.resolution must be a positive multiple of 16, got -16"),
+        # its table has 8 positions in a row, of 2 latent pixels, which are 8 pixels each
+        ({"resolution": 144}, r"model\.resolution must be at most 128, got 144; it has positions for no more"),
+        ({"resolution": 4096}, r"model\.resolution must be at most 128, got 4096"),
+        ({"attention": "magic"}, r"runtime\.attention must be auto or one of sdpa, .* got 'magic'"),
+        ({"weights": "random"}, r"model\.weights=random needs model\.architecture"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_its_name(setting: dict, message: str, tiny_weights: Path) -> None:
+def test_a_wrong_setting_is_refused_by_its_name_before_weights_are_read(
+    setting: dict, message: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StableDiffusion3, "_make_pipeline", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=message):
         make_model(**{"weights": tiny_weights} | setting)
+
+
+def test_the_largest_resolution_that_is_not_refused_is_drawn(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, resolution=128)
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    v = combined(model.velocity(x, 0.5, model.encode(["a red circle"])))
+    assert v.shape == x.shape == (1, 16, 16, 16)
+    assert v.std() > 0.01
 
 
 def test_the_fingerprint_tells_base_weights_and_adapters_apart(tiny_weights: Path, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.memory.byte_count import LiveBytes, make_fake
+from fastgrpo.memory.byte_count import LiveBytes
 from fastgrpo.models.architectures import SD3Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3_network import SD3Network
 from fastgrpo.types import Conditions
 
@@ -23,20 +24,17 @@ BF16 = 2
 Forward = Callable[[SD3Transformer2DModel, Tensor, Conditions], Tensor]
 
 
-def make_transformer(mode: FakeTensorMode) -> SD3Transformer2DModel:
+def make_transformer() -> SD3Transformer2DModel:
     """SD3.5-medium in bfloat16 with Flow-GRPO's adapters."""
-    with torch.device("meta"):
-        transformer = SD3Architecture().make_transformer().bfloat16()
+    transformer = random_module(SD3Architecture().make_transformer, device="cpu", dtype=torch.bfloat16, seed=0)
     LoRA()(transformer)
-    make_fake(transformer, mode)
     return transformer
 
 
 def saved_bytes(forward: Forward, num_sequences: int) -> int:
     """Bytes alive between forward and backward at 512x512, less the output."""
-    mode = FakeTensorMode()
-    transformer = make_transformer(mode)
-    with mode:
+    with FakeTensorMode():
+        transformer = make_transformer()
         conditions = Conditions(
             torch.empty(num_sequences, TEXT_TOKENS, 4096, dtype=torch.bfloat16),
             torch.empty(num_sequences, 2048, dtype=torch.bfloat16),

@@ -7,8 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from fastgrpo.config import load_config
 from fastgrpo.models.attention import attention_backend
-from fastgrpo.models.lora import ATTENTION, FEED_FORWARD, LoRA
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3_network import SD3Network
@@ -86,7 +87,9 @@ def test_the_velocity_is_that_of_diffusers(kind: dict[str, Any], dtype: torch.dt
 def test_the_gradient_is_that_of_diffusers(kind: dict[str, Any], checkpointing: bool) -> None:
     # in double precision, which rounding does not blur
     transformer, (x, conditions) = make_transformer(kind, torch.float64), make_inputs(torch.float64)
-    adaptation = LoRA(rank=2, targets=(*ATTENTION, *FEED_FORWARD))(transformer)
+    # attention and feed-forward
+    targets = tuple(load_config("train", ["adaptation=lora_flux"]).adaptation.targets)
+    adaptation = LoRA(rank=2, targets=targets)(transformer)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for weight in adaptation.trainable.values():

@@ -14,6 +14,7 @@ from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.scoring import Scoring
 
 NUM_IMAGES = 11
+NAN = float("nan")
 IMAGES = torch.rand(NUM_IMAGES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 TEXTS = ["a" * (i + 1) for i in range(NUM_IMAGES)]
 
@@ -178,10 +179,13 @@ def test_a_reward_error_is_final() -> None:
     assert calls == [NUM_IMAGES]
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 0}, {"threads": 0}, {"retries": -1}, {"retry_seconds": -1}])
-def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="micro_batch and threads must be at least 1"):
-        Scoring(**settings)
+@pytest.mark.parametrize(
+    ("key", "least", "value"),
+    [("micro_batch", 1, 0), ("threads", 1, 0), ("retries", 0, -1), ("retry_seconds", 0, -1), ("retry_seconds", 0, NAN)],
+)
+def test_a_setting_that_cannot_work_is_refused_by_its_key(key: str, least: int, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.scoring\.{key} must be at least {least}, got {value}"):
+        Scoring(**{key: value})
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.rewards.shapes import ShapesReward
-from fastgrpo.shapes.world import COLORS, SHAPES, Shape, all_captions, draw, sample_scene
+from fastgrpo.shapes.world import COLORS, COUNTS, RELATIONS, SHAPES, Shape, all_captions, draw, sample_scene
 
 GRADED, STRICT = ShapesReward(), ShapesReward(strict=True)
 CAPTION = "a red circle left of a blue square"
@@ -15,7 +15,13 @@ LEFT, RIGHT = Shape("red", "circle", 18.0, 32.0, 8.0), Shape("blue", "square", 4
 
 def test_drawn_scenes_score_one_strict_and_graded() -> None:
     generator = np.random.default_rng(0)
-    captions = all_captions()[::4]
+    # relations take turns in the list: an odd step meets both
+    captions = all_captions()[::5]
+    kinds = [kind for caption in captions for kind in caption.kinds]
+    assert {color for color, _ in kinds} == set(COLORS)
+    assert {shape for _, shape in kinds} == set(SHAPES)
+    assert {caption.relation for caption in captions} == {None, *RELATIONS}
+    assert {len(caption.kinds) for caption in captions if caption.relation is None} == set(COUNTS.values())
     images_BCHW = draw([sample_scene(caption, generator) for caption in captions])
     texts = [str(caption) for caption in captions]
     assert torch.equal(STRICT(images_BCHW, texts), torch.ones(len(texts)))
@@ -37,6 +43,31 @@ def test_one_defect_fails_strict_and_lowers_graded_but_not_to_zero(scene: list[S
     images_BCHW = draw([scene])
     assert STRICT(images_BCHW, [CAPTION]).item() == 0
     assert 0.1 < GRADED(images_BCHW, [CAPTION]).item() < 0.99
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_a_relation_is_told_from_its_opposite_and_from_the_other(relation: str) -> None:
+    low, high = 18.0, 46.0
+    places = {"left of": ((low, 32.0), (high, 32.0)), "above": ((32.0, low), (32.0, high))}
+    assert places.keys() == set(RELATIONS)
+    scenes = {
+        (other, is_opposite): [
+            Shape(color, shape, *place, 8.0)
+            for (color, shape), place in zip(
+                (("red", "circle"), ("blue", "square")), pair[::-1] if is_opposite else pair, strict=True
+            )
+        ]
+        for other, pair in places.items()
+        for is_opposite in (False, True)
+    }
+    caption = f"a red circle {relation} a blue square"
+    images_BCHW = draw(list(scenes.values()))
+    strict_B, graded_B = (reward(images_BCHW, [caption] * len(scenes)) for reward in (STRICT, GRADED))
+    for (other, is_opposite), strict, graded in zip(scenes, strict_B.tolist(), graded_B.tolist(), strict=True):
+        holds = (other, is_opposite) == (relation, False)
+        assert strict == float(holds), (other, is_opposite)
+        # both objects are there: half of the score is theirs, and a place on neither side gives half of the other
+        assert graded == pytest.approx(1.0 if holds else 0.5 if other == relation else 0.75, abs=0.02)
 
 
 @pytest.mark.parametrize(("count", "word"), [(2, "two"), (3, "three")])

@@ -1,5 +1,7 @@
 """The weighted sum against hand-computed numbers, and what it does with answers that cannot be trained on."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,15 +90,6 @@ def test_micro_batches_are_small_enough_and_change_nothing(micro_batch: int) -> 
     assert sum(sizes) == 6
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(5), torch.zeros(6, 1), torch.tensor(0.0), [0.0] * 6, None], ids=repr)
-def test_an_answer_that_is_not_one_number_an_image_names_the_reward(wrong: object) -> None:
-    rewards = Rewards(terms={"bad": lambda images, prompts: wrong}, weights={"bad": 1.0})  # type: ignore[dict-item, return-value]
-    with pytest.raises(
-        RewardError, match=r"'bad' answered (shape|a list|a NoneType).* for 6 images; return a tensor \[6\]"
-    ):
-        rewards(IMAGES, ["a"])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_answer_that_is_not_finite_names_image_and_prompt(value: float) -> None:
     def spoiled(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
@@ -152,6 +145,8 @@ def test_no_gradient_flows_out_of_a_reward() -> None:
         ({"weights": {"other": 1.0}}, "give every term one weight"),
         ({"watch": {"bright": brightness}}, "name the watched ones differently"),
         ({"terms": {"bright": 3}}, "cannot be called"),
+        ({"weights": {"bright": 0.0}}, r"reward\.weights are 0 for bright, so nothing would be learned"),
+        ({"weights": {"bright": float("nan")}}, r"reward\.weights\.bright must be a finite number, got nan"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
@@ -180,3 +175,18 @@ def test_prompts_that_a_reward_cannot_judge_are_named_before_any_image_is_made()
     rewards.check_prompts(["a cat", "two cats"])
     with pytest.raises(ValueError, match="reward 'fussy' cannot judge the prompt 'a dog': there is no cat in it"):
         rewards.check_prompts(["a cat", "a dog"])
+
+
+def test_a_mistake_in_a_check_of_prompts_is_told_with_its_line() -> None:
+    class Mistaken:
+        def check_prompt(self, prompt: str) -> None:
+            prompt.undefined  # type: ignore[attr-defined]  # noqa: B018
+
+        __call__ = staticmethod(brightness)
+
+    rewards = Rewards(terms={"bright": Mistaken()}, weights={"bright": 1.0})
+    line = inspect.getsourcelines(Mistaken.check_prompt)[1] + 1
+    with pytest.raises(
+        ValueError, match=rf"check_prompt of reward 'bright' raised Attr.* 'a dog': .*, line {line}; co"
+    ):
+        rewards.check_prompts(["a dog"])

@@ -4,9 +4,9 @@ Weights are safetensors, or a foreign ``.pt`` that torch reads as tensors alone:
 """
 
 import pickle
-import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
 
-# no part starts with a dot or a slash, so that none can lead out of the hub's cache
-_HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?", flags=re.ASCII)
+from fastgrpo.files.hub import HubId
+
 # a buffer of 0, 1, 2, ... that older versions of transformers saved
 _HARMLESS = "embeddings.position_ids"
 
@@ -41,23 +41,30 @@ def checkpoint_directory(path: str, files: Sequence[str], *, option: str, extra:
 
 
 def _download(path: str, files: list[str], option: str) -> Path:
-    found = _HUB_ID.fullmatch(path)
-    if found is None or ".." in path:
+    found = HubId.parse(path)
+    if found is None:
+        looked_for = Path(path).expanduser().absolute() if path else "nothing"
         raise ValueError(
-            f"{option}={path!r} is neither a directory here nor the id of a model on the hub; "
+            f"{option}={path!r} is neither a directory here ({looked_for}) nor the id of a model on the hub; "
             "give a directory that exists, or owner/name, or owner/name@revision"
         )
-    repository, revision = found["repository"], found["revision"]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(found.repository, revision=found.revision, allow_patterns=files))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        # named alone, a file that the repository lacks would be an error
-        wanted = [f"--revision {revision}"] * (revision is not None) + [f"--include {name}" for name in files]
-        command = f"hf download {repository} {' '.join(wanted)} --local-dir DIRECTORY"
+        raise ValueError(found.why_not(error, option, files)) from error
+
+
+@contextmanager
+def read_for(option: str, path: str) -> Iterator[None]:
+    """Inside, whatever is wrong with files is a ValueError that begins with the config's key and its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}={path}: {error}") from error
+    except (OSError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        # what libraries raise over a file that is not what its name says
         raise ValueError(
-            f"{option}={path} could not be downloaded ({type(error).__name__}: {reason}); where the hub can be reached "
-            f"run `{command}`, bring the directory here and set {option}=DIRECTORY"
+            f"{option}={path}: {type(error).__name__}: {error}; a file is damaged or of another model: bring it again"
         ) from error
 
 
@@ -88,7 +95,8 @@ def _load(model_class: Any, origin: Path, directory: Path | None, **options: Any
         )
     except SafetensorError as error:
         raise ValueError(
-            f"{origin} is not a safetensors file ({error}); download it again, a pickle under this name is never read"
+            f"{origin} is not a whole safetensors file ({error}); download it again, a pickle under this name is never "
+            "read"
         ) from error
     except RuntimeError as error:
         raise ValueError(f"{origin} does not fit the model: {error}; give one that this reward is made for") from error

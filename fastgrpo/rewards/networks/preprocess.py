@@ -4,9 +4,11 @@ Bytes, antialiased bicubic resize of the short side, center crop, normalization,
 ``fastgrpo_kernels.preprocess_images``, which equals Pillow to the byte.  Letters: B images, C H W.
 """
 
+import json
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,14 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_offset: Literal["floor", "nearest"] = "floor"
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Preprocess":
+        """Of a ``preprocessor_config.json``; ValueError for one that cannot be read or does something else."""
+        try:
+            return cls.from_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], origin: str) -> "Preprocess":

@@ -1,6 +1,7 @@
 """Tokenizers of reward models, and their token ids on the way to a device."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def has_clip_tokenizer(directory: Path) -> bool:
 
 def load_clip_tokenizer(directory: Path, vocabulary: int) -> CLIPTokenizer:
     """The tokenizer in ``directory``; ValueError if it lacks tokens of the model's vocabulary."""
-    tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = _load(CLIPTokenizer, directory)
     # transformers answers with a tokenizer of a few special tokens, and no error, when the files are missing
     if len(tokenizer) != vocabulary:
         raise ValueError(
@@ -34,7 +35,7 @@ def load_clip_tokenizer(directory: Path, vocabulary: int) -> CLIPTokenizer:
 
 def load_blip_tokenizer(directory: Path, vocabulary: int) -> BertTokenizer:
     """BERT's tokenizer by ``directory``'s vocab.txt, with BLIP's two tokens; ValueError if the model has others."""
-    tokenizer = BertTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = _load(BertTokenizer, directory)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(tokenizer) != vocabulary:
         raise ValueError(
@@ -42,6 +43,16 @@ def load_blip_tokenizer(directory: Path, vocabulary: int) -> BertTokenizer:
             f"{vocabulary}; put the vocab.txt of google-bert/bert-base-uncased there"
         )
     return tokenizer
+
+
+def _load(tokenizer_class: Any, directory: Path) -> Any:
+    try:
+        return tokenizer_class.from_pretrained(directory, local_files_only=True)
+    # the library of tokenizers raises nothing more exact
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {directory} cannot be read ({type(error).__name__}: {error}); download its files again"
+        ) from error
 
 
 def to_device(ids: Tensor, device: torch.device) -> Tensor:

@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError as UrllibError
 
-from fastgrpo.rewards.remote.errors import Refused, ServerFailed
+from fastgrpo.rewards.remote.errors import KEY, Refused, ServerFailed
 
 _CHUNK = 1 << 16
 _MAX_QUOTED = 200
 _ASK_LATER = (408, 425, 429)
 _BUSY = (429, 503)
+# what a gateway says for a server that is not there yet
+_NOBODY_BEHIND = (502, 503, 504)
 _REMEDIES = {
     401: "put the server's token into the environment variable that token_env names",
     403: "put a token that may do this into the environment variable that token_env names",
@@ -68,6 +70,27 @@ class Connection:
             raise ServerFailed(f"no answer within {self.timeout_seconds:g} s") from error
         except (requests.exceptions.RequestException, UrllibError, OSError) as error:
             raise ServerFailed(self._blot(_root(error))) from error
+
+    def knock(self, url: str, seconds: float) -> None:
+        """ServerFailed unless somebody answers a GET; whatever that is, it needs no token."""
+        try:
+            with requests.Session() as session:
+                response = session.get(
+                    url,
+                    headers={"Connection": "close"},
+                    auth=_Bearer(""),
+                    timeout=seconds,
+                    allow_redirects=False,
+                    stream=True,
+                    proxies={"http": ""},
+                )
+                with response:
+                    if response.status_code in _NOBODY_BEHIND:
+                        raise ServerFailed(f"status {response.status_code}")
+        except requests.exceptions.Timeout as error:
+            raise ServerFailed("no answer") from error
+        except (requests.exceptions.RequestException, UrllibError, OSError) as error:
+            raise ServerFailed(_root(error)) from error
 
     def _read(self, response: requests.Response) -> Any:
         status = response.status_code
@@ -154,9 +177,9 @@ def check_endpoint(url: str) -> str:
         is_good = False
     if parts.username is not None or parts.password is not None:
         # not quoted: what stands there is a secret
-        raise ValueError("an endpoint has a user or a password in it; use token_env")
+        raise ValueError(f"{KEY}.endpoints has an address with a user or a password in it; use token_env")
     if not is_good or parts.query or parts.fragment or url != "".join(url.split()):
-        raise ValueError(f"an endpoint is an address like http://127.0.0.1:8000, got {url!r}")
+        raise ValueError(f"{KEY}.endpoints has addresses like http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/")
 
 

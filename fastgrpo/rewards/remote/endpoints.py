@@ -17,7 +17,8 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from fastgrpo.rewards.remote.connection import Connection, check_endpoint
-from fastgrpo.rewards.remote.errors import AskAgain, Refused, RemoteError, ServerFailed
+from fastgrpo.rewards.remote.errors import KEY, AskAgain, Refused, RemoteError, ServerFailed
+from fastgrpo.rewards.remote.greeting import wait_for_any
 
 _FIRST_REST_SECONDS = 0.5
 _LONGEST_REST_SECONDS = 15.0
@@ -62,7 +63,8 @@ class _Server:
 class Endpoints:
     """Servers that answer alike.  Thread-safe: ``concurrency`` bounds the questions of all callers together.
 
-    ``patience_seconds`` is how long one question is asked again; the last attempt begins when it is over.
+    ``patience_seconds`` is how long one question is asked again; the last attempt begins when it is over.  Until a
+    server has answered for the first time it is ``startup_patience_seconds``, if these are fewer.
     """
 
     reward: str
@@ -70,6 +72,8 @@ class Endpoints:
     connection: Connection
     concurrency: int
     patience_seconds: float
+    startup_patience_seconds: float
+    _has_answered: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
     _servers: list[_Server] = field(init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _turns: threading.Semaphore = field(init=False, repr=False)
@@ -77,20 +81,32 @@ class Endpoints:
     def __post_init__(self) -> None:
         if isinstance(self.urls, str) or not self.urls:
             raise ValueError(
-                f"endpoints is a list of addresses, as in endpoints=[http://127.0.0.1:8000], got {self.urls!r}"
+                f"{KEY}.endpoints is a list of addresses, as in [http://127.0.0.1:8000], got {self.urls!r}"
             )
-        if not self.connection.timeout_seconds > 0 or not self.patience_seconds >= 0:
-            raise ValueError(
-                "timeout_seconds must be positive and patience_seconds at least 0, got "
-                f"{self.connection.timeout_seconds} and {self.patience_seconds}"
-            )
-        if self.concurrency < 1 or self.connection.max_answer_bytes < 1:
-            raise ValueError(
-                f"concurrency and max_answer_bytes must be at least 1, got {self.concurrency} and "
-                f"{self.connection.max_answer_bytes}"
-            )
+        connection = self.connection
+        for key, value, least in (
+            ("concurrency", self.concurrency, 1),
+            ("max_answer_bytes", connection.max_answer_bytes, 1),
+            ("patience_seconds", self.patience_seconds, 0),
+            ("startup_patience_seconds", self.startup_patience_seconds, 0),
+        ):
+            if not value >= least:
+                raise ValueError(f"{KEY}.{key} must be at least {least}, got {value}")
+        if not 0 < connection.timeout_seconds < math.inf:
+            raise ValueError(f"{KEY}.timeout_seconds must be positive and finite, got {connection.timeout_seconds}")
         object.__setattr__(self, "_servers", [_Server(check_endpoint(url)) for url in self.urls])
         object.__setattr__(self, "_turns", threading.BoundedSemaphore(self.concurrency))
+
+    @property
+    def _patience(self) -> tuple[str, float]:
+        """The key that bounds how long a question is asked now, and its seconds."""
+        if self._has_answered.is_set() or self.patience_seconds < self.startup_patience_seconds:
+            return "patience_seconds", self.patience_seconds
+        return "startup_patience_seconds", self.startup_patience_seconds
+
+    def greet(self, path: str) -> None:
+        """RemoteError unless a server answers something to GET ``path`` in the patience of a beginning."""
+        wait_for_any(self.reward, self.urls, path, self.connection, self.startup_patience_seconds)
 
     def ask(self, path: str, questions: Sequence[Question]) -> None:
         """Ask until every question has what it wants; RemoteError for the first that cannot get it."""
@@ -124,7 +140,7 @@ class Endpoints:
         with self._turns:
             begun = time.monotonic()
             attempts = 0
-            while server := self._take_server(begun + self.patience_seconds, stop):
+            while server := self._take_server(begun, stop):
                 attempts += 1
                 asked_at = time.monotonic()
                 try:
@@ -144,15 +160,16 @@ class Endpoints:
                 except ServerFailed as error:
                     self._let_rest(server, asked_at, error)
                     cause = error
-                if time.monotonic() - begun >= self.patience_seconds:
+                if time.monotonic() - begun >= self._patience[1]:
                     raise self._given_up(server, attempts, time.monotonic() - begun, cause) from cause
 
-    def _take_server(self, deadline: float, stop: threading.Event) -> _Server | None:
-        """The least busy server that is free, when there is one; at the deadline any; none if the caller stopped."""
+    def _take_server(self, begun: float, stop: threading.Event) -> _Server | None:
+        """The least busy server that is free, when there is one; after the patience any; none if the caller stopped."""
         while not stop.is_set():
             with self._lock:
                 now = time.monotonic()
-                free = [server for server in self._servers if now >= deadline or server.is_free(now)]
+                is_late = now - begun >= self._patience[1]
+                free = [server for server in self._servers if is_late or server.is_free(now)]
                 if free:
                     server = min(free, key=lambda server: (server.in_flight, server.asked_at))
                     server.in_flight += 1
@@ -162,6 +179,7 @@ class Endpoints:
         return None
 
     def _give_back(self, server: _Server) -> None:
+        self._has_answered.set()
         with self._lock:
             server.in_flight -= 1
             failures, server.failures = server.failures, 0
@@ -183,16 +201,17 @@ class Endpoints:
             server.rests_until = max(server.rests_until, now + rest)
             is_first = server.failures == 1
         level = logging.WARNING if is_first else logging.DEBUG
-        _log.log(level, "reward %r: %s: %s; asking again in %.1f s", self.reward, server.url, error, rest)
+        said = (self.reward, server.url, error, rest, self._patience[1])
+        _log.log(level, "reward %r: %s: %s; asking again in %.1f s, for up to %g s in all", *said)
 
     def _pause(self, attempts: int, stop: threading.Event) -> None:
-        stop.wait(min(_rest_seconds(attempts), self.patience_seconds))
+        stop.wait(min(_rest_seconds(attempts), self._patience[1]))
 
     def _given_up(self, server: _Server, attempts: int, seconds: float, cause: Exception) -> RemoteError:
         others = f" (of {len(self._servers)} endpoints)" if len(self._servers) > 1 else ""
         return RemoteError(
             f"reward {self.reward!r} at {server.url}{others}: no answer after {attempts} attempts in {seconds:.0f} s, "
-            f"the last failed with {cause}; mend the server, or raise patience_seconds if it only needs time"
+            f"the last failed with {cause}; mend the server, or raise {KEY}.{self._patience[0]} if it only needs time"
         )
 
 

@@ -2,6 +2,9 @@
 
 from fastgrpo.rewards.reward import RewardError
 
+# of the fields of a remote reward; what stands for NAME is the config's
+KEY = "reward.terms.NAME"
+
 
 class RemoteError(RewardError):
     """The end: retries did not help or could not.  The message names reward, endpoint, attempts and cause."""

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.rewards.golden import golden_sets
 from fastgrpo.rewards.remote.connection import Connection
 from fastgrpo.rewards.remote.endpoints import Endpoints
-from fastgrpo.rewards.remote.errors import AskAgain, ServerFailed
+from fastgrpo.rewards.remote.errors import KEY, AskAgain, ServerFailed
 from fastgrpo.rewards.remote.wire import read_scores, to_pixels, to_png, write_request
 
 
@@ -23,8 +24,9 @@ class HttpReward:
     """The reward called ``name`` of servers that score alike; a request has up to ``batch`` images.
 
     Up to ``concurrency`` requests are under way; one that fails is asked again for ``patience_seconds``, of the server
-    that is least busy.  ``token_env`` names the environment variable with the bearer token; '' sends none.
-    ``golden_set`` are the pairs that it is tried on before a run: ``scenes``, or ``texts`` for a reward that reads.
+    that is least busy, and for ``startup_patience_seconds`` until any has answered.  ``token_env`` names the variable
+    of the environment with the bearer token; '' sends none.  ``golden_set`` are the pairs that it is tried on before a
+    run: ``scenes``, or ``texts`` for a reward that reads.
 
     Scores of one call come all or not at all.  RemoteError, naming the endpoint and the cause, if they do not come.
     """
@@ -40,13 +42,17 @@ class HttpReward:
     token_env: str = ""
     max_answer_bytes: int = 1 << 20
     golden_set: str = "scenes"
+    # of no score, so no part of the name that golden scores are recorded under
+    startup_patience_seconds: float = field(default=20.0, repr=False)
     _endpoints: Endpoints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
-            raise ValueError(f"the name of a reward on a server has letters, digits, _ . and -, got {self.name!r}")
+            raise ValueError(f"{KEY}.name has letters, digits, _ . and -, as the server has it, got {self.name!r}")
         if self.batch < 1:
-            raise ValueError(f"batch must be at least 1 image, got {self.batch}")
+            raise ValueError(f"{KEY}.batch must be at least 1 image, got {self.batch}")
+        if self.golden_set not in (choices := [*golden_sets(), "none"]):
+            raise ValueError(f"{KEY}.golden_set must be one of {', '.join(choices)}, got {self.golden_set!r}")
         endpoints = Endpoints(
             reward=self.name,
             urls=self.endpoints,
@@ -55,8 +61,13 @@ class HttpReward:
             ),
             concurrency=self.concurrency,
             patience_seconds=self.patience_seconds,
+            startup_patience_seconds=self.startup_patience_seconds,
         )
         object.__setattr__(self, "_endpoints", endpoints)
+
+    def greet(self) -> None:
+        """RemoteError unless one of the servers is there."""
+        self._endpoints.greet("/health")
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         if len(prompts) != len(images_BCHW):

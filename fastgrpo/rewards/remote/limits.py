@@ -40,7 +40,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(f"limits.{name} must be positive, got {value}")
 
     def read_request(self, body: bytes) -> tuple[np.ndarray, list[str]]:
         """Pixels [B, H, W, 3] in bytes and prompts.  TooLarge, or ValueError for what is not a request."""

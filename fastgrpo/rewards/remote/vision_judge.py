@@ -8,6 +8,7 @@ that is trained for it.  One request an image, at temperature 0.  Letters: B ima
 
 import base64
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastgrpo.rewards.remote.connection import Connection
 from fastgrpo.rewards.remote.endpoints import Endpoints
-from fastgrpo.rewards.remote.errors import AskAgain, RemoteError, ServerFailed
+from fastgrpo.rewards.remote.errors import KEY, AskAgain, RemoteError, ServerFailed
 from fastgrpo.rewards.remote.wire import to_pixels, to_png
 
 _MAX_QUOTED = 200
@@ -54,6 +55,8 @@ class VisionJudge:
     patience_seconds: float = 600.0
     token_env: str = ""
     max_answer_bytes: int = 1 << 20
+    # of no score, so no part of the name that golden scores are recorded under
+    startup_patience_seconds: float = field(default=20.0, repr=False)
     _endpoints: Endpoints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,8 +69,13 @@ class VisionJudge:
             ),
             concurrency=self.concurrency,
             patience_seconds=self.patience_seconds,
+            startup_patience_seconds=self.startup_patience_seconds,
         )
         object.__setattr__(self, "_endpoints", endpoints)
+
+    def greet(self) -> None:
+        """RemoteError unless one of the servers is there."""
+        self._endpoints.greet("/models")
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         if len(prompts) != len(images_BCHW):
@@ -79,23 +87,23 @@ class VisionJudge:
 
     def _check(self) -> None:
         if "{prompt}" not in self.template:
-            raise ValueError(f"the judge's template must have {{prompt}} in it, got {self.template!r}")
+            raise ValueError(f"{KEY}.template must have {{prompt}} in it, got {self.template!r}")
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
-            raise ValueError(f"the judge's pattern {self.pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{KEY}.pattern={self.pattern!r} is not a regular expression: {error}") from error
         if groups < 1:
             raise ValueError(
-                f"the judge's pattern {self.pattern!r} has no group; put parentheses around the number, as in "
+                f"{KEY}.pattern={self.pattern!r} has no group; put parentheses around the number, as in "
                 r"Final Score: ([1-5])"
             )
-        if not self.low < self.high:
-            raise ValueError(f"the judge's scale must go from low to a higher high, got {self.low} to {self.high}")
-        if not self.model or self.max_tokens < 1 or self.tries < 1:
-            raise ValueError(
-                "a judge needs the name of its model, and max_tokens and tries of at least 1, got "
-                f"{self.model!r}, {self.max_tokens} and {self.tries}"
-            )
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"{KEY}.low must be below {KEY}.high, both finite, got {self.low} and {self.high}")
+        if not self.model:
+            raise ValueError(f"{KEY}.model is empty; give the name that the server knows the judge by")
+        for key in ("max_tokens", "tries"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{KEY}.{key} must be at least 1, got {getattr(self, key)}")
 
 
 class _Verdict:

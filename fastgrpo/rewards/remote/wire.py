@@ -24,7 +24,8 @@ bytes), 422 (not a request as above).  Redirects are not followed, so that a tok
     GET /health
     200 {"status": "ok", "rewards": ["shapes"], "max_images": 64, "max_pixels": 4194304}
 
-needs no token, and lists the names and how many images, of how many pixels each, a request may have.
+needs no token, and lists the names and how many images, of how many pixels each, a request may have.  A client asks it
+before a run: any answer but 502, 503 and 504 says that somebody is there.
 
 The same request may come twice, since the client may not have seen the answer.  Nothing is ever unpickled.
 Letters: B images, C H W of an image.

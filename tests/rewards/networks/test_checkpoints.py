@@ -63,7 +63,7 @@ def find(path: str) -> Path:
 )
 def test_a_path_that_is_no_directory_and_no_id_reaches_no_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match=r"reward.path=.* is neither a directory here nor the id of a model"):
+    with pytest.raises(ValueError, match=r"(?s)reward.path=.* is neither a directory here \(.*\) nor the id of"):
         find(path)
 
 
@@ -163,7 +163,7 @@ def test_checkpoints_of_new_and_old_torch_are_read(zipped: bool, tmp_path: Path)
 
 def test_a_pickle_in_place_of_safetensors_is_refused_and_does_not_run(directory: Path, tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(pickle.dumps({"weight": RunsCode(tmp_path / "it ran")}))
-    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
         load_directory(CLIPModel, directory)
     assert not (tmp_path / "it ran").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -285,7 +286,9 @@ def test_retry_after_is_respected(after: Callable[[], str]) -> None:
 
 def test_patience_bounds_the_wait_for_a_dead_server() -> None:
     begun = time.monotonic()
-    with pytest.raises(RemoteError, match=r"after \d+ attempts in 1 s.*Connection refused.*raise patience_seconds"):
+    with pytest.raises(
+        RemoteError, match=r"after \d+ attempts in 1 s.*Connection refused.*raise reward.terms.NAME.patience_seconds"
+    ):
         http_reward(f"http://127.0.0.1:{free_port()}", patience_seconds=0.7, batch=1)(some_images(6), ["a"] * 6)
     assert 0.7 <= time.monotonic() - begun < 1.5
 
@@ -414,13 +417,13 @@ def test_a_token_that_cannot_be_sent_is_refused_without_being_shown(
 @pytest.mark.parametrize(
     ("endpoint", "says"),
     [
-        ("127.0.0.1:8000", "an endpoint is an address like"),
-        ("ftp://127.0.0.1", "an endpoint is an address like"),
-        ("file:///etc/passwd", "an endpoint is an address like"),
-        ("http://", "an endpoint is an address like"),
-        ("http://host:port", "an endpoint is an address like"),
-        ("http://host?token=1", "an endpoint is an address like"),
-        ("http://a host", "an endpoint is an address like"),
+        ("127.0.0.1:8000", "reward.terms.NAME.endpoints has addresses like"),
+        ("ftp://127.0.0.1", "reward.terms.NAME.endpoints has addresses like"),
+        ("file:///etc/passwd", "reward.terms.NAME.endpoints has addresses like"),
+        ("http://", "reward.terms.NAME.endpoints has addresses like"),
+        ("http://host:port", "reward.terms.NAME.endpoints has addresses like"),
+        ("http://host?token=1", "reward.terms.NAME.endpoints has addresses like"),
+        ("http://a host", "reward.terms.NAME.endpoints has addresses like"),
         ("http://me:s3cret@host", "use token_env"),
     ],
 )
@@ -433,15 +436,20 @@ def test_an_address_that_is_none_is_refused(endpoint: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"endpoints": "http://127.0.0.1:8000"}, "endpoints is a list"),
+        ({"endpoints": "http://127.0.0.1:8000"}, "reward.terms.NAME.endpoints is a list"),
         ({"endpoints": []}, "endpoints is a list"),
-        ({"name": "../../etc"}, "letters, digits"),
+        ({"name": "../../etc"}, "reward.terms.NAME.name has letters, digits"),
         ({"name": ".."}, "letters, digits"),
         ({"name": ""}, "letters, digits"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"concurrency": 0}, "concurrency and max_answer_bytes must be at least 1"),
-        ({"timeout_seconds": 0.0}, "timeout_seconds must be positive"),
-        ({"patience_seconds": -1.0}, "patience_seconds at least 0"),
+        ({"batch": 0}, "reward.terms.NAME.batch must be at least 1 image, got 0"),
+        ({"concurrency": 0}, "reward.terms.NAME.concurrency must be at least 1, got 0"),
+        ({"max_answer_bytes": 0}, "reward.terms.NAME.max_answer_bytes must be at least 1, got 0"),
+        ({"timeout_seconds": 0.0}, "reward.terms.NAME.timeout_seconds must be positive and finite, got 0.0"),
+        ({"timeout_seconds": math.inf}, "reward.terms.NAME.timeout_seconds must be positive and finite, got inf"),
+        ({"patience_seconds": -1.0}, "reward.terms.NAME.patience_seconds must be at least 0, got -1.0"),
+        ({"patience_seconds": math.nan}, "reward.terms.NAME.patience_seconds must be at least 0, got nan"),
+        ({"startup_patience_seconds": -1.0}, "reward.terms.NAME.startup_patience_seconds must be at least 0, got -1"),
+        ({"golden_set": "scens"}, "reward.terms.NAME.golden_set must be one of scenes, texts, none, got 'scens'"),
     ],
     ids=str,
 )

@@ -1,0 +1,29 @@
+"""Which images a pipeline can draw, told from its configs before a weight is loaded.
+
+pixels in a row = tokens in a row * patch * 2 ** (levels of the autoencoder - 1)
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Heights and widths in pixels: multiples of ``step``, up to ``largest`` where there are positions for no more."""
+
+    step: int
+    largest: int | None = None
+
+    @classmethod
+    def of(cls, *, patch: int, num_levels: int, most_tokens: int | None) -> "ImageSizes":
+        """``patch`` latent pixels are one token, of which there are at most ``most_tokens`` in a row."""
+        step = patch * 2 ** (num_levels - 1)
+        return cls(step, None if most_tokens is None else step * most_tokens)
+
+    def check(self, resolution: int) -> None:
+        """ValueError for a ``model.resolution`` that cannot be drawn."""
+        if resolution < self.step or resolution % self.step:
+            raise ValueError(f"model.resolution must be a positive multiple of {self.step}, got {resolution}")
+        if self.largest is not None and resolution > self.largest:
+            raise ValueError(
+                f"model.resolution must be at most {self.largest}, got {resolution}; it has positions for no more"
+            )
