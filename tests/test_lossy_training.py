@@ -14,7 +14,6 @@ from tests.tiny_config import make_config
 
 OPTIONS = {
     "fp8": ("lossy=fp8",),
-    "few_steps": ("solver.stride=2",),
     "adams_bashforth": ("solver=adams_bashforth",),
     "cached_guidance": ("solver=cached_guidance",),
 }

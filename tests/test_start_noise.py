@@ -12,7 +12,7 @@ from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
 from fastgrpo.types import Samples
-from fastgrpo_kernels import philox_normal
+from fastgrpo_kernels import combined, philox_normal
 from tests.tiny_config import make_config
 
 # SD3's shift of 3 on 1, 3/4, 1/2, 1/4: not SD3's own grid, whose last step would be all but empty
@@ -26,8 +26,8 @@ def make_trainer(weights: Path, output: Path, *words: str) -> Trainer:
 def test_a_searched_group_starts_from_the_candidate_whose_estimate_has_the_best_reward(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("algorithm/noise=elite", "algorithm.noise.start=mean", "algorithm.noise.project=best")
-    words += ("algorithm.noise.candidates=4", "algorithm.noise.elites=1", "algorithm.noise.mix=0.5")
+    words = ["algorithm/noise=elite", "algorithm.noise.start=mean", "algorithm.noise.project=best"]
+    words += ["algorithm.noise.candidates=4", "algorithm.noise.elites=1", "algorithm.noise.mix=0.5"]
     trainer = make_trainer(tiny_weights, tmp_path / "run", *words, "train.prompts_per_iteration=4")
     times: list[float] = []
     run = PipelineModel._run
@@ -64,15 +64,15 @@ def estimate(trainer: Trainer, x_KCHW: Tensor, text: str) -> Tensor:
     """Rewards of the images that Euler's steps lead to."""
     conditions = trainer.model.encode([text] * len(x_KCHW))
     for t, t_next in pairwise(ESTIMATE_TIMES):
-        x_KCHW = x_KCHW + (t_next - t) * trainer.model.velocity(x_KCHW, t, conditions)
+        x_KCHW = x_KCHW + (t_next - t) * combined(trainer.model.velocity(x_KCHW, t, conditions))
     scores = trainer.rewards.begin_search([text] * len(x_KCHW))
     scores.add(trainer.model.decode(x_KCHW))
     return scores.collect()
 
 
 def test_the_last_iteration_of_a_run_is_annealed_and_its_first_ones_are_not(tiny_weights: Path, tmp_path: Path) -> None:
-    words = ("algorithm/noise=elite", "algorithm.noise.anneal=0.0", "train.iterations=1000")
-    words += ("algorithm.noise.candidates=4", "algorithm.noise.elites=2", "algorithm.noise.estimate_steps=1")
+    words = ["algorithm/noise=elite", "algorithm.noise.anneal=0.0", "train.iterations=1000"]
+    words += ["algorithm.noise.candidates=4", "algorithm.noise.elites=2", "algorithm.noise.estimate_steps=1"]
     trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
     assert [trainer.step()["search/share"] for _ in range(2)] == [1.0, 1.0]
     trainer.iteration = 999

@@ -189,8 +189,8 @@ def test_a_run_too_short_to_profile_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_writes_its_profile_and_trains_as_without(tiny_weights: Path, tmp_path: Path) -> None:
     # a trace of few operations
-    small = ("train.group_size=2", "train.prompts_per_iteration=1", "algorithm.schedule.num_steps=2")
-    small += ("train.iterations=4", "evaluate.every=4", "evaluate.num_steps=1", "reward.golden=false")
+    small = ["train.group_size=2", "train.prompts_per_iteration=1", "algorithm.schedule.num_steps=2"]
+    small += ["train.iterations=4", "evaluate.every=4", "evaluate.num_steps=1", "reward.golden=false"]
     runs = {}
     for profiled in ("false", "true"):
         config = make_config(tiny_weights, tmp_path / profiled / "run", f"runtime.profile={profiled}", *small)
