@@ -1,5 +1,7 @@
 """What ranks tell each other, on 2, 3 and 4 processes: rows in order, sums, and failures that reach everybody."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -143,3 +145,23 @@ def send_what_json_has_not(world: World) -> str:
 
 def test_what_json_has_not_is_an_error_on_all_and_they_go_on(on_ranks: Ranks) -> None:
     assert on_ranks(2, send_what_json_has_not) == ["TypeError [0, 1]", "RankFailure [0, 1]"]
+
+
+def end_badly(world: World, how: str) -> int:
+    if world.rank == 1 and how == "raise":
+        raise ArithmeticError("cannot")
+    if world.rank == 1 and how == "die":
+        os._exit(1)
+    if how:
+        world.barrier("what does not come")
+    return os.getpid()
+
+
+def test_a_rank_that_ends_badly_fails_its_test_and_the_next_test_has_new_ranks(on_ranks: Ranks) -> None:
+    processes = set(on_ranks(2, end_badly, ""))
+    for how, told in (("raise", r"rank 1 raised\n(.|\n)*ArithmeticError: cannot"), ("die", "rank 1 died")):
+        assert set(on_ranks(2, end_badly, "")) == processes
+        with pytest.raises(AssertionError, match=told):
+            on_ranks(2, end_badly, how)
+        processes, before = set(on_ranks(2, end_badly, "")), processes
+        assert processes.isdisjoint(before)
