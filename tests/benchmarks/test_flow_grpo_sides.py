@@ -29,13 +29,10 @@ def check(job: Job, stand_in: Checkout, tmp_path: Path) -> Any:
     return run
 
 
+# smart is fast with milder noise and, in a check, with a search; reweight is without the penalty
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [
-        *((recipe, "") for recipe in RECIPES),
-        ("full_without_kl", "train.gradients=reweight"),
-        ("fast", "train.gradients=reweight"),
-    ],
+    [("full", ""), ("fast", ""), ("smart", ""), ("full_without_kl", "train.gradients=reweight")],
 )
 def test_both_sides_do_the_same_work(check: Any, recipe: str, overrides: str) -> None:
     found = check(recipe, overrides)
@@ -45,18 +42,23 @@ def test_both_sides_do_the_same_work(check: Any, recipe: str, overrides: str) ->
     assert found.holds
 
 
-@pytest.mark.parametrize(("overrides", "theirs"), [("model.dtype=bfloat16", "float32"), ("", "bfloat16")])
-def test_half_precision_of_either_side_shows_and_is_allowed(check: Any, overrides: str, theirs: str) -> None:
-    found = check("full", overrides, theirs)
-    assert 1e-2 < found.gradient_difference < found.tolerance.gradient
-    assert 1e-4 < found.ratio_deviation < found.tolerance.ratio
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "theirs", "expected"),
+    [("full", "model.dtype=bfloat16", "float32", 0.03), ("fast", "", "bfloat16", 0.01)],
+)
+def test_half_precision_of_either_side_shows_and_is_allowed(
+    check: Any, recipe: str, overrides: str, theirs: str, expected: float
+) -> None:
+    found = check(recipe, overrides, theirs)
+    assert expected < found.gradient_difference < found.tolerance.gradient
+    assert 1e-5 < found.ratio_deviation < found.tolerance.ratio
 
 
 @pytest.mark.parametrize(
     ("recipe", "mistake"),
     [
-        ("full", "model.guidance_scale=4"),
         ("full", "algorithm.objective.kl_coef=0"),
+        ("full_without_kl", "model.guidance_scale=4"),
         ("fast", "algorithm.dynamics.noise_level=0.7"),
         ("fast", "adaptation.alpha=9"),
     ],
