@@ -113,11 +113,13 @@ def _range(values: Sequence[float]) -> dict[str, float]:
 
 
 def _sentence(runs: Sequence[Run], shown: Run) -> str:
-    after = _range([run.after for run in runs])
+    before, after = statistics.fmean(run.before for run in runs), _range([run.after for run in runs])
+    rises = f"Strict accuracy on held-out prompts rises from {before:.3f} to {after['mean']:.3f}"
+    if len(runs) == 1:
+        return f"{rises} with seed {shown.seed}."
     return (
-        f"Strict accuracy on held-out prompts rises from {statistics.fmean(run.before for run in runs):.3f} to "
-        f"{after['mean']:.3f}, the mean of {len(runs)} seed(s), which end between {after['lowest']:.3f} and "
-        f"{after['highest']:.3f}.  The images are of seed {shown.seed}, whose accuracy is the median."
+        f"{rises}, the mean of seeds {', '.join(str(run.seed) for run in runs)}, which end between "
+        f"{after['lowest']:.3f} and {after['highest']:.3f}.  The images are of seed {shown.seed}, the median."
     )
 
 

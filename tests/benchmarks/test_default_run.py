@@ -45,7 +45,7 @@ def test_all_seeds_are_one_result_with_mean_and_range(results: Path, tmp_path: P
     main(["train.iterations=2", "--out", str(tmp_path / "runs"), "--seeds", "42", "43", "44"])
     (told,), (data,) = (list(results.glob(f"*.{suffix}")) for suffix in ("md", "json"))
     text = told.read_text()
-    assert "rises from 0.500 to 0.750, the mean of 3 seed(s), which end between 0.600 and 0.900." in text
+    assert "rises from 0.500 to 0.750, the mean of seeds 42, 43, 44, which end between 0.600 and 0.900." in text
     assert "| what | seed 42 | seed 43 | seed 44 | mean | range |" in text
     assert "| strict accuracy after | 0.600 | 0.900 | 0.750 | 0.750 | 0.600 to 0.900 |" in text
     assert "| share of the error that is left | 0.80 | 0.20 | 0.50 | 0.50 | 0.20 to 0.80 |" in text
@@ -67,6 +67,12 @@ def test_the_picture_is_of_the_median_seed(results: Path, tmp_path: Path) -> Non
     assert picture.name.endswith("_before_after.png")
     assert picture.read_text() == "seed 44"
     assert "The images are of seed 44" in next(iter(results.glob("*.md"))).read_text()
+
+
+def test_one_seed_has_no_mean(results: Path, tmp_path: Path) -> None:
+    main(["--out", str(tmp_path / "runs"), "--seeds", "43"])
+    text = next(iter(results.glob("*.md"))).read_text()
+    assert "Strict accuracy on held-out prompts rises from 0.500 to 0.900 with seed 43." in text
 
 
 def test_of_two_seeds_in_the_middle_the_lower_is_shown() -> None:

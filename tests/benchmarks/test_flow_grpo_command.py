@@ -1,7 +1,7 @@
 """``python -m benchmarks.flow_grpo`` on a stand-in: all sides are checked as they are timed, and take turns."""
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,9 @@ from benchmarks.flow_grpo.checkout import Checkout
 from benchmarks.flow_grpo.children import Work
 from benchmarks.flow_grpo.measure import Entry, checked, timed
 from benchmarks.flow_grpo.pipeline import Size
+from benchmarks.flow_grpo.recipe import Job
 from benchmarks.flow_grpo.setting import Setting
+from benchmarks.flow_grpo.side import Iteration
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def in_this_process(sides: Mapping[str, Work]) -> Iterator[dict[str, Callable[[]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_size: Size) -> dict[str, Any]:
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_size: Size, job: Job) -> dict[str, Any]:
     """What the command writes."""
     written: dict[str, Any] = {}
 
@@ -38,47 +40,65 @@ def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_size: Size) -> 
 
     monkeypatch.setattr(command, "write_report", write)
     monkeypatch.setattr(command, "MINIATURE", tiny_size)
+    monkeypatch.setattr(command, "make_pipeline", lambda *_: job.pipeline)
     monkeypatch.setattr(measure, "children", in_this_process)
     return written
-
-
-def test_each_side_is_checked_as_it_is_timed_and_set_beside_its_like(
-    report: dict[str, Any], stand_in: Checkout, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sides = ["--theirs", "float32", "--theirs", "bfloat16", "--ours", "", "--ours", "model.dtype=bfloat16"]
-    command.main(["--checkout", str(stand_in.path), "--recipes", "fast", "--rounds", "2", "--warm-up", "0", *sides])
-    (result,) = report["data"]["results"]
-    found = result["sides"]
-    assert list(found) == ["flow_grpo float32", "flow_grpo bfloat16", "ours", "ours model.dtype=bfloat16"]
-    assert result["baseline"] == "flow_grpo float32"
-    assert [side["setting"] for side in found.values()] == ["float32", "bfloat16", "float32", "bfloat16"]
-    assert found["ours model.dtype=bfloat16"]["alike"] == "flow_grpo bfloat16"
-    assert [len(side["iterations"]) for side in found.values()] == [2, 2, 2, 2]
-    differences = {side: one["agreement"]["gradient_difference"] for side, one in found.items()}
-    # their float32 and ours are one comparison seen from both ends; bfloat16 shows in each that computes in it
-    assert differences["flow_grpo float32"] == differences["ours"] < 1e-5
-    assert 1e-3 < differences["flow_grpo bfloat16"] < 0.06
-    assert 1e-3 < differences["ours model.dtype=bfloat16"] < 0.06
-    assert "- fast: ours model.dtype=bfloat16 is " in report["body"]
-    assert "x flow_grpo bfloat16 [" in report["body"]
-    assert "ours model.dtype=bfloat16" in capsys.readouterr().out
-
-
-def test_without_a_checkout_ours_is_compared_with_itself(
-    report: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    command.main(["--recipes", "fast", "--rounds", "2", "--warm-up", "0", "--ours", "runtime.micro_batch=6"])
-    told = capsys.readouterr().out
-    assert "no --checkout of flow_grpo was given" in told
-    assert "- fast: ours runtime.micro_batch=6 is " in told
-    (result,) = report["data"]["results"]
-    assert result["baseline"] == "ours, plain"
-    assert [len(side["iterations"]) for side in result["sides"].values()] == [2, 2]
 
 
 AGREEMENT = Agreement(
     ratio_deviation=1e-7, gradient_difference=2e-6, tolerance=Tolerance(1e-5, 1e-5), trains_unconditional=False
 )
+
+
+ITERATION = Iteration(
+    num_images=18, rollout_seconds=1.0, update_seconds=1.0, cpu_seconds=2.0, peak_bytes=1, ratio_deviation=0.0
+)
+CHECKED: list[tuple[str, str, str]] = []
+
+
+def note_check(checkout: Checkout, job: Job, output: Path, overrides: Sequence[str], setting: Setting) -> Agreement:
+    """In place of ``agreement``: what was to be checked."""
+    CHECKED.append((job.recipe, " ".join(overrides), str(setting)))
+    return replace(AGREEMENT, gradient_difference=len(CHECKED) * 1e-6)
+
+
+def test_each_side_is_checked_as_it_is_timed_and_set_beside_its_like(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stand_in: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "agreement", note_check)
+    CHECKED.clear()
+    sides = ["--theirs", "bfloat16", "--ours", "model.dtype=bfloat16 train.gradients=reweight"]
+    command.main(["--checkout", str(stand_in.path), "--recipes", "smart", "--rounds", "2", "--warm-up", "0", *sides])
+    # theirs is timed, and so checked, on the recipe without a search
+    assert CHECKED == [
+        ("fast", "model.dtype=float32", "bfloat16"),
+        ("smart", "model.dtype=bfloat16 train.gradients=reweight", "float32"),
+    ]
+    (result,) = report["data"]["results"]
+    found = result["sides"]
+    theirs, ours = "flow_grpo bfloat16", "ours model.dtype=bfloat16 train.gradients=reweight"
+    assert list(found) == [theirs, ours]
+    assert result["baseline"] == found[ours]["alike"] == theirs
+    assert [side["setting"] for side in found.values()] == ["bfloat16", "bfloat16"]
+    assert [side["agreement"]["gradient_difference"] for side in found.values()] == [1e-6, 2e-6]
+    assert [len(side["iterations"]) for side in found.values()] == [2, 2]
+    assert [one["num_images"] for side in found.values() for one in side["iterations"]] == [18] * 4
+    assert f"- smart: {ours} is " in report["body"]
+    assert f"x {theirs} [" in report["body"]
+    assert ours in capsys.readouterr().out
+
+
+def test_without_a_checkout_ours_is_compared_with_itself(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "timed", lambda entries, *_: {side: [ITERATION] * 2 for side in entries})
+    command.main(["--recipes", "fast", "--ours", "runtime.micro_batch=6"])
+    told = capsys.readouterr().out
+    assert "no --checkout of flow_grpo was given" in told
+    assert "- fast: ours runtime.micro_batch=6 is 1.00x ours, plain" in told
+    (result,) = report["data"]["results"]
+    assert result["baseline"] == "ours, plain"
+    assert [side["agreement"] for side in result["sides"].values()] == [None, None]
 
 
 def holds() -> Agreement:
@@ -130,13 +150,10 @@ def test_a_refused_side_is_not_timed_and_the_command_fails(
         command.main([*arguments, "--ours", ""])
 
 
-ITERATION = measure.Iteration(
-    num_images=18, rollout_seconds=1.0, update_seconds=1.0, cpu_seconds=2.0, peak_bytes=1, ratio_deviation=0.0
-)
 TURNS: list[str] = []
 
 
-def turn(name: str) -> measure.Iteration:
+def turn(name: str) -> Iteration:
     TURNS.append(name)
     return replace(ITERATION, peak_bytes=len(TURNS))
 
@@ -147,7 +164,7 @@ class Turn:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self) -> Callable[[], measure.Iteration]:
+    def __call__(self) -> Callable[[], Iteration]:
         return lambda: turn(self.name)
 
 
