@@ -170,9 +170,12 @@ def test_a_real_hub_that_is_off_is_told_in_one_line(tmp_path: Path, monkeypatch:
 
 def test_a_revision_of_a_model_is_asked_for(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        StableDiffusion3Pipeline, "download", lambda *words, **more: asked.append((words, more)) or tiny_weights
-    )
+
+    def download(*words: str, **more: str) -> Path:
+        asked.append((words, more))
+        return tiny_weights
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     assert load_model("owner/name@v1").transformer is not None
     assert asked == [(("owner/name",), {"revision": "v1"})]
 

@@ -106,7 +106,7 @@ def test_a_path_that_leads_nowhere_says_what_to_do(path: str, message: str) -> N
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_file_that_cannot_be_imported_is_one_line_with_the_place(how: str) -> None:
     source, message = BROKEN[how]
-    Path("wrong_rewards.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    Path("wrong_rewards.py").write_bytes(source if isinstance(source, bytes) else str(source).encode())
     importlib.invalidate_caches()
     with pytest.raises(ValueError, match=message) as raised:
         from_path("wrong_rewards.redness")

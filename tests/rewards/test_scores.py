@@ -183,7 +183,7 @@ def test_a_reward_error_is_final() -> None:
     ("key", "least", "value"),
     [("micro_batch", 1, 0), ("threads", 1, 0), ("retries", 0, -1), ("retry_seconds", 0, -1), ("retry_seconds", 0, NAN)],
 )
-def test_a_setting_that_cannot_work_is_refused_by_its_key(key: str, least: int, value: float) -> None:
+def test_a_setting_that_cannot_work_is_refused_by_its_key(key: str, least: int, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"reward\.scoring\.{key} must be at least {least}, got {value}"):
         Scoring(**{key: value})
 
