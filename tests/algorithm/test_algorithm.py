@@ -51,7 +51,7 @@ def negative(grid: Any, step: int) -> StepCoefficients:
         # steps that would fail if they were trained
         {"dynamics": CPS(), "timesteps": always(0, 8)},
     ],
-    ids=str,
+    ids=lambda pieces: " ".join(pieces) or "as it comes",
 )
 def test_what_can_be_trained_passes(pieces: dict[str, Any]) -> None:
     replace(FLOW_GRPO, **pieces).check(**RUN)
