@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,13 +52,6 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-def peak_live_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that were alive at once of what ``function`` made."""
-    with LiveBytes() as counter:
-        function()
-    return counter.peak
-
-
 class WithoutData(FakeTensorMode):
     """Inside, tensors have shapes but no data.  Whoever reads a number gets 1: positive, finite, and true."""
 
@@ -69,21 +62,3 @@ class WithoutData(FakeTensorMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         return super().__torch_dispatch__(function, types, args, kwargs)
-
-
-def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a module's weights, which may be on ``meta``, by FakeTensors of ``mode`` that say they are on a CPU."""
-    fakes: dict[int, Any] = {}
-    for part in module.modules():
-        tensors: dict[str, Any]
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    # weights that are shared stay shared
-                    fakes[id(tensor)] = tensors[name] = fakes.get(id(tensor), _fake(tensor, mode))
-
-
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

@@ -28,7 +28,11 @@ class RewardSource:
         """The rewards, which can judge ``prompts``, and their golden scores unless ``reward.golden`` is false."""
         rewards = self.make()
         rewards.check_prompts(prompts)
-        return rewards, self_test(rewards, device) if rewards.golden else {}
+        if rewards.golden:
+            return rewards, self_test(rewards, device)
+        # without golden pairs nothing has asked the other machines yet
+        rewards.greet()
+        return rewards, {}
 
     def ask(self, part: PolicyRank) -> Loaded:
         """The rewards as this rank's scoring rank computes them, and the golden scores that it found."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.grids import cell_origin, enlargement
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.records.metrics import METRICS, Metrics, explain
+from fastgrpo.records.metrics import METRICS, Metrics
 from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.progress import Progress
 
@@ -50,11 +50,7 @@ def test_every_key_of_a_run_is_explained() -> None:
     keys += " clip_fraction grad_norm images_per_second peak_bytes search/gain search/rank_correlation"
     keys += " zero_variance_groups skipped_steps seconds/iteration seconds/encode seconds/search seconds/rollout"
     keys += " seconds/reward seconds/update seconds/evaluate seconds/checkpoint"
-    for key in keys.split():
-        assert explain(key)
-    assert explain("reward/total") == METRICS["reward/total"] != explain("reward/clip")
-    with pytest.raises(KeyError):
-        explain("unheard_of")
+    assert {key if key in METRICS else f"{key.split('/')[0]}/<name>" for key in keys.split()} <= METRICS.keys()
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_logged(run: RunDirectory, metrics: Metrics) -> None:
