@@ -110,6 +110,22 @@ def test_a_group_of_equal_rewards_has_exactly_no_advantage(
         assert function(rewards_B[:size], groups_B[:size], std, 1e-30, math.inf).eq(0).all()
 
 
+def test_rewards_far_from_zero_keep_their_differences(kernel_device: str) -> None:
+    # float32 has no number between 4096 and 4096 + 1/2048: a mean in float32 would be off by a third of the advantage
+    rewards_B = 4096 + torch.tensor([0.0, 1.0, 1.0], device=kernel_device) / 1024
+    groups_B = torch.zeros(3, dtype=torch.int64, device=kernel_device)
+    for function in (_group_advantage_triton, group_advantage_reference):
+        advantage_B = function(rewards_B, groups_B, "none", EPS, 1.0).cpu()
+        torch.testing.assert_close(advantage_B, torch.tensor([-2.0, 1.0, 1.0]) / 3072, **{**TOLERANCE, "atol": 1e-10})
+
+
+def test_the_kernel_takes_any_layout(kernel_device: str) -> None:
+    rewards_B, groups_B = make_groups(60, kernel_device)
+    strided = _group_advantage_triton(rewards_B[::2], groups_B[::2], "group", EPS, 5.0)
+    contiguous = (tensor[::2].contiguous() for tensor in (rewards_B, groups_B))
+    assert torch.equal(strided, _group_advantage_triton(*contiguous, "group", EPS, 5.0))
+
+
 @pytest.mark.parametrize("std", STDS)
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
 @pytest.mark.usefixtures("poisoned_outputs")

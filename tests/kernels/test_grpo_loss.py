@@ -189,6 +189,19 @@ def test_layout_does_not_matter(device: str) -> None:
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
+def test_kernels_take_any_layout(kernel_device: str) -> None:
+    contiguous = make_batch(5, device=kernel_device)
+    contiguous["advantage"] = contiguous["advantage"][:1].repeat(5)
+    strided = {name: value.repeat_interleave(2)[::2] for name, value in contiguous.items()}
+    strided["advantage"] = contiguous["advantage"][:1].expand(5)
+    one, results = torch.ones((), device=kernel_device), []
+    for batch in (contiguous, strided):
+        *step, kl = batch.values()
+        grad_B = _grpo_loss_backward_triton(one, *step, CLIP)
+        results.append([*_grpo_loss_triton(*step, kl, CLIP, KL_COEF), grad_B])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_kl", [False, True], ids=["no kl", "kl"])
 def test_operators_are_well_formed(with_kl: bool, device: str) -> None:

@@ -42,6 +42,14 @@ def test_kernel_equals_reference_bit_for_bit(
     assert torch.equal(_ode_step_triton(*arguments), ode_step_reference(*arguments))
 
 
+def test_kernel_takes_any_layout(make_step: MakeStep, kernel_device: str) -> None:
+    step = make_step(3, 4, 5, device=kernel_device)
+    latents = {name: step[name].mT.contiguous().mT for name in ("x", "v")}
+    strided = {name: step[name].repeat_interleave(2)[::2] for name in ("c_x", "c_v")}
+    result = _ode_step_triton(*op_arguments({**step, **latents, **strided}))
+    assert torch.equal(result, _ode_step_triton(*op_arguments(step)))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

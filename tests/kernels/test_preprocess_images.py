@@ -258,6 +258,15 @@ def test_the_short_side_and_the_crop_are_those_of_transformers() -> None:
     assert preprocess_images(columns, resize=21, crop=(1, 7), **arguments).tolist() == [[[[*range(21, 28)]]]]
 
 
+@pytest.mark.parametrize("match", MATCHES)
+def test_a_crop_is_the_middle_of_what_was_resized(match: Match) -> None:
+    arguments: dict[str, Any] = {"resize": (33, 40), "mean": MEAN, "std": STD, "match": match}
+    images = make_images(1, 3, 20, 31)
+    whole, cropped = preprocess_images(images, **arguments), preprocess_images(images, crop=(30, 17), **arguments)
+    # of the odd 3 and 23 pixels that go, the larger half is at the end
+    torch.testing.assert_close(cropped, whole[..., 1:31, 11:28], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("match", MATCHES)
 def test_operators_are_well_formed(match: str, device: str) -> None:
