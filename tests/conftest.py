@@ -6,6 +6,8 @@ from pathlib import Path
 # oversubscribed threads make a small forward 15 times slower; both must be set before torch is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# a test compiles a graph or two: processes that wait to compile more cost more than they give
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import pytest
 import torch

@@ -163,7 +163,7 @@ def test_a_mistake_in_the_words_is_one_line(
         ("~model.resolution", "StableDiffusion3 needs resolution"),
         ("model.resolution=33", "model.resolution must be a positive multiple of 16, got 33"),
         ("adaptation.rank=0", "rank must be at least 1, got 0"),
-        ("model.weights=nowhere/at/all", "cannot load a StableDiffusion3Pipeline from 'nowhere/at/all'"),
+        ("model.weights=nowhere/at/all", "model.weights='nowhere/at/all' is neither a directory here"),
         ("prompts.path=nowhere.txt", "prompt file nowhere.txt does not exist"),
         ("runtime.device=cuda:77", "runtime.device"),
         ("output=/proc/nowhere", "cannot write the run directory /proc/nowhere"),

@@ -6,9 +6,10 @@ the config keeps from which iteration on; what it learns from what may not.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-# a key, or the beginning of keys
+# a key, or the beginning of keys; * is any part of one
 MAY_CHANGE = (
     "train.iterations",
     "train.max_minutes",
@@ -21,6 +22,13 @@ MAY_CHANGE = (
     "wandb",
     "reward.scoring",
     "reward.golden",
+    # where a judge is and how long it is waited for; golden scores tell whether it judges as it did
+    "reward.*.endpoints",
+    "reward.*.token_env",
+    "reward.*.timeout_seconds",
+    "reward.*.concurrency",
+    "reward.*.patience_seconds",
+    "reward.*.startup_patience_seconds",
     "model.condition_cache",
     "adaptation.rollout_weights",
     "adaptation.shard_over",
@@ -77,4 +85,4 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _begins(key: str, beginnings: tuple[str, ...]) -> bool:
-    return any(key == beginning or key.startswith(f"{beginning}.") for beginning in beginnings)
+    return any(fnmatchcase(key, beginning) or fnmatchcase(key, f"{beginning}.*") for beginning in beginnings)

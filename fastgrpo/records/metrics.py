@@ -34,8 +34,8 @@ METRICS = {
     "loss": "mean of the objective over the iteration's optimizer steps",
     "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; absent if that is 0",
     "approx_kl": "KL(old policy, policy) estimated from the ratios; 0 when an iteration has one optimizer step",
-    "ratio_deviation": "largest distance of the ratio from 1 before the first optimizer step: 0 when rollout and update "
-    "agree; null where batches did not fit and were halved in the update",
+    "ratio_deviation": "largest distance of the ratio from 1 before the first optimizer step: 0 when rollout and "
+    "update agree; null where batches did not fit and were halved in the update",
     "clip_fraction": "share of trained steps whose ratio lies outside 1 ± clip_range",
     "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",
     "skipped_steps": "optimizer steps skipped in this iteration because loss or gradient was not finite",

@@ -134,11 +134,11 @@ def test_a_peer_in_bfloat16_computes_in_it_over_float32_weights(job: Job, stand_
 def test_a_compiled_peer_compiles_each_block(job: Job, stand_in: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    peer = Peer(stand_in, job, Setting("float32", compiled=True))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        peer = Peer(stand_in, job, Setting("float32", compiled=True))
+        assert torch._dynamo.config.recompile_limit == 64
     blocks = peer.transformer.base_model.model.transformer_blocks
     assert compiled == [(block, {"dynamic": False}) for block in blocks]
-    assert torch._dynamo.config.recompile_limit == 64
 
 
 @pytest.mark.parametrize("recipe", ["full", "fast"])

@@ -15,7 +15,11 @@ BEGUN: dict[str, Any] = {
     "train": {"iterations": 10, "learning_rate": 1e-3, "group_size": 16, "weight_decay": 1e-4},
     "algorithm": {"noise": {"_target_": "Elite", "candidates": 32}, "timesteps": {"steps": [0, 1]}},
     "runtime": {"micro_batch": 96},
-    "reward": {"scoring": {"retries": 2}, "weights": {"shapes": 1.0}},
+    "reward": {
+        "scoring": {"retries": 2},
+        "weights": {"shapes": 1.0},
+        "terms": {"http": {"endpoints": ["a"], "name": "x"}},
+    },
     "model": {"weights": "here", "condition_cache": "~/a"},
 }
 
@@ -35,6 +39,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("train.learning_rate", 1e-4, Change("train.learning_rate", 1e-3, 1e-4)),
         ("runtime.micro_batch", 8, Change("runtime.micro_batch", 96, 8)),
         ("reward.scoring.retries", 5, Change("reward.scoring.retries", 2, 5)),
+        ("reward.terms.http.endpoints", ["b"], Change("reward.terms.http.endpoints", ["a"], ["b"])),
         ("model.condition_cache", None, Change("model.condition_cache", "~/a", None)),
         ("evaluate.every", 5, Change("evaluate.every", "absent", 5)),
     ],
@@ -58,6 +63,7 @@ def test_where_a_run_lies_is_not_compared(key: str) -> None:
         ("algorithm.noise._target_", "Gaussian", "algorithm.noise._target_ was Elite and would be Gaussian"),
         ("algorithm.timesteps.steps", [0, 2], r"algorithm.timesteps.steps was \[0, 1\] and would be \[0, 2\]"),
         ("reward.weights.jpeg", 0.5, "reward.weights.jpeg was absent and would be 0.5"),
+        ("reward.terms.http.name", "y", "reward.terms.http.name was x and would be y"),
         ("model.weights", "there", "model.weights was here and would be there"),
         # begins like a key that may change, and is another
         ("train.iterations_of", 3, None),

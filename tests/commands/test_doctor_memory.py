@@ -30,7 +30,8 @@ def make_config(*overrides: str) -> DictConfig:
 
 def test_layers_of_full_width_are_planned_without_their_memory() -> None:
     """Six of SD3.5-medium's 24 layers, as each costs the test seconds."""
-    plan = counted_plan(make_config("optimizer_steps=2", "model.architecture.num_layers=6"), 80 * GIB)
+    layers = ("model.architecture.num_layers=6", "model.architecture.num_dual_layers=6")
+    plan = counted_plan(make_config("optimizer_steps=2", *layers), 80 * GIB)
     training = plan.choices[TRAINING].cost
     # 2.02 GB a sequence in all 24 layers of diffusers' own forward pass; modulations are kept once a prompt here
     assert 0.35e9 < training.per_sample < 2.02e9 / 24 * 6 * 1.1
