@@ -28,18 +28,22 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def compiles_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are traced, guarded and differentiated as ever, and run by PyTorch's own kernels: seconds, not minutes."""
+@pytest.fixture(params=["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def compiles_without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are traced and guarded as ever, and run by PyTorch's own kernels: seconds, not minutes.
+
+    With ``aot_eager`` they are differentiated ahead of time as well.
+    """
 
     def compile(function: Callable[..., Any], *, fullgraph: bool, dynamic: bool, mode: str) -> Callable[..., Any]:
         assert (fullgraph, dynamic, mode) == (True, False, "default")
-        return original(function, fullgraph=True, dynamic=False, backend="aot_eager")
+        return original(function, fullgraph=True, dynamic=False, backend=request.param)
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
 
 
+@pytest.mark.slow
 def test_kernels_of_a_compiled_block_compute_eagers_values_and_gradients(tiny_weights: Path, tmp_path: Path) -> None:
     model = StableDiffusion3(
         weights=str(tiny_weights), adaptation=LoRA(rank=4), resolution=32, use_t5=False, max_sequence_length=7
@@ -67,7 +71,9 @@ def test_kernels_of_a_compiled_block_compute_eagers_values_and_gradients(tiny_we
 
 
 @pytest.mark.usefixtures("compiles_without_kernels")
-@pytest.mark.parametrize("recipe", ["model.guidance_scale=1.0", "model.guidance_scale=4.5"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("model.guidance_scale=1.0", marks=pytest.mark.slow), "model.guidance_scale=4.5"]
+)
 def test_only_the_first_iteration_compiles(recipe: str, tiny_weights: Path, tmp_path: Path) -> None:
     overrides = (recipe, "algorithm.objective.kl_coef=0.04", "evaluate.every=100", "train.iterations=3")
     losses: dict[str, list[tuple[float, ...]]] = {}

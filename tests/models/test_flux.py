@@ -162,10 +162,11 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
         assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
 
 
-def test_each_kind_of_block_is_compiled_once_and_computes_the_same() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_each_kind_of_block_is_compiled_once_and_computes_the_same(backend: str) -> None:
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-        # traced, guarded and differentiated as ever, and run by PyTorch's own kernels
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+        # traced and guarded as ever, by aot_eager differentiated too, and run by PyTorch's own kernels
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
     transformer, (x, conditions) = make_random_transformer(), make_inputs()
     adaptation = LoRA(rank=2, targets=TARGETS)(transformer)

@@ -28,6 +28,9 @@ from tests.tiny_config import make_overrides
 # parameters of the published transformers
 SIZES = {"sd35_medium": 2_243_171_520, "sd35_large": 8_056_627_520, "flux_dev": 11_901_408_320}
 SMALL: dict[str, Any] = {"num_heads": 2, "text_width": 32, "pooled_width": 24, "decoder_channels": (8, 8, 16, 16)}
+# what a config may hold, whatever the types say
+ONE_NUMBER: Any = 8
+TWO_NUMBERS: Any = (64, 64)
 SMALL_SD3 = SD3Architecture(**SMALL, num_layers=3, num_dual_layers=1)
 SMALL_FLUX = FluxArchitecture(**SMALL, num_layers=2, num_single_layers=2)
 
@@ -59,9 +62,15 @@ def test_the_sizes_are_the_published_ones(name: str, num_parameters: int) -> Non
     assert sum(weight.numel() for weight in autoencoder.parameters()) == 83_819_683
 
 
+@pytest.mark.parametrize("depth", ["two blocks", pytest.param("all blocks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SIZES)
-def test_a_full_size_model_gives_a_velocity_its_gradient_and_an_image(name: str) -> None:
-    config = load_config("train", [f"model={name}", "model.weights=random"])
+def test_a_full_size_model_gives_a_velocity_its_gradient_and_an_image(name: str, depth: str) -> None:
+    shorter = ["model.architecture.num_layers=2"] * (depth == "two blocks")
+    if shorter:
+        dual = 1 if name == "sd35_medium" else 0
+        kind = "num_single_layers=2" if name == "flux_dev" else f"num_dual_layers={dual}"
+        shorter.append(f"model.architecture.{kind}")
+    config = load_config("train", [f"model={name}", "model.weights=random", *shorter])
     # shapes and types without a single value
     with FakeTensorMode():
         model = build_partial(config.model, "adaptation")(adaptation=LoRA())
@@ -220,7 +229,10 @@ def test_wrong_sizes_are_refused_by_their_name(make: Callable[[], Any], message:
 
 @pytest.mark.parametrize(
     ("architecture", "largest"),
-    [(replace(SMALL_SD3, max_positions=6), 6 * 2 * 8), (replace(SMALL_SD3, decoder_channels=(8, 8)), 384 * 2 * 2)],
+    [
+        (replace(SMALL_SD3, max_positions=6), 6 * 2 * 8),
+        (replace(SMALL_SD3, max_positions=9, decoder_channels=(8, 8)), 9 * 2 * 2),
+    ],
 )
 def test_a_table_of_positions_bounds_the_resolution(architecture: SD3Architecture, largest: int) -> None:
     def make(resolution: int) -> None:

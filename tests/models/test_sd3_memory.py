@@ -61,6 +61,7 @@ def our_forward(*, checkpointing: bool) -> Forward:
     return lambda transformer, x_BCHW, conditions: network(transformer, x_BCHW, 0.5, conditions)
 
 
+@pytest.mark.slow
 def test_diffusers_forward_of_nine_sequences_keeps_eighteen_gigabytes() -> None:
     assert saved_bytes(diffusers_forward, 9) == pytest.approx(18.2e9, rel=0.02)
 

@@ -169,15 +169,15 @@ def test_a_real_hub_that_is_off_is_told_in_one_line(tmp_path: Path, monkeypatch:
 
 
 def test_a_revision_of_a_model_is_asked_for(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[str, str | None]] = []
 
-    def download(*words: str, **more: str) -> Path:
-        asked.append((words, more))
+    def download(repository: str, revision: str | None) -> Path:
+        asked.append((repository, revision))
         return tiny_weights
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     assert load_model("owner/name@v1").transformer is not None
-    assert asked == [(("owner/name",), {"revision": "v1"})]
+    assert asked == [("owner/name", "v1")]
 
 
 # what is in them

@@ -40,7 +40,7 @@ def of_images_alone(images):
 
 threshold = 0.5
 """
-BROKEN = {
+BROKEN: dict[str, tuple[str | bytes, str]] = {
     "missing colon": (
         "import torch\n\ndef redness(images, prompts)\n    return images\n",
         r", line 3: SyntaxError: expected",

@@ -33,6 +33,7 @@ def test_values_outside_the_range_are_clamped_not_wrapped() -> None:
     assert torch.equal(JpegSize()(white, [""]), JpegSize()(beyond, [""]))
 
 
-def test_a_quality_that_is_not_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 to 95, got 100"):
-        JpegSize(quality=100)
+@pytest.mark.parametrize("quality", [0, 100, -1])
+def test_a_quality_that_is_not_one_is_refused(quality: int) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.terms\.jpeg\.quality must lie in 1 to 95, got {quality}"):
+        JpegSize(quality=quality)

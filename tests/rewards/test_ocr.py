@@ -26,6 +26,11 @@ def ocr() -> Ocr:
     return Ocr(threads=1)
 
 
+@pytest.fixture(scope="module")
+def exact() -> Ocr:
+    return Ocr(contained=False, threads=1)
+
+
 def write(text: str, *, size: int = 256, points: int = 36) -> Image.Image:
     picture = Image.new("RGB", (size, size), (238, 232, 205))
     font, middle = ImageFont.load_default(points), (size / 2, size / 2)
@@ -63,10 +68,10 @@ def test_the_reward_is_one_minus_the_share_of_wrong_letters(
     assert score(ocr, write(written), wanted) == pytest.approx(expected, abs=1e-6)
 
 
-def test_further_words_are_free_only_where_containing_the_text_is_enough(ocr: Ocr) -> None:
+def test_further_words_are_free_only_where_containing_the_text_is_enough(ocr: Ocr, exact: Ocr) -> None:
     picture = write("FRESH\nBREAD\nDAILY")
     assert score(ocr, picture, "bread") == 1.0
-    assert score(Ocr(contained=False, threads=1), picture, "fresh bread") == pytest.approx(1 - 5 / 10)
+    assert score(exact, picture, "fresh bread") == pytest.approx(1 - 5 / 10)
 
 
 def test_the_same_words_in_another_order_are_not_contained(ocr: Ocr) -> None:
@@ -156,12 +161,12 @@ def test_soft_and_sloping_writing_is_read(ocr: Ocr, how: str) -> None:
 
 
 @pytest.mark.parametrize("degrees", [-6, -3, 0, 3, 6])
-def test_far_words_of_two_sloping_lines_are_read_line_by_line(ocr: Ocr, degrees: int) -> None:
+def test_far_words_of_two_sloping_lines_are_read_line_by_line(exact: Ocr, degrees: int) -> None:
     picture, font = Image.new("RGB", (512, 512), "white"), ImageFont.load_default(50)
     for place, word in {(40, 200): "OPEN", (320, 200): "DAILY", (40, 280): "NINE", (320, 280): "FIVE"}.items():
         ImageDraw.Draw(picture).text(place, word, fill="black", font=font)
     turned = picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor="white")
-    assert score(Ocr(contained=False, threads=1), turned, "open daily nine five") == 1.0
+    assert score(exact, turned, "open daily nine five") == 1.0
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> np.ndarray:
@@ -181,7 +186,7 @@ def test_reading_order_by_hand() -> None:
 
 
 def test_images_are_read_alike_by_any_number_of_threads() -> None:
-    words = ["RED", "BLUE", "GREEN", "BLACK", "WHITE", ""]
+    words = ["RED", "BLACK", ""]
     images_BCHW = to_images([write(word, size=128, points=24) for word in words])
     one, four = Ocr(threads=1), Ocr(threads=4)
     assert one.read(images_BCHW) == words
@@ -232,18 +237,19 @@ def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("change", [{"threads": 0}, {"search_side": 16}], ids=str)
 def test_impossible_settings_are_refused(change: dict) -> None:
-    with pytest.raises(ValueError, match="at least"):
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=rf"reward\.terms\.ocr\.{key} must be at least \d+, got {value}"):
         Ocr(**change)
 
 
-def test_the_config_reads_golden_texts_and_takes_its_fields() -> None:
+def test_the_config_makes_the_reward_with_its_fields() -> None:
     with initialize_config_module("fastgrpo_configs", version_base="1.3"):
         config = compose(overrides=["+reward=ocr", "reward.terms.ocr.contained=false", "reward.terms.ocr.threads=2"])
     rewards = instantiate(config.reward)
-    golden = golden_set("texts")
-    answer = rewards(golden.images_BCHW, golden.prompts)
-    torch.testing.assert_close(answer.total_PG[:, 0], torch.tensor(GOLDEN))
-    assert (rewards.terms["ocr"].contained, rewards.terms["ocr"].threads) == (False, 2)
+    assert rewards.terms == {"ocr": Ocr(contained=False, threads=2)}
+    assert rewards.weights == {"ocr": 1.0}
+    # a text that is read is worth its weight; what is read is tested above
+    assert rewards(to_images([write("OPEN")]), ['a sign "OPEN"']).total_PG.tolist() == [[1.0]]
 
 
 def test_golden_pictures_are_what_their_script_renders_them_for() -> None:

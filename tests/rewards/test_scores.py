@@ -185,7 +185,7 @@ def test_a_reward_error_is_final() -> None:
 )
 def test_a_setting_that_cannot_work_is_refused_by_its_key(key: str, least: int, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"reward\.scoring\.{key} must be at least {least}, got {value}"):
-        Scoring(**{key: value})
+        Scoring(**{key: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

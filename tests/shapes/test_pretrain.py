@@ -34,6 +34,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_weights_are_a_function_of_the_seed(pretrained, tmp_path):
     # another process, with another order of sets, and by the documented command
     words = ["--autoencoder-steps=2", "--transformer-cycles", "1", "1", "--scorer-steps=1", "--num-scenes=128"]

@@ -6,9 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import requests
@@ -18,22 +20,14 @@ from fastgrpo import cli
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.remote.http_reward import HttpReward
 from fastgrpo.rewards.shapes import ShapesReward
+from tests.rewards.remote.scripted import free_port
 
 
 @contextmanager
-def serving(*words: str, cwd: Path | None = None, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process, and the address that it prints."""
     command = [sys.executable, "-m", "fastgrpo.cli", "serve-reward", "port=0", "runtime.device=cpu", *words]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=os.environ | env,
-        # whoever runs the tests in the background has it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -58,22 +52,38 @@ def test_it_serves_terms_and_watched_rewards_and_ends_cleanly_on_sigterm() -> No
         assert process.stderr.read() == ""
 
 
-def test_it_serves_a_reward_of_the_users_own_beyond_loopback_to_who_has_the_token(tmp_path: Path) -> None:
+def test_it_serves_a_reward_of_the_users_own_beyond_loopback_to_who_has_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "own_served.py").write_text("def blue(images, prompts):\n    return images[:, 2].mean(dim=(1, 2))\n")
-    words = ("reward=custom", "reward.path=own_served.blue", "host=0.0.0.0", "token_env=OWN_TOKEN")
-    with serving(*words, cwd=tmp_path, OWN_TOKEN="t0ken-of-mine") as (process, url):
-        url = url.replace("0.0.0.0", "127.0.0.1")
-        answer = requests.post(f"{url}/v1/rewards/custom/score", json={}, timeout=5)
-        assert answer.status_code == 401
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setenv("OWN_TOKEN", "t0ken-of-mine")
-            images_BCHW = torch.full((2, 3, 8, 8), 0.2)
-            remote = HttpReward(endpoints=[url], name="custom", token_env="OWN_TOKEN")(images_BCHW, ["a", "b"])
-        torch.testing.assert_close(remote, torch.tensor([0.2, 0.2]))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=5) == cli.INTERRUPTED
-        assert process.stderr is not None
-        assert "t0ken-of-mine" not in process.stderr.read()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OWN_TOKEN", "t0ken-of-mine")
+    port, found = free_port(), Queue[object]()
+    url = f"http://127.0.0.1:{port}"
+
+    def visit() -> None:
+        try:
+            remote = HttpReward(endpoints=[url], name="custom", token_env="OWN_TOKEN")
+            remote.greet()
+            found.put(requests.post(f"{url}/v1/rewards/custom/score", json={}, timeout=5).status_code)
+            found.put(remote(torch.full((2, 3, 8, 8), 0.2), ["a", "b"]))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["reward=custom", "reward.path=own_served.blue", "host=0.0.0.0", f"port={port}", "token_env=OWN_TOKEN"]
+    # whoever runs the tests in the background has it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=visit, daemon=True).start()
+        assert cli.main(["serve-reward", "runtime.device=cpu", *words]) == cli.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found.get_nowait() == 401
+    torch.testing.assert_close(found.get_nowait(), torch.tensor([0.2, 0.2]))
+    said = capsys.readouterr()
+    assert f"serving custom on http://0.0.0.0:{port}, to who has the token in OWN_TOKEN" in said.out
+    assert "t0ken-of-mine" not in said.out + said.err
 
 
 def fails(capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
@@ -113,7 +123,8 @@ def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("port=70000", "port must lie in 0 to 65535"),
         ("host=''", "cannot listen on"),
-        ("limits.max_images=0", "max_images must be positive, got 0"),
+        ("host=a..b", "cannot listen on a..b port 8000 .*give host= or port= another"),
+        ("limits.max_images=0", "limits.max_images must be positive, got 0"),
         ("limits.max_image=3", "unknown key limits.max_image; did you mean limits.max_images"),
         ("reward=nothing", "Could not find 'reward/nothing'"),
     ],

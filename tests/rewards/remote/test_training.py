@@ -99,7 +99,7 @@ def test_a_run_whose_server_is_killed_and_restarted_ends_as_an_undisturbed_one(
     assert result(tmp_path / "run") == undisturbed
 
 
-@pytest.mark.parametrize("fault", [garbage, partial])
+@pytest.mark.parametrize("fault", [garbage, pytest.param(partial, marks=pytest.mark.slow)])
 def test_a_run_that_is_answered_nonsense_for_a_while_ends_as_an_undisturbed_one(
     fault: Callable[[], Fault], server: Server, undisturbed: dict[str, Any], tiny_weights: Path, tmp_path: Path
 ) -> None:

@@ -96,5 +96,5 @@ def test_scores_are_read_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", Limits.__dataclass_fields__)
 def test_a_limit_of_nothing_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+    with pytest.raises(ValueError, match=rf"limits\.{name} must be positive, got 0"):
         Limits(**{name: 0})
