@@ -196,9 +196,9 @@ def test_kernels_take_any_layout(kernel_device: str) -> None:
     strided["advantage"] = contiguous["advantage"][:1].expand(5)
     one, results = torch.ones((), device=kernel_device), []
     for batch in (contiguous, strided):
-        *step, kl = batch.values()
-        grad_B = _grpo_loss_backward_triton(one, *step, CLIP)
-        results.append([*_grpo_loss_triton(*step, kl, CLIP, KL_COEF), grad_B])
+        log_prob_B, old_B, advantage_B, kl_B = batch.values()
+        grad_B = _grpo_loss_backward_triton(one, log_prob_B, old_B, advantage_B, CLIP)
+        results.append([*_grpo_loss_triton(log_prob_B, old_B, advantage_B, kl_B, CLIP, KL_COEF), grad_B])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 

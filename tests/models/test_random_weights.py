@@ -185,11 +185,6 @@ def test_adapters_are_saved_and_a_whole_pipeline_is_not(
         model.save_merged(tmp_path / "merged")
 
 
-# what a config may hold, whatever the type says
-WRONG_CHANNELS: Any = 8
-WRONG_WIDTHS: Any = (64, 64)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -207,13 +202,13 @@ WRONG_WIDTHS: Any = (64, 64)
         (lambda: replace(SMALL_SD3, decoder_channels=()), r"decoder_channels must be positive, got \(\)"),
         (lambda: replace(SMALL_SD3, decoder_channels=(8, 0)), r"decoder_channels must be positive, got \(8, 0\)"),
         (
-            lambda: replace(SMALL_SD3, decoder_channels=WRONG_CHANNELS),
+            lambda: replace(SMALL_SD3, decoder_channels=ONE_NUMBER),
             r"decoder_channels is a list of whole numbers, .* got 8",
         ),
         (lambda: replace(SMALL_FLUX, num_single_layers=-1), r"num_single_layers must be at least 0, got -1"),
         (lambda: replace(SMALL_FLUX, head_width=64), r"rotated_widths must add up to head_width: \(16, 56, 56\), 64"),
         (
-            lambda: replace(SMALL_FLUX, rotated_widths=WRONG_WIDTHS),
+            lambda: replace(SMALL_FLUX, rotated_widths=TWO_NUMBERS),
             r"rotated_widths must be three even positive numbers",
         ),
         (
