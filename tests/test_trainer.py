@@ -187,14 +187,6 @@ def test_a_ratio_far_from_one_stops_the_run_with_an_explanation(
     assert (tmp_path / "run/failed_batch.safetensors").exists()
 
 
-def wrong_shape(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-    return torch.zeros(len(prompts), 1)
-
-
-def not_a_number(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-    return torch.tensor([float("nan")] * len(prompts))
-
-
 def raising(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     raise ConnectionError("no answer")
 
@@ -215,23 +207,17 @@ def without_times(row: dict) -> dict:
     return {key: value for key, value in row.items() if "second" not in key and key != "peak_bytes"}
 
 
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (wrong_shape, r"reward 'mine' answered shape \[6, 1\] for 6 images"),
-        (not_a_number, r"reward 'mine' answered nan for image 0"),
-        (raising, r"reward 'mine' raised ConnectionError: no answer, 2 times on the same 6 images"),
-    ],
-)
 def test_a_broken_reward_stops_the_run_which_goes_on_from_there_as_if_nothing_had_been(
-    reward: Reward, message: str, tiny_weights: Path, tmp_path: Path
+    tiny_weights: Path, tmp_path: Path
 ) -> None:
     settings = ("train.iterations=3", "checkpoint.every=100")
     undisturbed = make_trainer(tiny_weights, tmp_path / "undisturbed", *settings)
     undisturbed.run()
     trainer = make_trainer(tiny_weights, tmp_path / "run", *settings)
-    trainer.rewards = FailsFrom(trainer, reward, at=2)  # type: ignore[assignment]
-    with pytest.raises(RewardError, match=rf"{message}.*; iteration 2 is saved, go on with resume=true"):
+    trainer.rewards = FailsFrom(trainer, raising, at=2)  # type: ignore[assignment]
+    with pytest.raises(
+        RewardError, match=r"raised ConnectionError: no answer, 2 times.*; iteration 2 is saved, go on with resume=true"
+    ):
         trainer.run()
     assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1, 2]
     release(trainer)
