@@ -50,10 +50,11 @@ def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(architecture: int, **wrong: Any) -> Compiled:
     """Two programs of 128 threads, each of which loads 2 x 16 bytes and stores 8."""
-    right = {"num_spills": 0, "stack_bytes": 0, "is_counted": True, "num_threads": 128}
+    right: dict[str, Any] = {"num_spills": 0, "stack_bytes": 0, "is_counted": True, "num_threads": 128}
     right |= {"loads": Accesses({16: 2}), "stores": Accesses({8: 1})}
     case = replace(cases(miniature, ("ode_step",))[0], label="small", read_bytes=8192, written_bytes=2048)
-    return Compiled(architecture, case, "_ode_step_kernel", 2, SimpleNamespace(**{**right, **wrong}))
+    sass: Any = SimpleNamespace(**{**right, **wrong})
+    return Compiled(architecture, case, "_ode_step_kernel", 2, sass)
 
 
 @pytest.mark.usefixtures("_one_kernel")

@@ -194,9 +194,9 @@ def test_kernels_take_any_layout(kernel_device: str) -> None:
     strided = {name: value.repeat_interleave(2)[::2] for name, value in contiguous.items()}
     one, results = torch.ones((), device=kernel_device), []
     for batch in (contiguous, strided):
-        *step, kl = batch.values()
-        grad_B = _grpo_loss_backward_triton(one, *step, CLIP)
-        results.append([*_grpo_loss_triton(*step, kl, CLIP, KL_COEF), grad_B])
+        log_prob, old, advantage, kl = batch.values()
+        grad_B = _grpo_loss_backward_triton(one, log_prob, old, advantage, CLIP)
+        results.append([*_grpo_loss_triton(log_prob, old, advantage, kl, CLIP, KL_COEF), grad_B])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
