@@ -254,6 +254,8 @@ def test_the_short_side_and_the_crop_are_those_of_transformers() -> None:
     arguments: dict[str, Any] = {"low": 0.0, "high": 1.0, "mean": [0], "std": [1], "match": "torch"}
     assert preprocess_images(columns, resize=8, **arguments).shape == (1, 1, 8, 19)
     assert preprocess_images(columns.mT, resize=8, **arguments).shape == (1, 1, 19, 8)
+    # 13 * 50 / 21 = 30.95 is cut off
+    assert preprocess_images(columns, resize=13, **arguments).shape == (1, 1, 13, 30)
     # 50 - 7 is odd: the larger half is cut off at the end
     assert preprocess_images(columns, resize=21, crop=(1, 7), **arguments).tolist() == [[[[*range(21, 28)]]]]
 
