@@ -28,6 +28,7 @@ def first_case(op: str) -> Case:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU --check takes the full sizes")
+@pytest.mark.slow
 def test_all_variants_of_all_cases_agree_and_the_runner_runs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--check"])
     told = capsys.readouterr().out

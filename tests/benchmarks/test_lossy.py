@@ -25,6 +25,7 @@ def test_a_speed_is_the_median_of_the_rounds() -> None:
     assert median_ratio([2.0, 3.0, 8.0], [1.0, 3.0, 2.0]) == 2.0
 
 
+@pytest.mark.slow
 def test_options_drift_less_than_other_noise_and_leave_the_ratio_alone() -> None:
     arguments = argparse.Namespace(full=False, prompts=2, group=3)
     facts = Bench(arguments, "flow_grpo_fast", 2.5, (1, 2, 3))(rounds=1)

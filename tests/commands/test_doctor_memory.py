@@ -28,6 +28,7 @@ def make_config(*overrides: str) -> DictConfig:
     )
 
 
+@pytest.mark.slow
 def test_layers_of_full_width_are_planned_without_their_memory() -> None:
     """Six of SD3.5-medium's 24 layers, as each costs the test seconds."""
     layers = ("model.architecture.num_layers=6", "model.architecture.num_dual_layers=6")

@@ -20,7 +20,8 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["clip", pytest.param("blip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "blip"])
 def test_inductor_scores_as_eager_does_for_any_batch_and_compiles_once(name: str) -> None:
     make, inputs = NETWORKS[name]
     network = make()

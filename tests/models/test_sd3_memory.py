@@ -71,6 +71,7 @@ def test_ours_keeps_an_eighth_less() -> None:
     assert saved_bytes(our_forward(checkpointing=False), 9) == pytest.approx(16.0e9, rel=0.02)
 
 
+@pytest.mark.slow
 def test_with_checkpointing_it_is_the_tokens_between_blocks() -> None:
     """1.7 GB for 18 sequences: what goes into each block, and what its modulations take."""
     between_blocks = 18 * NUM_BLOCKS * (IMAGE_TOKENS + TEXT_TOKENS) * WIDTH * BF16
