@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.checks import check_no_gradient, check_positive, check_samples, per_sample
-from fastgrpo_kernels.guidance import GuidedVelocity, branches, load_row
+from fastgrpo_kernels.guidance import GuidedVelocity, branches
+from fastgrpo_kernels.noise import load_noise, noise_arguments, noise_pointers, noise_reference
 from fastgrpo_kernels.op import define_op
-from fastgrpo_kernels.philox import NO_FUSION, PhiloxNoise, normal_block, philox_normal_reference
+from fastgrpo_kernels.philox import NO_FUSION, PhiloxNoise
 from fastgrpo_kernels.sde_log_prob import sde_log_prob_backward
 from fastgrpo_kernels.step_mean import (
     BLOCK,
@@ -62,12 +63,7 @@ def sde_step_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator on the CPU and under tracing, and what the tests compare the kernel with; noise, or ids for it."""
     mean_BD = step_mean_reference(x, v, v_uncond, scale, c_x_B, c_v_B)
-    if prompt_ids_B is not None and sample_ids_B is not None:
-        ids_B1, numel = sample_ids_B[:, None], mean_BD.shape[1]
-        noise_BD = philox_normal_reference(seed, stream, prompt_ids_B, ids_B1, numel, torch.float32).flatten(1)
-    else:
-        assert noise is not None
-        noise_BD = rows(noise).float()
+    noise_BD = noise_reference(noise, seed, stream, prompt_ids_B, sample_ids_B, mean_BD.shape[1])
     # log_prob must describe the stored value, so round to the storage type first
     x_next_BD = (mean_BD + std_B[:, None] * noise_BD).to(x.dtype)
     log_prob_B = log_prob_reference(mean_square_reference(x_next_BD.float() - mean_BD), std_B, gaussian)
@@ -85,11 +81,9 @@ def _sde_step_kernel(
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
     mean = step_mean_kernel(x_ptr, v_ptr, v_uncond_ptr, scale, c_x_ptr, c_v_ptr, row, cols, mask, D, GUIDED)
-    if DRAWN:
-        prompt_id, sample_id = tl.load(prompt_ids_ptr + row), tl.load(sample_ids_ptr + row)
-        noise = normal_block(seed, stream, prompt_id, sample_id, block, BLOCK // 4)
-    else:
-        noise = load_row(noise_ptr, row, cols, mask, D)
+    noise = load_noise(
+        noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK
+    )  # fmt: skip
     x_next = (mean + tl.load(std_ptr + row) * noise).to(x_next_ptr.dtype.element_ty)
     tl.store(x_next_ptr + row * D + cols, x_next, mask=mask)
     if RETURN_MEAN:
@@ -119,12 +113,11 @@ def _sde_step_triton(
     mean = torch.empty(x.shape if return_mean else (0,), dtype=torch.float32, device=x.device)
     if B == 0:
         return x_next_BD.view(x.shape), torch.empty_like(c_x_B), mean
-    ids_or_x = [x_BD if ids is None else ids.contiguous() for ids in (prompt_ids_B, sample_ids_B)]
     _sde_step_kernel[(B, triton.cdiv(D, BLOCK))](
         x_next_BD, mean if return_mean else partial, partial, x_BD, v_BD, rows_or(v_BD, v_uncond),
-        rows_or(x_BD, noise), *ids_or_x, c_x_B.contiguous(), c_v_B.contiguous(), std_B.contiguous(),
-        scale, seed, stream, D, GUIDED=v_uncond is not None, DRAWN=noise is None, RETURN_MEAN=return_mean,
-        BLOCK=BLOCK, **NO_FUSION,
+        *noise_pointers(x_BD, noise, prompt_ids_B, sample_ids_B), c_x_B.contiguous(), c_v_B.contiguous(),
+        std_B.contiguous(), scale, seed, stream, D, GUIDED=v_uncond is not None, DRAWN=noise is None,
+        RETURN_MEAN=return_mean, BLOCK=BLOCK, **NO_FUSION,
     )  # fmt: skip
     log_prob_B, _ = finish_triton(partial, None, std_B, None, D, gaussian)
     return x_next_BD.view(x.shape), log_prob_B, mean
@@ -168,7 +161,7 @@ def sde_step(
     (but for a tensor on a GPU, which would have to be waited for).
     """
     v_cond, v_uncond, scale = branches("v", v)
-    given, seed, stream, *ids = _noise_arguments(x, noise)
+    given, seed, stream, *ids = noise_arguments("x", x, noise)
     check_samples(
         x=x,
         v=v_cond,
@@ -182,17 +175,3 @@ def sde_step(
         x, v_cond, v_uncond, scale, given, seed, stream, *ids, c_x_B, c_v_B, std_B, is_gaussian(log_prob), return_mean
     )
     return SdeStep(x_next.detach(), log_prob_B, mean.detach() if return_mean else None)
-
-
-def _noise_arguments(
-    x: Tensor, noise: Tensor | PhiloxNoise
-) -> tuple[Tensor | None, int, int, Tensor | None, Tensor | None]:
-    if isinstance(noise, Tensor):
-        return noise, 0, 0, None, None
-    ids_B = noise.prompt_ids_B
-    if len(ids_B) != len(x) or ids_B.device != x.device:
-        raise ValueError(
-            f"noise has {len(ids_B)} ids on {ids_B.device} and x is {tuple(x.shape)} on {x.device}; give every sample "
-            "a prompt id and a sample id"
-        )
-    return None, noise.seed, noise.stream, ids_B, noise.sample_ids_B

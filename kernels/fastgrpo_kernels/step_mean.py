@@ -80,7 +80,7 @@ def store_square_sum(partial_ptr, row, difference, mask):
 
 
 @triton.jit
-def _mean_of_partial_sums(partial_ptr, row, num_blocks, D, BLOCKS: tl.constexpr):
+def mean_of_partial_sums(partial_ptr, row, num_blocks, D, BLOCKS: tl.constexpr):
     blocks = tl.arange(0, BLOCKS)
     partial = tl.load(partial_ptr + row * num_blocks + blocks, mask=blocks < num_blocks, other=0.0)
     return (tl.sum(partial, axis=0) / D.to(tl.float64)).to(tl.float32)
@@ -92,14 +92,14 @@ def _finish_kernel(
     GAUSSIAN: tl.constexpr, HAS_REFERENCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    mean_square = _mean_of_partial_sums(partial_ptr, row, num_blocks, D, BLOCKS)
+    mean_square = mean_of_partial_sums(partial_ptr, row, num_blocks, D, BLOCKS)
     log_prob = 0.0 - mean_square
     if GAUSSIAN:
         std = tl.load(std_ptr + row)
         log_prob = 0.0 - tl.div_rn(mean_square, 2.0 * (std * std)) - tl.log(std) - _HALF_LOG_2PI
     tl.store(log_prob_ptr + row, log_prob)
     if HAS_REFERENCE:
-        kl_mean_square = _mean_of_partial_sums(kl_partial_ptr, row, num_blocks, D, BLOCKS)
+        kl_mean_square = mean_of_partial_sums(kl_partial_ptr, row, num_blocks, D, BLOCKS)
         tl.store(kl_ptr + row, tl.load(kl_weight_ptr + row) * kl_mean_square)
 
 

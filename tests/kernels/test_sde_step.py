@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise, combined, ode_step, philox_normal, sde_log_prob, sde_step
 from fastgrpo_kernels.guidance import branches
-from fastgrpo_kernels.sde_step import _noise_arguments, _sde_step_triton, sde_step_reference
+from fastgrpo_kernels.noise import noise_arguments
+from fastgrpo_kernels.sde_step import _sde_step_triton, sde_step_reference
 from tests.kernels.parameters import ALL_CHECKS, DEVICES, DTYPES, QUICK_CHECKS, covering
 
 MakeStep = Callable[..., dict[str, Any]]
@@ -38,7 +39,7 @@ def op_arguments(step: dict[str, Any], log_prob: str = "gaussian", return_mean: 
     """Those of the operator, from those of the public function."""
     v, v_uncond, scale = branches("v", step["v"])
     coefficients = [step[name] for name in ("c_x", "c_v", "std")]
-    noise = _noise_arguments(step["x"], step["noise"])
+    noise = noise_arguments("x", step["x"], step["noise"])
     return (step["x"], v, v_uncond, scale, *noise, *coefficients, log_prob == "gaussian", return_mean)
 
 
