@@ -12,12 +12,19 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """average <- decay * average + (1 - decay) * weight, with decay ramped up as (1 + n) / (10 + n) at the start."""
+    """average <- decay_n * average + (1 - decay_n) * weight, after the n-th update.
 
-    def __init__(self, weights: dict[str, nn.Parameter], decay: float) -> None:
+        decay_n = max(min(decay, (1 + n) / (10 + n)), 1 - 1 / (share n))        the second only where share n > 1
+
+    So it ramps up at the start, and with a ``share`` the window of the average, 1 / (1 - decay_n) updates, grows with
+    the run: it stays that share of it.  arXiv:2312.02696, section 3.1, is a power of n in place of this.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], decay: float, share: float = 0.0) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"train.ema_decay must be in [0, 1), got {decay}; 0 evaluates the weights themselves")
         self.decay = decay
+        self.share = share
         self.num_updates = 0
         self._weights = weights
         self.averages: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -26,6 +33,8 @@ class EMA:
     def update(self) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if (window := self.share * self.num_updates) > 1:
+            decay = max(decay, 1 - 1 / window)
         averages = [_own(average) for average in self.averages.values()]
         torch._foreach_lerp_(averages, [_own(weight.detach()) for weight in self._weights.values()], 1 - decay)
 

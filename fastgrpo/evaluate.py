@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.types import Prompts, Samples
 
 
@@ -80,9 +79,7 @@ class Evaluation:
 
     def _rewards(self, own: tuple[int, ...], most: int, shown: dict[str, Tensor]) -> Tensor:
         """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
-        rollout = Rollout(
-            model=self.model, grid=self.grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=self.seed
-        )
+        sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
         # ranks keep step, so one with fewer images makes one more, which is thrown away
         rows = (*own, *(own or (0,)) * (most - len(own)))
         awaited = self.rewards.begin(self._samples(rows).texts)
@@ -98,7 +95,7 @@ class Evaluation:
                     rows=samples.rows,
                 )
                 conditions = self.model.encode(samples.texts)
-                images_BCHW = rollout(samples, conditions, draw.starts(EVALUATION_STREAM), (), awaited.add).images_BCHW
+                images_BCHW = sampler(samples, conditions, draw.starts(EVALUATION_STREAM), awaited.add)
                 for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
                     prompt, place = divmod(row, self.images_per_prompt)
                     if place == 0 and prompt < self.num_shown and row in own:

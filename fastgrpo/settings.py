@@ -6,6 +6,8 @@ anything is loaded or written.
 
 from dataclasses import dataclass
 
+from fastgrpo.learning_rate import LearningRate
+
 # torch.manual_seed is given seed * 1_000_003 + iteration, which must fit 64 bits
 MAX_SEED = 2**43
 
@@ -19,11 +21,17 @@ class Training:
     prompts_per_iteration: int
     group_size: int
     optimizer_steps: int
+    updates: int
+    max_drift: float
     gradients: str
     learning_rate: float
+    warmup_iterations: int
+    decay_iterations: int
+    decay_to: float
     weight_decay: float
     max_grad_norm: float
     ema_decay: float
+    ema_share: float
 
     def __post_init__(self) -> None:
         at_least("train.iterations", self.iterations, 1)
@@ -35,16 +43,42 @@ class Training:
                 "group, and alone in its group a sample has none"
             )
         at_least("train.optimizer_steps", self.optimizer_steps, 1)
+        at_least("train.updates", self.updates, 1)
+        above("train.max_drift", self.max_drift, 0, "use inf for no bound")
         one_of("train.gradients", self.gradients, ("replay", "reweight"))
         above("train.learning_rate", self.learning_rate, 0)
         if self.learning_rate > 1:
             raise ValueError(
                 f"train.learning_rate must be at most 1, got {self.learning_rate:g}; 1e-4 to 1e-3 suits most LoRA runs"
             )
+        at_least("train.warmup_iterations", self.warmup_iterations, 0)
+        at_least("train.decay_iterations", self.decay_iterations, 0)
+        if not 0 <= self.decay_to <= 1:
+            raise ValueError(
+                f"train.decay_to must lie in [0, 1], got {self.decay_to}: the share of the learning rate that is left at "
+                "the end"
+            )
         at_least("train.weight_decay", self.weight_decay, 0)
         above("train.max_grad_norm", self.max_grad_norm, 0, "use inf for none")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}; 0 evaluates the weights")
+
+        if not 0 <= self.ema_share < 1:
+            raise ValueError(
+                f"train.ema_share must lie in [0, 1), got {self.ema_share}: the share of all iterations so far that the "
+                "average is of; 0 leaves it to train.ema_decay"
+            )
+
+    @property
+    def learning_rates(self) -> LearningRate:
+        """That of each iteration."""
+        return LearningRate(
+            peak=self.learning_rate,
+            num_iterations=self.iterations,
+            warmup_iterations=self.warmup_iterations,
+            decay_iterations=self.decay_iterations,
+            decay_to=self.decay_to,
+        )
 
     @property
     def num_samples(self) -> int:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.types import Noise, Prompts, Samples
 
 
@@ -26,7 +25,7 @@ class StartNoise:
     """(samples, iteration) -> their start noises."""
 
     algorithm: Algorithm
-    rollout: Rollout
+    sampler: Sampler
     rewards: Rewards
     seed: int
     num_iterations: int = 1
@@ -34,7 +33,7 @@ class StartNoise:
 
     @torch.no_grad()
     def __call__(self, samples: Samples, iteration: int = 0) -> Noise:
-        prompts, model = samples.prompts, self.rollout.model
+        prompts, model = samples.prompts, self.sampler.model
         draw = NoiseDraw(
             seed=self.seed,
             prompt_ids=prompts.ids,
@@ -63,12 +62,12 @@ class StartNoise:
         own = spread.rows[self.world.rank]
         # a rank without candidates keeps step with the others on one that is thrown away
         samples = Samples(prompts, candidates.num, own or (0,), spread.most)
-        estimate = replace(self.rollout, grid=self.algorithm.estimate_grid(estimate_steps), dynamics=ODE())
+        estimate = replace(self.sampler, grid=self.algorithm.estimate_grid(estimate_steps))
 
         def rewards() -> Tensor:
             scores = self.rewards.begin_search(samples.texts)
-            conditions = self.rollout.model.encode(samples.texts)
-            estimate(samples, conditions, candidates.rows(samples.rows), (), scores.add)
+            conditions = self.sampler.model.encode(samples.texts)
+            estimate(samples, conditions, candidates.rows(samples.rows), scores.add)
             return scores.collect()[: len(own), None]
 
         return self.world.gather(rewards, spread, 1, "search").view(len(prompts), candidates.num)

@@ -28,11 +28,13 @@ from fastgrpo.prompts import PromptSource
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
+from fastgrpo.replay import make_replay, rehearsal
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.source import Loaded
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.rollout import Rollout
+from fastgrpo.rollout import make_rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
@@ -91,17 +93,10 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     runtime = run.agree(runtime, model)
     model.shard(world.group)
     batch_sizes = BatchSizes.of_runtime(runtime, *_most_samples(parts, world))
-    rollout = Rollout(
-        model=model,
-        grid=algorithm.grid,
-        dynamics=algorithm.dynamics,
-        batch_sizes=batch_sizes,
-        seed=parts.seed,
-        solver=parts.solver,
-    )
+    sampler = Sampler(model=model, grid=algorithm.grid, batch_sizes=batch_sizes, solver=parts.solver)
     start_noise = StartNoise(
         algorithm=algorithm,
-        rollout=rollout,
+        sampler=sampler,
         rewards=rewards,
         num_iterations=training.iterations,
         seed=parts.seed,
@@ -109,11 +104,12 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     )
     update = Update(
         model=model,
-        grid=algorithm.grid,
-        dynamics=algorithm.dynamics,
-        objective=algorithm.objective,
+        replay=make_replay(algorithm, model, batch_sizes.sampling, parts.seed),
         optimizer=_optimizer(parts, model),
         optimizer_steps=training.optimizer_steps,
+        updates=training.updates,
+        learning_rate=training.learning_rates,
+        max_drift=training.max_drift,
         max_grad_norm=training.max_grad_norm,
         batch_size=batch_sizes.training,
         seed=parts.seed,
@@ -122,7 +118,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     )
     # refuses ranks without samples before anything is written
     update.shares(training.num_samples, iteration=0)
-    ema = EMA(model.trainable, training.ema_decay)
+    ema = EMA(model.trainable, training.ema_decay, training.ema_share)
     evaluation = build_evaluation(parts.evaluating, runtime, model, rewards, algorithm, parts.held_out, world)
     run.claim(golden_scores)
     return Trainer(
@@ -131,14 +127,14 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         model=model,
         algorithm=algorithm,
         start_noise=start_noise,
-        rollout=rollout,
+        rollout=make_rollout(algorithm, sampler, parts.seed),
         rewards=rewards,
         update=update,
         ema=ema,
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
         checkpoint=_checkpoint(parts, run),
-        health=Health(failed_batch=run.directory.failed_batch(world.rank), clip_range=algorithm.objective.clip_range),
+        health=Health(failed_batch=run.directory.failed_batch(world.rank)),
         record=_record(parts, run),
         num_iterations=training.iterations,
         max_seconds=60 * training.max_minutes,
@@ -182,8 +178,10 @@ def _load_rewards(parts: RunParts) -> Loaded:
 def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
     return MemoryPlanner(
         algorithm=parts.algorithm,
+        make_replay=rehearsal(parts.algorithm),
         samples=-(-parts.training.num_samples // world.size),
         optimizer_steps=parts.training.optimizer_steps,
+        updates=parts.training.updates,
         rewards=rewards,
         prompt=parts.texts[0],
         reweights=parts.training.reweights,

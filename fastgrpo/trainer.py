@@ -85,21 +85,17 @@ class Trainer:
             noise = self.start_noise(samples, self.iteration)
         with timer("rollout"):
             scores = self.rewards.begin(samples.texts)
+            num_differentiated = self.update.num_differentiated(shares)
             trajectories = self.rollout(
-                samples,
-                conditions,
-                noise.start_BCHW,
-                self._trained_steps(),
-                scores.add,
-                is_shared=noise.is_shared,
-                num_differentiated=self.update.num_differentiated(shares),
+                samples, conditions, noise, self.iteration, scores.add, num_differentiated=num_differentiated
             )
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
             rewards = self.rewards.of_groups(rewards_BR, self.group_size)
             advantages_B = _of(samples, self.algorithm.advantage(rewards.learned_PG))
         with timer("update"):
-            stats = self.update(trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
+            learned = (trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
+            stats = self.update(*learned, iteration=self.iteration)
             self.ema.update()
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
@@ -157,19 +153,13 @@ class Trainer:
             for name, weight in self.model.trainable.items():
                 weight.copy_(state.weights[name])
         self.ema.load(state.ema, state.extra["ema_updates"])
-        learning_rates = [group["lr"] for group in self.update.optimizer.param_groups]
         self.update.optimizer.load_state_dict(state.optimizer)
-        for group, learning_rate in zip(self.update.optimizer.param_groups, learning_rates, strict=True):
-            # that of the config, which a resumption may change
-            group["lr"] = learning_rate
+        for group in self.update.optimizer.param_groups:
             # update relies on it, and a checkpoint may be older
             group["fused"] = True
         self.health.skipped_in_a_row = state.extra["skipped_in_a_row"]
         self._unrecorded = {name: float(value) for name, value in state.extra.get("unrecorded", {}).items()}
         self.record.truncate_to(self.iteration - bool(self._unrecorded), self.iteration)
-
-    def _trained_steps(self) -> tuple[int, ...]:
-        return self.algorithm.timesteps(len(self.algorithm.grid) - 1, self.iteration, self.seed)
 
     def _measured(
         self, noise: Noise, rewards: NamedRewards, stats: UpdateStats, seconds: Mapping[str, float]
@@ -187,8 +177,7 @@ class Trainer:
             "reward/total": rewards.total_PG.mean().item(),
             "reward/group_std": std_P.mean().item(),
             "zero_variance_groups": (std_P == 0).float().mean().item(),
-            # without a penalty the reference is not run, so there is no KL to log
-            **{name: value for name, value in vars(stats).items() if name != "kl" or self.algorithm.objective.kl_coef},
+            **stats.metrics,
             **noise.metrics,
             "images_per_second": num_images / seconds["iteration"],
             **{f"seconds/{stage}": seconds[stage] for stage in ("iteration", *STAGES)},

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# of a batch, or float32 [B], one a sample
+Time = float | Tensor
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -143,10 +146,22 @@ class TrainedSteps:
         """A function of each tensor."""
         return TrainedSteps(self.steps, *map(function, self.tensors))
 
+    def select(self, select: Callable[[Tensor, int], Tensor]) -> "TrainedSteps":
+        """Some of the samples: ``select`` takes them from a tensor along a dimension."""
+        return self.map(lambda part_TB: select(part_TB, 1))
+
     def cat(self, *others: "TrainedSteps") -> "TrainedSteps":
         """The samples of all, of the same steps."""
         columns = zip(self.tensors, *(other.tensors for other in others), strict=True)
         return TrainedSteps(self.steps, *(torch.cat(column, dim=1) for column in columns))
+
+
+@dataclass(frozen=True)
+class TrainedImages:
+    """What update noises again: the final latents of B samples, x_0 in float32, and whose they are."""
+
+    samples: Samples
+    x_0_BCHW: Tensor
 
 
 @dataclass(frozen=True)
@@ -167,14 +182,14 @@ class SampleGradients:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B images (float32, in [0, 1]) and the trained steps that led to them.
+    """B images (float32, in [0, 1]) and what is learned from: the trained steps that led to them, or their latents.
 
     ``gradients``, where the rollout took them, are those of its first samples, in parts.
     """
 
     images_BCHW: Tensor
     start_BCHW: Tensor
-    trained: TrainedSteps
+    trained: TrainedSteps | TrainedImages
     gradients: list[SampleGradients] = field(default_factory=list)
 
 

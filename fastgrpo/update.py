@@ -1,36 +1,34 @@
-"""Trajectories and advantages -> optimizer steps, by replaying the trained steps under gradient.
+"""What a rollout left, and advantages -> optimizer steps, on terms that ``replay`` computes under gradient.
 
-    ratio = exp(log_prob(policy) - log_prob(old policy))        per sample and trained step
-    loss  = mean over samples and trained steps of objective(ratio, advantage, KL to the reference)
+    loss = mean over samples, and over the steps or draws of each, of the objective
 
-A replay runs the same function on the same micro-batch as the rollout did, so before the first optimizer step of an
-iteration the ratio is exactly 1; ``health`` stops a run in which it is not.  Source: Flow-GRPO, arXiv:2505.05470.
-
-On several ranks each replays its own samples; gradients are sums over samples, added over the ranks once an optimizer
-step and then divided by the number of terms, so that nothing depends on who had how many.
-Letters: B samples of this rank, T trained steps, C H W of a latent.
+An update is a pass over all samples, in ``optimizer_steps`` shares with an optimizer step each.  On several ranks each
+takes its own samples; gradients are sums over samples, added over the ranks once an optimizer step and then divided by
+the number of terms, so that nothing depends on who had how many.
+Letters: B samples of this rank, S optimizer steps of an iteration.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.algorithm.dynamics import Dynamics
-from fastgrpo.algorithm.objective import ClippedSurrogate
 from fastgrpo.distributed.spread import pieces
 from fastgrpo.distributed.world import World
+from fastgrpo.learning_rate import LearningRate
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.types import Conditions, SampleGradients, TrainedSteps
-from fastgrpo_kernels import GRPOStats
+from fastgrpo.replay import Replay, Term
+from fastgrpo.types import Conditions, SampleGradients, TrainedImages, TrainedSteps
 
-# the rows of each optimizer step, ascending, among the samples of all ranks
+# the rows of each optimizer step of an update, ascending, among the samples of all ranks
 Shares = Sequence[Sequence[int]]
 
 
@@ -40,80 +38,112 @@ class RanksDiffer(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over the iteration, but ``ratio_deviation``: max |ratio - 1| before its first optimizer step.
+    """``means`` are over the iteration, but ``drift``: that of its last optimizer step.
 
-    It compares the log_prob of the gradient with the stored one, of every sample and trained step of the first share;
-    NaN where a batch did not fit, so that the samples were replayed in smaller ones, which may round otherwise.
+    ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share: the largest
+    that was found, None where nothing was compared, NaN where a batch did not fit, so that samples were replayed in
+    smaller ones, which may round otherwise.  ``deviation_name`` is the metric that it is, ``max_deviation`` its limit.
     """
 
-    loss: float
-    kl: float
-    approx_kl: float
-    ratio_deviation: float
-    clip_fraction: float
+    means: dict[str, float]
+    deviation: float | None
+    deviation_name: str
+    max_deviation: float
     grad_norm: float
     skipped_steps: int
+    optimizer_steps: int
+    learning_rate: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By the names of ``records.metrics.METRICS``."""
+        deviation = {} if self.deviation is None else {self.deviation_name: self.deviation}
+        others = ("grad_norm", "skipped_steps", "optimizer_steps", "learning_rate")
+        return self.means | deviation | {name: getattr(self, name) for name in others}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """``optimizer_steps`` AdamW steps on one rollout, each on its own share of the samples."""
+    """``updates`` passes of ``optimizer_steps`` AdamW steps on one rollout, each step on its own share of the samples.
+
+    max_drift: the iteration's remaining steps are left out when the mean squared distance of v to v_old passes it.
+    """
 
     model: FlowModel
-    grid: Sequence[float]
-    dynamics: Dynamics
-    objective: ClippedSurrogate
+    replay: Replay
     optimizer: torch.optim.Optimizer
     optimizer_steps: int
     max_grad_norm: float
     batch_size: BatchSize
     seed: int
+    updates: int = 1
+    learning_rate: LearningRate | None = None
+    max_drift: float = math.inf
     reweights: bool = False
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if self.optimizer_steps < 1:
             raise ValueError(f"train.optimizer_steps must be at least 1, got {self.optimizer_steps}")
+        if self.updates < 1:
+            raise ValueError(f"train.updates must be at least 1, got {self.updates}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
-        if self.reweights and self.objective.kl_coef > 0:
+        if self.reweights and not self.replay.has_log_prob:
             raise ValueError(
-                f"train.gradients=reweight needs algorithm.objective.kl_coef=0, got {self.objective.kl_coef}: the "
-                "penalty's gradient is not one of log_prob"
+                "train.gradients=reweight takes the gradient of log_prob while steps are rolled out, and this "
+                "algorithm learns from images; use train.gradients=replay"
+            )
+        if self.reweights and "kl" in self.replay.names:
+            raise ValueError(
+                "train.gradients=reweight needs algorithm.objective.kl_coef=0: the penalty's gradient is not one of "
+                "log_prob"
+            )
+        if self.max_drift < math.inf and "drift" not in self.replay.names:
+            raise ValueError(
+                f"train.max_drift={self.max_drift} bounds the distance of v to v_old, which an algorithm that learns "
+                "from steps does not measure; use .inf, and algorithm.objective.clip_range"
             )
 
     def __call__(
         self,
-        trained: TrainedSteps,
+        trained: TrainedSteps | TrainedImages,
         conditions_B: Conditions,
         advantages_B: Tensor,
         shares: Shares,
         gradients: Sequence[SampleGradients] = (),
+        *,
+        iteration: int = 0,
     ) -> UpdateStats:
         """One row a sample of this rank, those of the first of the iteration's ``shares`` first.
 
         ``gradients`` are those of the ``num_differentiated`` first samples.
         """
-        seen: list[_Seen] = []
+        if self.learning_rate is not None:
+            self.learning_rate.set(self.optimizer, iteration)
+        own = _slices(pieces(shares, self.world.size)[self.world.rank])
+        material = self.replay.begin(trained, conditions_B, iteration, self.updates, len(shares))
+        num_terms = self.replay.num_terms(material)
+        seen: list[list[Term]] = []
         grad_norms: list[Tensor] = []
-        size, end = self.batch_size.value, 0
-        for share, own in zip(shares, pieces(shares, self.world.size)[self.world.rank], strict=True):
-            begin, end = end, end + len(own)
-            most = -(-len(share) // self.world.size)
-            samples = _take(slice(begin, end), trained, conditions_B, advantages_B)
-            if grad_norms:
-                seen += self._accumulate(*samples, most, is_on_policy=False)
+        size = self.batch_size.value
+        for update, share, rows in (
+            (update, share, rows) for update in range(self.updates) for share, rows in zip(shares, own, strict=True)
+        ):
+            samples = material.select(lambda x, dim, rows=rows: x[(slice(None),) * dim + (rows,)])
+            if gradients and not seen:
+                terms = self.replay.reweighted(samples, advantages_B[rows], gradients)
             else:
-                # the old policy's branch of guidance is the policy's own until the first optimizer step
-                seen = (
-                    self._reweight(samples[0], samples[2], gradients)
-                    if gradients
-                    else self._accumulate(*samples, most, is_on_policy=True)
-                )
-                deviation = torch.stack([s.stats.ratio_deviation for s in seen]).max()
-                deviation = deviation if self.batch_size.value == size else torch.full_like(deviation, math.nan)
-            grad_norms.append(self._optimizer_step(num_terms=len(share) * len(trained.steps)))
-        return self._summarize(seen, deviation, torch.stack(grad_norms))
+                most = -(-len(share) // self.world.size)
+                terms = self._accumulate(samples, conditions_B[rows], advantages_B[rows], most, len(seen), update)
+            if seen and self._has_drifted(terms):
+                self.optimizer.zero_grad(set_to_none=True)
+                break
+            seen.append(terms)
+            if len(seen) == 1:
+                is_halved = self.batch_size.value != size
+            grad_norms.append(self._optimizer_step(num_terms=len(share) * num_terms))
+        return self._summarize(seen, torch.stack(grad_norms), is_halved)
 
     def shares(self, num_samples: int, iteration: int) -> Shares:
         """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
@@ -133,84 +163,39 @@ class Update:
         """Of how many of this rank's first samples the rollout is to take gradients: of the first optimizer step's."""
         return len(pieces(shares, self.world.size)[self.world.rank][0]) if self.reweights else 0
 
-    def _reweight(
-        self, trained: TrainedSteps, advantages_B: Tensor, gradients: Sequence[SampleGradients]
-    ) -> list["_Seen"]:
-        """Leave the gradient of the summed loss: the sum of d loss / d log_prob times d log_prob / d weights.
-
-        On the policy the ratio is 1, where the loss has one derivative a sample for all of its steps.  LeanGRPO (2026).
-        """
-        log_prob_TB = torch.cat([part.log_prob_TB for part in gradients], dim=1)
-        no_kl_B = torch.zeros_like(log_prob_TB[0])
-        log_prob_B = log_prob_TB[0].clone().requires_grad_()
-        loss, _ = self.objective(log_prob_B, log_prob_B.detach(), advantages_B, no_kl_B)
-        (factor_B,) = torch.autograd.grad(loss, log_prob_B, torch.full_like(loss, len(log_prob_B)))
-        sizes = [part.log_prob_TB.shape[1] for part in gradients]
-        for place, weight in enumerate(self.model.trainable.values()):
-            weight.grad = torch.zeros_like(weight)
-            for factor_b, part in zip(factor_B.split(sizes), gradients, strict=True):
-                weight.grad += torch.tensordot(factor_b.to(weight.dtype), part.weights[place], dims=1)
-        # the statistics do not assume that it is: they compare with what was stored
-        steps = zip(log_prob_TB, trained.log_prob_TB, strict=True)
-        seen = [self.objective(log_prob_B, old_B, advantages_B, no_kl_B) for log_prob_B, old_B in steps]
-        return [_Seen(len(advantages_B), loss, stats) for loss, stats in seen]
-
     def _accumulate(
-        self, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor, most: int, *, is_on_policy: bool
-    ) -> list["_Seen"]:
+        self, material: Any, conditions: Conditions, advantages_B: Tensor, most: int, step: int, update: int
+    ) -> list[Term]:
         """Leave the gradient of the summed loss of some samples; begun anew where a batch does not fit in memory."""
 
-        def run(batch: Batch, *, is_last: bool) -> Iterator[_Seen]:
-            rows, own = trained.map(lambda part_TB: batch.of(part_TB, dim=1)), batch.conditions(conditions)
-            for place in range(len(rows.steps)):
-                is_last_pass = is_last and place == len(rows.steps) - 1
-                with nullcontext() if is_last_pass else self.model.accumulating():
-                    seen = self._backward(rows, place, batch, own, advantages_B, is_on_policy)
-                yield seen
+        def run(batch: Batch, *, is_last: bool) -> Iterator[Term]:
+            rows, own = material.select(batch.of), batch.conditions(conditions)
+            advantages = batch.of(advantages_B)[: batch.count]
+            num_terms = self.replay.num_terms(material)
+            for place in range(num_terms):
+                with nullcontext() if is_last and place == num_terms - 1 else self.model.accumulating():
+                    term = self.replay.term(rows, place, own, advantages, step, update)
+                    # a sum, whose terms do not depend on how many others there are
+                    (term.loss * batch.count).backward()
+                yield replace(term, loss=term.loss.detach())
 
         while True:
             try:
                 cut = list(batches(len(advantages_B), self.batch_size.value, most, in_step=self.model.in_lockstep))
-                return [seen for batch in cut for seen in run(batch, is_last=batch is cut[-1])]
+                return [term for batch in cut for term in run(batch, is_last=batch is cut[-1])]
             except torch.OutOfMemoryError as error:
                 if self.model.in_lockstep:
                     raise out_of_step(self.batch_size, error) from error
                 self.optimizer.zero_grad(set_to_none=True)
                 self.batch_size.halve(error)
 
-    def _backward(
-        self,
-        rows: TrainedSteps,
-        place: int,
-        batch: Batch,
-        conditions: Conditions,
-        advantages_B: Tensor,
-        is_on_policy: bool,
-    ) -> "_Seen":
-        """Add one step's gradient of one batch."""
-        is_guided_on_policy = is_on_policy and len(rows.unconditional_TBCHW) > 0
-        log_prob_B, kl_B = self._replay(
-            rows, place, conditions, rows.unconditional_TBCHW[place] if is_guided_on_policy else None
-        )
-        kept = slice(batch.count)
-        loss, stats = self.objective(
-            log_prob_B[kept], rows.log_prob_TB[place, kept], batch.of(advantages_B)[kept], kl_B[kept]
-        )
-        # a sum, whose terms do not depend on how many others there are
-        (loss * batch.count).backward()
-        return _Seen(batch.count, loss.detach(), stats)
-
-    def _replay(
-        self, rows: TrainedSteps, place: int, conditions: Conditions, unconditional: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """log_prob and KL [B] of one stored step under the policy as it is now."""
-        x_BCHW, step = rows.x_TBCHW[place], rows.steps[place]
-        t = self.grid[step]
-        if self.objective.kl_coef > 0:
-            v_BCHW, reference_BCHW = self.model.velocity_and_reference(x_BCHW, t, conditions, unconditional)
-        else:
-            v_BCHW, reference_BCHW = self.model.velocity(x_BCHW, t, conditions, unconditional), None
-        return self.dynamics(self.grid, step).log_prob(x_BCHW, v_BCHW, rows.x_next_TBCHW[place], reference_BCHW)
+    def _has_drifted(self, terms: list[Term]) -> bool:
+        """Whether the policy is too far from the old one to be trained on: of all ranks, which must agree."""
+        if self.max_drift == math.inf:
+            return False
+        own = _sums(terms, ("drift",), self.model.device)
+        total, count = self.world.table(own, "drift").sum(dim=0).tolist()
+        return bool(total > self.max_drift * count)
 
     def _optimizer_step(self, num_terms: int) -> Tensor:
         """Add up over ranks, divide, clip, step, and clear; a gradient that is not finite is dropped.  Its norm."""
@@ -226,50 +211,51 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _summarize(self, seen: list["_Seen"], deviation: Tensor, grad_norms: Tensor) -> UpdateStats:
+    def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, is_halved: bool) -> UpdateStats:
         """Read everything at once, of all ranks: the only time that an update waits for the device."""
-        seen = [s for s in seen if s.num_samples]
-        num_terms = torch.tensor([sum(s.num_samples for s in seen)], dtype=torch.float64)
-        num_terms = num_terms.to(grad_norms.device, non_blocking=True)
-        own = torch.cat(
-            [torch.stack([s.sums() for s in seen]).sum(dim=0), num_terms, deviation.double()[None], grad_norms.double()]
-        )
-        rows = self.world.table(own, "statistics").tolist()
-        sums, total = [sum(row[i] for row in rows) for i in range(4)], sum(row[4] for row in rows)
-        loss, kl, approx_kl, clip_fraction = (value / total for value in sums)
-        norms = [norm for norm in rows[0][6:] if math.isfinite(norm)]
-        _check_alike([row[6:] for row in rows])
+        names = ("loss", *self.replay.names)
+        found = [term.deviation.double() for term in seen[0] if term.deviation is not None]
+        deviation = torch.stack(found).max() if found else torch.zeros_like(grad_norms[0], dtype=torch.float64)
+        deviation = torch.full_like(deviation, math.nan) if is_halved else deviation
+        known = torch.full_like(deviation, float(bool(found)))
+        everything = [term for terms in seen for term in terms]
+        totals = [_sums(terms, names, grad_norms.device) for terms in (everything, seen[-1])]
+        own = torch.cat([*totals, torch.stack([known, deviation]), grad_norms.double()])
+        rows, width = self.world.table(own, "statistics").tolist(), len(names) + 1
+        _check_alike([row[2 * width + 2 :] for row in rows])
+        of_all, of_last = ([sum(row[first + i] for row in rows) for i in range(width)] for first in (0, width))
+        means = {name: total / of_all[-1] for name, total in zip(names, of_all, strict=False)}
+        if "drift" in means:
+            means["drift"] = of_last[names.index("drift")] / of_last[-1]
+        norms = [norm for norm in rows[0][2 * width + 2 :] if math.isfinite(norm)]
         return UpdateStats(
-            loss=loss,
-            kl=kl,
-            approx_kl=approx_kl,
-            ratio_deviation=_largest([row[5] for row in rows]),
-            clip_fraction=clip_fraction,
+            means=means,
+            deviation=_largest([row[2 * width + 1] for row in rows]) if any(row[2 * width] for row in rows) else None,
+            deviation_name=self.replay.deviation_name,
+            max_deviation=self.replay.max_deviation,
             # no number where no step was taken
             grad_norm=sum(norms) / len(norms) if norms else math.nan,
-            skipped_steps=len(rows[0][6:]) - len(norms),
+            skipped_steps=len(seen) - len(norms),
+            optimizer_steps=len(norms),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
         )
 
 
-def _take(
-    rows: slice, trained: TrainedSteps, conditions: Conditions, advantages_B: Tensor
-) -> tuple[TrainedSteps, Conditions, Tensor]:
-    """Some of the samples."""
-    return trained.map(lambda part_TB: part_TB[:, rows]), conditions[rows], advantages_B[rows]
+def _slices(rows: Sequence[Sequence[int]]) -> list[slice]:
+    """Where each share begins and ends, one after the other."""
+    ends = list(accumulate(map(len, rows)))
+    return [slice(end - len(own), end) for own, end in zip(rows, ends, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One step of a batch, as the policy that was updated by it saw it."""
-
-    num_samples: int
-    loss: Tensor
-    stats: GRPOStats
-
-    def sums(self) -> Tensor:
-        """Of loss, KL, approximate KL and clipped share over samples."""
-        means = torch.stack([self.loss, self.stats.kl, self.stats.approx_kl, self.stats.clip_fraction])
-        return means.double() * self.num_samples
+def _sums(terms: Sequence[Term], names: Sequence[str], device: torch.device) -> Tensor:
+    """Of the means over samples, and the number of these."""
+    terms = [term for term in terms if term.num_samples]
+    count = torch.tensor([sum(term.num_samples for term in terms)], dtype=torch.float64)
+    count = count.to(device, non_blocking=True)
+    if not terms:
+        return torch.cat([count.new_zeros(len(names)), count])
+    sums = [torch.stack([{"loss": t.loss, **t.means}[name] for name in names]).double() * t.num_samples for t in terms]
+    return torch.cat([torch.stack(sums).sum(dim=0), count])
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgrpo.algorithm.dynamics import CPS, Dynamics, FlowSDE, StepCoefficients
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import BatchSizes

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import BatchSizes

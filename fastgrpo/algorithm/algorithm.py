@@ -1,17 +1,19 @@
 """An algorithm is six choices; Flow-GRPO, Smart-GRPO, MixGRPO and DanceGRPO are recipes of them: configs/algorithm."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from fastgrpo.algorithm.advantage import GroupAdvantage
-from fastgrpo.algorithm.dynamics import Dynamics
+from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal
-from fastgrpo.algorithm.objective import ClippedSurrogate
-from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.objective.images import ImageObjective
+from fastgrpo.algorithm.objective.steps import StepObjective
+from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
+from fastgrpo.algorithm.timesteps import DrawnTimes, Timesteps
 
 # each step has a stream of noise of its own, between those of the searches and the next
 MAX_STEPS = DECISION_STREAM - STEP_STREAM
@@ -22,24 +24,60 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """schedule: the grid of t.  noise: what start noise the policy learns from.  dynamics: the stochastic step.
-    timesteps: (num_steps, iteration, seed) -> the stochastic, trained steps.  advantage, objective: rewards -> loss."""
+    """schedule: the grid of t.  noise: what start noise the policy learns from.  dynamics: the stochastic step, or ODE.
+    timesteps: the stochastic, trained steps, or the times at which images are noised again.  advantage, objective:
+    rewards -> loss; the objective's ``signal`` is what it learns from, ``steps`` or ``images``."""
 
-    schedule: FluxSchedule | LinearSchedule | SD3Schedule
+    schedule: FewSteps | FluxSchedule | LinearSchedule | SD3Schedule
     noise: NoiseProposal
     dynamics: Dynamics
-    timesteps: Callable[[int, int, int], tuple[int, ...]]
+    timesteps: Timesteps | DrawnTimes
     advantage: GroupAdvantage
-    objective: ClippedSurrogate
+    objective: StepObjective | ImageObjective
+
+    @property
+    def learns_from_images(self) -> bool:
+        """Whether the objective's signal is images: the rollout is deterministic then."""
+        return self.objective.signal == "images"
+
+    @property
+    def steps(self) -> Timesteps:
+        """``timesteps`` of an objective that learns from steps."""
+        assert not isinstance(self.timesteps, DrawnTimes), "images are noised again at drawn times, not in steps"
+        return self.timesteps
+
+    @property
+    def times(self) -> DrawnTimes:
+        """``timesteps`` of an objective that learns from images."""
+        assert isinstance(self.timesteps, DrawnTimes), "steps are those of the schedule, not drawn"
+        return self.timesteps
+
+    @property
+    def step_objective(self) -> StepObjective:
+        assert self.objective.signal == "steps"
+        return self.objective
+
+    @property
+    def image_objective(self) -> ImageObjective:
+        assert self.objective.signal == "images"
+        return self.objective
 
     @property
     def grid(self) -> tuple[float, ...]:
         """The times t_0 = 1 ... t_N = 0 of a rollout."""
         return self.schedule()
 
+    def kept_latents(self, num_updates: int) -> int:
+        """Latents that an iteration keeps of each sample for its updates, counted as if all were float32."""
+        if self.learns_from_images:
+            # x_0, and the old policy's velocity at each draw
+            return 1 + num_updates * self.times.per_image
+        # x, x_next and the unconditional branch of each trained step
+        return 3 * len(self.steps(len(self.grid) - 1, 0, 0))
+
     def evaluation_grid(self, num_steps: int) -> tuple[float, ...]:
         """The same schedule in another number of steps."""
-        return replace(self.schedule, num_steps=num_steps)()
+        return self.schedule.evaluated(num_steps)
 
     def estimate_grid(self, num_steps: int) -> tuple[float, ...]:
         """As many real steps with the same shift: SD3's own grid in few steps would spend one of them on .009 -> 0."""
@@ -59,9 +97,30 @@ class Algorithm:
         _check_falling(self.grid)
         _check_falling(self.evaluation_grid(evaluation_steps))
         self._check_search(group_size)
+        self._check_signal()
+        if self.learns_from_images:
+            return
         chosen = [self._checked_steps(iteration, seed) for iteration in range(min(iterations, _CHECKED_ITERATIONS))]
         for step in sorted({step for steps in chosen for step in steps}):
             self._check_dynamics(step)
+
+    def _check_signal(self) -> None:
+        name, draws = type(self.objective).__name__, isinstance(self.timesteps, DrawnTimes)
+        if self.learns_from_images and not isinstance(self.dynamics, ODE):
+            raise ValueError(
+                f"algorithm.dynamics is {type(self.dynamics).__name__}, but algorithm.objective {name} learns from images "
+                "alone and needs no noise on the way to them; use algorithm/dynamics=ode"
+            )
+        if self.learns_from_images and not draws:
+            raise ValueError(
+                f"algorithm.timesteps is {type(self.timesteps).__name__}, but algorithm.objective {name} learns from "
+                "images, noised again at drawn times, and no step would be trained; use algorithm/timesteps=drawn"
+            )
+        if draws and not self.learns_from_images:
+            raise ValueError(
+                f"algorithm.timesteps draws times for images, but algorithm.objective {name} learns from stochastic "
+                "steps of the rollout; use algorithm/timesteps=all_but_last, or algorithm/objective=nft"
+            )
 
     def _check_search(self, group_size: int) -> None:
         if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch):
@@ -77,7 +136,7 @@ class Algorithm:
 
     def _checked_steps(self, iteration: int, seed: int) -> tuple[int, ...]:
         num_steps = self.schedule.num_steps
-        steps = self.timesteps(num_steps, iteration, seed)
+        steps = self.steps(num_steps, iteration, seed)
         if not steps or list(steps) != [step for step in range(num_steps - 1) if step in steps]:
             raise ValueError(
                 f"algorithm.timesteps chose the steps {steps} in iteration {iteration}; they must ascend and lie in "

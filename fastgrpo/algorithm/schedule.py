@@ -4,7 +4,7 @@ Grids are host floats, so no GPU ever has to be waited for to read one.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # height and width in pixels of what becomes one token of FLUX
 _TOKEN_SIDE = 16
@@ -28,6 +28,10 @@ class LinearSchedule:
     def __call__(self) -> tuple[float, ...]:
         return tuple(_shift(1.0 - i / self.num_steps, self.shift) for i in range(self.num_steps + 1))
 
+    def evaluated(self, num_steps: int) -> tuple[float, ...]:
+        """The grid of an evaluation in so many steps."""
+        return replace(self, num_steps=num_steps)()
+
 
 @dataclass(frozen=True)
 class SD3Schedule:
@@ -47,6 +51,23 @@ class SD3Schedule:
         intervals = max(self.num_steps - 1, 1)
         times = (1.0 - (1.0 - smallest) * i / intervals for i in range(self.num_steps))
         return (*(_shift(t, self.shift) for t in times), 0.0)
+
+    def evaluated(self, num_steps: int) -> tuple[float, ...]:
+        """The grid of an evaluation in so many steps."""
+        return replace(self, num_steps=num_steps)()
+
+
+@dataclass(frozen=True)
+class FewSteps(LinearSchedule):
+    """SD3's shift in so few steps that its own grid would waste one, .009 to 0: evenly spaced, then shifted.
+
+    For rollouts that are learned from by their images.  An evaluation takes SD3's own grid.
+    """
+
+    shift: float = 3.0
+
+    def evaluated(self, num_steps: int) -> tuple[float, ...]:
+        return SD3Schedule(num_steps, self.shift)()
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,10 @@ class FluxSchedule:
 
     def __call__(self) -> tuple[float, ...]:
         return LinearSchedule(self.num_steps, self.shift)()
+
+    def evaluated(self, num_steps: int) -> tuple[float, ...]:
+        """The grid of an evaluation in so many steps."""
+        return replace(self, num_steps=num_steps)()
 
 
 def _shift(u: float, shift: float) -> float:

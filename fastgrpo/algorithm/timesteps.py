@@ -1,11 +1,20 @@
-"""Timesteps: which steps of an iteration's trajectories are stochastic and trained; all others are deterministic.
+"""Timesteps: where an iteration's trajectories are trained.
 
-A choice is a function of (num_steps, iteration, seed) alone, so every GPU and every resumed run makes the same one.
-The last step is never trained: its noise is so small that its likelihood overflows.
+Steps, for an objective that learns from them: those chosen are stochastic and trained, all others are deterministic.
+The last one is never trained: its noise is so small that its likelihood overflows.
+Drawn times, for an objective that learns from images: where each of these is noised again.
+Either is a function of the seed and the iteration, so every GPU and every resumed run makes the same choice.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# (num_steps, iteration, seed) -> the steps, ascending
+Timesteps = Callable[[int, int, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,61 @@ class RandomSubset:
         trainable = _num_trainable(num_steps)
         size = max(1, round(self.share * trainable))
         return tuple(sorted(_random(iteration, seed).sample(range(trainable), size)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnTimes:
+    """``per_image`` pairs of t and noise for each image, drawn anew for each of an iteration's updates.
+
+    t = shift u / (1 + (shift - 1) u) with u even over the part of [0, 1] that gives t in [low, high].  u is stratified:
+    of n draws of a group one lies in each n-th, and of the P groups of an iteration one in each P-th of that.
+    is_shared: all samples of a group are noised alike, so that they are told apart by their images alone.
+    """
+
+    per_image: int = 1
+    shift: float = 3.0
+    low: float = 0.0
+    high: float = 1.0
+    is_shared: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_image < 1:
+            raise ValueError(f"algorithm.timesteps.per_image must be at least 1, got {self.per_image}")
+        if not 0 < self.shift < float("inf"):
+            raise ValueError(
+                f"algorithm.timesteps.shift must be positive and finite, got {self.shift}; 1 draws all times alike"
+            )
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(
+                f"algorithm.timesteps.low and high must be a range within [0, 1], got [{self.low}, {self.high}]; use "
+                "low=0 and high=1 for all times"
+            )
+
+    def __call__(self, num_prompts: int, group_size: int, num_updates: int, iteration: int, seed: int) -> Tensor:
+        """t [num_updates, per_image, B] in float32 on the CPU, of all B = P * G samples of an iteration."""
+        # another generator than that of the shares, which is seeded by the same numbers
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) ^ 0x5DEECE66D)
+        slots = self.per_image * (1 if self.is_shared else group_size)
+        u_UPS = torch.stack([_stratified(num_prompts, slots, generator) for _ in range(num_updates)])
+        u_low, u_high = (_unshifted(t, self.shift) for t in (self.low, self.high))
+        u_UPS = u_low + (u_high - u_low) * u_UPS
+        t_UPDG = (self.shift * u_UPS / (1 + (self.shift - 1) * u_UPS)).unflatten(2, (self.per_image, -1))
+        t_UDPG = t_UPDG.clamp(self.low, self.high).transpose(1, 2).expand(-1, -1, -1, group_size)
+        return t_UDPG.flatten(2).float()
+
+
+def _stratified(num_groups: int, slots: int, generator: torch.Generator) -> Tensor:
+    """Numbers [groups, slots] in (0, 1): of each group one in each 1 / slots, of all groups one in each share of that."""
+    slot_PS = torch.stack([torch.randperm(slots, generator=generator) for _ in range(num_groups)])
+    place_SP = torch.stack([torch.randperm(num_groups, generator=generator) for _ in range(slots)])
+    place_PS = place_SP.T.gather(1, slot_PS)
+    inside_PS = torch.rand(num_groups, slots, generator=generator, dtype=torch.float64)
+    return (slot_PS + (place_PS + inside_PS) / num_groups) / slots
+
+
+def _unshifted(t: float, shift: float) -> float:
+    """The u that gives t."""
+    return t / (shift - (shift - 1) * t)
 
 
 def _num_trainable(num_steps: int) -> int:

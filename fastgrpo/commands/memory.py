@@ -8,6 +8,7 @@ import re
 from omegaconf import DictConfig
 from rich.console import Console
 
+from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.byte_count import WithoutData
 from fastgrpo.memory.device import CountingMeter
@@ -18,6 +19,7 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_model
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
+from fastgrpo.replay import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 HERE = "here"
@@ -25,10 +27,10 @@ HERE = "here"
 
 def show_plan(config: DictConfig, console: Console) -> None:
     """Print the plan of a checked ``doctor`` config for ``config.memory``; DoesNotFit if there is none."""
-    if config.num_prompts < 1 or config.group_size < 1 or config.optimizer_steps < 1:
+    if min(config.num_prompts, config.group_size, config.optimizer_steps, config.updates) < 1:
         raise ValueError(
-            "num_prompts, group_size and optimizer_steps must be at least 1: "
-            f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}"
+            "num_prompts, group_size, optimizer_steps and updates must be at least 1: "
+            f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}, {config.updates}"
         )
     plan = measured_plan(config) if config.memory == HERE else counted_plan(config, parse_bytes(config.memory))
     console.print(plan.table())
@@ -43,10 +45,13 @@ def show_plan(config: DictConfig, console: Console) -> None:
 def measured_plan(config: DictConfig) -> MemoryPlan:
     """The plan for this machine's device, rewards included."""
     prompts = load_prompts(resolve_path(config.prompts.path))
+    algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
-        algorithm=build(config.algorithm),
+        algorithm=algorithm,
+        make_replay=rehearsal(algorithm),
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
+        updates=config.updates,
         rewards=build_rewards(config, prompts)[0],
         prompt=prompts[0],
     )
@@ -60,10 +65,13 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
             f"memory={config.memory} counts a model without its weights, and model.weights is {config.model.weights}; "
             "add model.weights=random, for example with model=sd35_medium, or use memory=here"
         )
+    algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
-        algorithm=build(config.algorithm),
+        algorithm=algorithm,
+        make_replay=rehearsal(algorithm),
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
+        updates=config.updates,
     )
     # where it is counted is no matter, but CUDA tensors without a GPU cannot be made
     config.runtime.device = "cpu"

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
@@ -23,7 +22,7 @@ from fastgrpo.parts import build_rewards, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.settings import check_seed
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Prompts, Samples
@@ -43,16 +42,16 @@ def sample(config: DictConfig) -> None:
     rewards = build_rewards(config, prompts=texts)[0] if config.search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    rollout = Rollout(model=model, grid=grid, dynamics=ODE(), batch_sizes=batch_sizes, seed=config.seed)
+    sampler = Sampler(model=model, grid=grid, batch_sizes=batch_sizes)
     start_noise: Callable[[Samples], Tensor]
     if rewards is not None:
-        search = StartNoise(algorithm=algorithm, rewards=rewards, rollout=rollout, seed=config.seed)
+        search = StartNoise(algorithm=algorithm, rewards=rewards, sampler=sampler, seed=config.seed)
         start_noise = partial(_searched, search)
     else:
-        start_noise = partial(_plain, rollout=rollout, seed=config.seed)
-    sampler = Sampler(rollout=rollout, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
+        start_noise = partial(_plain, sampler=sampler, seed=config.seed)
+    images = PromptImages(sampler=sampler, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
     pages, labels = [], []
-    for index, (text, images_BCHW) in enumerate(zip(texts, sampler(texts), strict=True)):
+    for index, (text, images_BCHW) in enumerate(zip(texts, images(texts), strict=True)):
         pixels_BHWC = to_uint8(images_BCHW)
         for number, pixels_HWC in enumerate(pixels_BHWC):
             write_whole(directory / _file_name(index, number, text), png(Image.fromarray(pixels_HWC)))
@@ -63,22 +62,22 @@ def sample(config: DictConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
+class PromptImages:
     """``images_per_prompt`` images [B, 3, H, W] of each text, each from its start noise."""
 
-    rollout: Rollout
+    sampler: Sampler
     start_noise: Callable[[Samples], Tensor]
     images_per_prompt: int
 
     def __call__(self, texts: list[str]) -> Iterator[Tensor]:
         """The images of one prompt after the other."""
-        prompts_at_once = max(1, self.rollout.batch_sizes.sampling.value // self.images_per_prompt)
+        prompts_at_once = max(1, self.sampler.batch_sizes.sampling.value // self.images_per_prompt)
         for first in range(0, len(texts), prompts_at_once):
             part = texts[first : first + prompts_at_once]
             prompts = Prompts(part, ids=list(range(first, first + len(part))))
             samples = Samples.all_of(prompts, self.images_per_prompt)
-            conditions = self.rollout.model.encode(samples.texts)
-            images_BCHW = self.rollout(samples, conditions, self.start_noise(samples), ()).images_BCHW
+            conditions = self.sampler.model.encode(samples.texts)
+            images_BCHW = self.sampler(samples, conditions, self.start_noise(samples))
             yield from images_BCHW.split(self.images_per_prompt)
 
 
@@ -89,8 +88,8 @@ def _searched(search: StartNoise, samples: Samples) -> Tensor:
     return noise.start_BCHW
 
 
-def _plain(samples: Samples, *, rollout: Rollout, seed: int) -> Tensor:
-    model = rollout.model
+def _plain(samples: Samples, *, sampler: Sampler, seed: int) -> Tensor:
+    model = sampler.model
     return plain_noise(NoiseDraw(seed, samples.prompts.ids, samples.group_size, model.latent_shape, model.device))
 
 

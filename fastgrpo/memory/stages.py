@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,17 +34,26 @@ from fastgrpo.types import Conditions
 _BYTES_PER_TRAINED = 12
 
 
+class Rehearsed(Protocol):
+    """What computes the loss of some samples, as ``fastgrpo.replay`` does."""
+
+    def rehearse(self, x_BCHW: Tensor, conditions: Conditions) -> None:
+        """The loss of one step or draw, and its gradient."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlanner:
     """(build, meter, memory) -> the built model and the plan for it.
 
-    samples, optimizer_steps: of an iteration.  rewards: None leaves them out of the plan.  prompt: one that they judge.
+    samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the plan.  prompt: one that they judge.
     reweights: whether the rollout takes the gradients of single samples, which are kept until the update.
     """
 
     algorithm: Algorithm
+    make_replay: Callable[[FlowModel], Rehearsed]
     samples: int
     optimizer_steps: int
+    updates: int = 1
     rewards: Rewards | None = None
     prompt: str = ""
     reweights: bool = False
@@ -71,7 +80,8 @@ class MemoryPlanner:
             # entered outside of what is measured: merging has a peak of its own, the same for any number of samples
             meter.peak(lambda: stack.enter_context(model.sampling(lossy=True)))
             costs |= measure(self._rollout_stages(model), meter)
-        costs |= measure({TRAINING: partial(self._train, model)}, meter)
+        replay = self.make_replay(model)
+        costs |= measure({TRAINING: lambda n: replay.rehearse(_latents(model, n), self._conditions(model, n))}, meter)
         for weight in model.trainable.values():
             weight.grad = None
         totals = {SAMPLING: self.samples, TRAINING: max(1, self.samples // self.optimizer_steps)}
@@ -95,29 +105,14 @@ class MemoryPlanner:
             )
         return stages
 
-    def _train(self, model: FlowModel, num_samples: int) -> None:
-        """Replay a step of so many samples and add its gradient, as ``Update`` does."""
-        algorithm, grid = self.algorithm, self.algorithm.grid
-        step = algorithm.timesteps(len(grid) - 1, 0, 0)[0]
-        x_BCHW, conditions = _latents(model, num_samples), self._conditions(model, num_samples)
-        reference = None
-        if algorithm.objective.kl_coef > 0:
-            velocity, reference = model.velocity_and_reference(x_BCHW, grid[step], conditions)
-        else:
-            velocity = model.velocity(x_BCHW, grid[step], conditions)
-        log_prob_B, kl_B = algorithm.dynamics(grid, step).log_prob(x_BCHW, velocity, x_BCHW, reference)
-        loss, _ = algorithm.objective(log_prob_B, log_prob_B.detach(), torch.zeros_like(log_prob_B), kl_B)
-        loss.backward()
-
     def _conditions(self, model: FlowModel, num_samples: int) -> Conditions:
         return model.encode([self.prompt]).repeat(num_samples)
 
     def _held(self, model: FlowModel) -> int:
         """Bytes that an iteration keeps beside its stages."""
         x_1CHW = _latents(model, 1)
-        num_trained_steps = len(self.algorithm.timesteps(len(self.algorithm.grid) - 1, 0, 0))
-        # x, x_next and the unconditional branch of each trained step; twice, as parts and joined
-        per_sample = 2 * (model.decode(x_1CHW).nbytes + 3 * num_trained_steps * x_1CHW.nbytes)
+        # twice, as parts and joined
+        per_sample = 2 * (model.decode(x_1CHW).nbytes + self.algorithm.kept_latents(self.updates) * x_1CHW.nbytes)
         num_trained = sum(weight.numel() for weight in model.trainable.values())
         first_share = -(-self.samples // self.optimizer_steps) if self.reweights else 0
         return self.samples * per_sample + (_BYTES_PER_TRAINED + 4 * first_share) * num_trained

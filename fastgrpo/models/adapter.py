@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
 
@@ -35,11 +35,15 @@ class FlowModel(Protocol):
     def fingerprint(self) -> str:
         """Says which frozen weights ``trainable`` belongs to: equal for equal weights and adaptation."""
 
+    @property
+    def has_two_branches(self) -> bool:
+        """Whether guidance is classifier-free: a velocity with text and one without."""
+
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Conditions of the texts, one row a text."""
 
     def velocity(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+        self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
     ) -> Tensor | GuidedVelocity:
         """Velocity of the policy, with guidance both branches; only the conditional one has a gradient.
 
@@ -47,7 +51,7 @@ class FlowModel(Protocol):
         """
 
     def velocity_and_reference(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+        self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
     ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
         """``velocity``, and the same of the frozen start, which has no gradient."""
 

@@ -25,7 +25,7 @@ class Flux(PipelineModel):
     t5 = ("text_encoder_2", "tokenizer_2")
 
     @property
-    def _has_two_branches(self) -> bool:
+    def has_two_branches(self) -> bool:
         return False
 
     def _check(self, transformer: Mapping[str, Any]) -> None:

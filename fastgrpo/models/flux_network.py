@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fastgrpo.models.attention import Attention
 from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
 from fastgrpo.models.modulation import Modulations
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 
 PATCH = 2
 
@@ -50,11 +50,11 @@ class FluxNetwork:
         # (text tokens, rows, columns) -> rotation
         self._rotations: dict[tuple[int, int, int], Rotation] = {}
 
-    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         modulations = self.modulations(transformer, t, conditions)
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
 
-    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+    def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, self._modulate)
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ class FluxNetwork:
         scale, shift = parts(next(modulations), 2)
         return _unpack(transformer.proj_out(modulated(normed(x_BNC[:, num_text:]), shift, scale)), height, width)
 
-    def _modulate(self, transformer: Any, t: float, pooled_BC: Tensor) -> Iterator[Tensor]:
+    def _modulate(self, transformer: Any, t: Time, pooled_BC: Tensor) -> Iterator[Tensor]:
         """Modulations of each double block's image and text tokens, of each single block, then of the output."""
         # times are rounded to the type of the weights before they are scaled, as diffusers does when it samples
-        inputs = [torch.full((len(pooled_BC),), t, dtype=pooled_BC.dtype, device=pooled_BC.device)]
+        inputs = [t.to(pooled_BC.dtype) if isinstance(t, Tensor) else pooled_BC.new_full((len(pooled_BC),), t)]
         if transformer.config.guidance_embeds:
             inputs.append(torch.full_like(inputs[0], self._guidance_scale))
         embedding_BC = F.silu(transformer.time_text_embed(*(1000 * value_B for value_B in inputs), pooled_BC))

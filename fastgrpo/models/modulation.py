@@ -1,7 +1,7 @@
 """Modulations of a transformer's blocks: what time and pooled text add to, multiply and gate each token with.
 
-They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen they are computed once
-a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
+They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen, and all samples of a
+batch are at one time, they are computed once a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
 Letters: B samples, E width of a modulation.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 
 # (transformer, t, pooled_BC) -> modulations, [B, E] each, in the order in which the forward pass takes them
-Modulate = Callable[[Any, float, Tensor], Iterator[Tensor]]
+Modulate = Callable[[Any, Time, Tensor], Iterator[Tensor]]
 
 
 class Modulations:
@@ -28,8 +28,8 @@ class Modulations:
         self._rows: OrderedDict[tuple[float, int], Tensor] = OrderedDict()
         self._widths: list[int] = []
 
-    def __call__(self, transformer: Any, t: float, conditions: Conditions, modulate: Modulate) -> Iterator[Tensor]:
-        if not self._is_frozen or not conditions.keys:
+    def __call__(self, transformer: Any, t: Time, conditions: Conditions, modulate: Modulate) -> Iterator[Tensor]:
+        if isinstance(t, Tensor) or not self._is_frozen or not conditions.keys:
             return modulate(transformer, t, conditions.pooled_BC)
         rows: dict[int, Tensor] = {}
         for place, key in enumerate(conditions.keys):

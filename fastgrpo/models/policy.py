@@ -20,17 +20,17 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.models.adaptation import Adaptation, Inputs, Sum, join
 from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.models.sharding import over
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
 
 class Network(Protocol):
     """The forward pass over a transformer's weights."""
 
-    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         """v [B, C, H, W] in the type of the conditions."""
 
-    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+    def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         """What depends on (t, prompt) alone."""
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Policy(ABC):
         """Conditions of the texts, one row a text."""
 
     @property
-    def _has_two_branches(self) -> bool:
+    def has_two_branches(self) -> bool:
         """Whether guidance is classifier-free: a velocity with and one without text."""
         return self.guidance_scale != 1
 
@@ -146,9 +146,9 @@ class Policy(ABC):
                 self._is_sampling = self._is_lossy = False
 
     def velocity(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+        self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
     ) -> Tensor | GuidedVelocity:
-        if not self._has_two_branches:
+        if not self.has_two_branches:
             return self._conditional(x_BCHW, t, conditions)
         if self._is_sampling and unconditional is None:
             v_BCHW = self._run(self.adaptation.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
@@ -159,12 +159,12 @@ class Policy(ABC):
         return GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale)
 
     def velocity_and_reference(
-        self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
+        self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
     ) -> tuple[Tensor | GuidedVelocity, Tensor | GuidedVelocity]:
         def run(transformer: nn.Module, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
             return self._run(transformer, t, x_BCHW, conditions)
 
-        if not self._has_two_branches:
+        if not self.has_two_branches:
             with torch.no_grad():
                 _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
             return self._conditional(x_BCHW, t, conditions), reference
@@ -183,7 +183,7 @@ class Policy(ABC):
     def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
         return self.adaptation.by_sample(num_samples)
 
-    def _conditional(self, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def _conditional(self, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""
         with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
             v_BCHW = self._run(self.adaptation.transformer, t, x_BCHW, conditions)
@@ -201,7 +201,7 @@ class Policy(ABC):
             self._empty[count] = self.encode([""]).repeat(count)
         return x_BCHW, self._empty[count]
 
-    def _run(self, transformer: nn.Module, t: float, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+    def _run(self, transformer: nn.Module, t: Time, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
         if not self._is_sampling or isinstance(transformer, FSDPModule):
             return over(transformer, self._network, x_BCHW, t, conditions)
         modulations = self._network.modulations(transformer, t, conditions)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastgrpo.models.attention import Attention
 from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
 from fastgrpo.models.modulation import Modulations
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 
 
 class SD3Network:
@@ -34,11 +34,11 @@ class SD3Network:
         self._checkpointing = checkpointing
         self._modulations = modulations
 
-    def __call__(self, transformer: Any, x_BCHW: Tensor, t: float, conditions: Conditions) -> Tensor:
+    def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         modulations = self.modulations(transformer, t, conditions)
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
 
-    def modulations(self, transformer: Any, t: float, conditions: Conditions) -> Iterator[Tensor]:
+    def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, modulate)
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ class SD3Network:
         return _unpatchify(x_BLC, x_BCHW.shape[-2:], transformer.config.patch_size)
 
 
-def modulate(transformer: Any, t: float, pooled_BC: Tensor) -> Iterator[Tensor]:
+def modulate(transformer: Any, t: Time, pooled_BC: Tensor) -> Iterator[Tensor]:
     """Modulations [B, E] of each block's image and text tokens, then of the output."""
-    timestep_B = torch.full((len(pooled_BC),), 1000 * t, device=pooled_BC.device)
+    timestep_B = 1000 * t if isinstance(t, Tensor) else torch.full((len(pooled_BC),), 1000 * t, device=pooled_BC.device)
     embedding_BC = F.silu(transformer.time_text_embed(timestep_B, pooled_BC))
     for block in transformer.transformer_blocks:
         yield block.norm1.linear(embedding_BC)

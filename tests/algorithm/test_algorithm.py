@@ -10,7 +10,7 @@ from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE, StepCoefficients
 from fastgrpo.algorithm.noise import GaussianNoise
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.algorithm.timesteps import AllButLast, RandomWindow, SlidingWindow

@@ -8,7 +8,7 @@ import pytest
 
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, FlowSDE
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.algorithm.timesteps import AllButLast, RandomSubset, RandomWindow, SlidingWindow

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 
 CLIP, KL_COEF = 0.1, 0.04
 

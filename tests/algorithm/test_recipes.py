@@ -10,7 +10,7 @@ from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, FlowSDE
 from fastgrpo.algorithm.noise import GaussianNoise, SharedNoise
-from fastgrpo.algorithm.objective import ClippedSurrogate
+from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import EliteSearch
 from fastgrpo.algorithm.timesteps import AllButLast, RandomSubset, RandomWindow, SlidingWindow

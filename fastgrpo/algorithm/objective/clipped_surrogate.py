@@ -6,6 +6,7 @@ loss  = mean over B of max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class ClippedSurrogate:
 
     clip_range: float = 1e-4
     kl_coef: float = 0.04
+
+    signal: ClassVar[Literal["steps"]] = "steps"
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_range < 1:
