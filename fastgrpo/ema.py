@@ -35,8 +35,8 @@ class EMA:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         if (window := self.share * self.num_updates) > 1:
             decay = max(decay, 1 - 1 / window)
-        averages = [_own(average) for average in self.averages.values()]
-        torch._foreach_lerp_(averages, [_own(weight.detach()) for weight in self._weights.values()], 1 - decay)
+        averages = [own_part(average) for average in self.averages.values()]
+        torch._foreach_lerp_(averages, [own_part(weight.detach()) for weight in self._weights.values()], 1 - decay)
 
     def load(self, averages: dict[str, Tensor], num_updates: int) -> None:
         self.num_updates = num_updates
@@ -62,6 +62,6 @@ class EMA:
             weight.copy_(source[name])
 
 
-def _own(weight: Tensor) -> Tensor:
+def own_part(weight: Tensor) -> Tensor:
     """This rank's part."""
     return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -40,7 +40,7 @@ class Health:
     skipped_in_a_row: int = field(default=0, init=False)
 
     def __call__(self, iteration: int, stats: UpdateStats, trajectories: Trajectories, advantages_B: Tensor) -> None:
-        """TrainingError if rollout and update disagree, or several iterations' gradients are broken; the batch is saved."""
+        """TrainingError if rollout and update disagree or gradients stay broken; the batch is saved for study."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped_steps else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             why = (

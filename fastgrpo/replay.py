@@ -5,8 +5,8 @@ of an iteration the ratio is exactly 1.  Source: Flow-GRPO, arXiv:2505.05470.
 
 ``ImageReplay`` noises images again, x_t = (1 - t) x_0 + t eps, at pairs (t, eps) that are drawn anew for each update.
 eps is a function of its ids and never stored.  What the old policy says there, v_old, is computed before the first
-optimizer step, in one pass with adapters merged, in sampling's batches; that step itself needs none, since the policy
-is the old one there.  So v_old takes (updates - 1) * per_image latents a sample in the model's type: 128 KiB each for
+optimizer step, in one pass with adapters merged, in sampling's batches; that step itself needs none where the policy is
+the old one.  So v_old takes (updates - 1) * per_image latents a sample in the model's type: 128 KiB each for
 65,536 elements in bfloat16.  Source: DiffusionNFT, arXiv:2509.16117.
 Letters: B samples of this rank, T trained steps, U updates, D draws of each, C H W of a latent.
 """
@@ -27,6 +27,7 @@ from fastgrpo.algorithm.timesteps import DrawnTimes
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, in_batches
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.old_policy import OldPolicy
 from fastgrpo.types import Conditions, SampleGradients, TrainedImages, TrainedSteps
 from fastgrpo_kernels import GuidedVelocity, MatchingErrors, PhiloxNoise, add_noise, matching_loss
 
@@ -94,11 +95,23 @@ class Replay(Protocol):
         """Terms whose gradients the rollout took."""
 
 
-def make_replay(algorithm: Algorithm, model: FlowModel, sampling: BatchSize, seed: int) -> Replay:
+def make_replay(
+    algorithm: Algorithm, model: FlowModel, old_policy: OldPolicy, sampling: BatchSize, seed: int
+) -> Replay:
     """The replay of what the algorithm's objective learns from; ``sampling`` is a batch without gradient."""
     if algorithm.learns_from_images:
         return ImageReplay(
-            model=model, times=algorithm.times, objective=algorithm.image_objective, sampling=sampling, seed=seed
+            model=model,
+            old_policy=old_policy,
+            times=algorithm.times,
+            objective=algorithm.image_objective,
+            sampling=sampling,
+            seed=seed,
+        )
+    if old_policy.lags:
+        raise ValueError(
+            f"train.old_policy_growth={old_policy.growth} makes rollouts of another policy than the "
+            "trained one, and this algorithm's ratio must begin at 1; use 0, or an algorithm that learns from images"
         )
     return StepReplay(model=model, grid=algorithm.grid, dynamics=algorithm.dynamics, objective=algorithm.step_objective)
 
@@ -106,7 +119,7 @@ def make_replay(algorithm: Algorithm, model: FlowModel, sampling: BatchSize, see
 def rehearsal(algorithm: Algorithm) -> Callable[[FlowModel], Replay]:
     """A model -> the replay that shows the memory planner what a term takes."""
     one = BatchSize(value=1, key="runtime.sampling_batch")
-    return lambda model: make_replay(algorithm, model, one, seed=0)
+    return lambda model: make_replay(algorithm, model, OldPolicy(model.trainable), one, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +248,7 @@ class ImageReplay:
     """Final latents, noised again at ``times``; ``sampling`` is the batch in which the old policy is asked."""
 
     model: FlowModel
+    old_policy: OldPolicy
     times: DrawnTimes
     objective: ImageObjective
     sampling: BatchSize
@@ -271,7 +285,7 @@ class ImageReplay:
         nothing = trained.x_0_BCHW.new_empty(0, self.times.per_image, *trained.x_0_BCHW.shape)
         images = NoisedImages(prompt_ids_B, places_B, trained.x_0_BCHW, t_UDB, nothing)
         is_checked = iteration % CHECKED_EVERY == 0
-        first = 0 if num_shares > 1 or is_checked else 1
+        first = 0 if num_shares > 1 or is_checked or self.old_policy.lags else 1
         if first == num_updates:
             return images
         return replace(images, old_UDBCHW=self._old(images, conditions_B, range(first, num_updates), samples.most))
@@ -287,7 +301,7 @@ class ImageReplay:
         x_t_BCHW = add_noise(x_0_BCHW, noise, t_B)
         v_BCHW, reference_BCHW = self._velocities(x_t_BCHW, t_B, conditions)
         deviation = None
-        if step == 0 and old_BCHW is not None:
+        if step == 0 and old_BCHW is not None and not self.old_policy.lags:
             again = matching_loss(v_BCHW.detach(), old_BCHW, x_0_BCHW, noise)
             deviation = ((again.plus - again.old).abs() / again.old)[: len(advantages_B)].max()
             # nothing has been learned yet, so what differs is rounding
@@ -333,7 +347,7 @@ class ImageReplay:
             )
             return v_UDBCHW[:, :, : batch.count]
 
-        with self.model.gathered(), self.model.sampling():
+        with self.old_policy.applied(), self.model.gathered(), self.model.sampling():
             cut = in_batches(len(images.x_0_BCHW), self.sampling, run, most, in_step=self.model.in_lockstep)
             return torch.cat([v_UDBCHW for _, v_UDBCHW in cut], dim=2)
 

@@ -23,6 +23,8 @@ class Training:
     optimizer_steps: int
     updates: int
     max_drift: float
+    old_policy_growth: float
+    old_policy_limit: float
     gradients: str
     learning_rate: float
     warmup_iterations: int
@@ -45,6 +47,12 @@ class Training:
         at_least("train.optimizer_steps", self.optimizer_steps, 1)
         at_least("train.updates", self.updates, 1)
         above("train.max_drift", self.max_drift, 0, "use inf for no bound")
+        at_least("train.old_policy_growth", self.old_policy_growth, 0)
+        if not 0 <= self.old_policy_limit < 1:
+            raise ValueError(
+                f"train.old_policy_limit must lie in [0, 1), got {self.old_policy_limit}: with 1 the old policy stays "
+                "where it is"
+            )
         one_of("train.gradients", self.gradients, ("replay", "reweight"))
         above("train.learning_rate", self.learning_rate, 0)
         if self.learning_rate > 1:
@@ -55,8 +63,8 @@ class Training:
         at_least("train.decay_iterations", self.decay_iterations, 0)
         if not 0 <= self.decay_to <= 1:
             raise ValueError(
-                f"train.decay_to must lie in [0, 1], got {self.decay_to}: the share of the learning rate that is left at "
-                "the end"
+                f"train.decay_to must lie in [0, 1], got {self.decay_to}: the share of the learning rate that is left "
+                "at the end"
             )
         at_least("train.weight_decay", self.weight_decay, 0)
         above("train.max_grad_norm", self.max_grad_norm, 0, "use inf for none")
@@ -65,8 +73,8 @@ class Training:
 
         if not 0 <= self.ema_share < 1:
             raise ValueError(
-                f"train.ema_share must lie in [0, 1), got {self.ema_share}: the share of all iterations so far that the "
-                "average is of; 0 leaves it to train.ema_decay"
+                f"train.ema_share must lie in [0, 1), got {self.ema_share}: the share of all iterations so far that "
+                "the average is of; 0 leaves it to train.ema_decay"
             )
 
     @property

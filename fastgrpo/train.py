@@ -22,6 +22,7 @@ from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
 from fastgrpo.prompts import PromptSource
@@ -102,9 +103,10 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         seed=parts.seed,
         world=world,
     )
+    old_policy = OldPolicy(model.trainable, training.old_policy_growth, training.old_policy_limit)
     update = Update(
         model=model,
-        replay=make_replay(algorithm, model, batch_sizes.sampling, parts.seed),
+        replay=make_replay(algorithm, model, old_policy, batch_sizes.sampling, parts.seed),
         optimizer=_optimizer(parts, model),
         optimizer_steps=training.optimizer_steps,
         updates=training.updates,
@@ -130,6 +132,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         rollout=make_rollout(algorithm, sampler, parts.seed),
         rewards=rewards,
         update=update,
+        old_policy=old_policy,
         ema=ema,
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,

@@ -23,6 +23,7 @@ from fastgrpo.evaluate import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.old_policy import OldPolicy
 from fastgrpo.profiling.profile import Step, unprofiled
 from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
@@ -52,6 +53,7 @@ class Trainer:
     rollout: Rollout
     rewards: Rewards
     update: Update
+    old_policy: OldPolicy
     ema: EMA
     evaluation: Evaluation
     evaluate_every: int
@@ -83,7 +85,7 @@ class Trainer:
             conditions = self.model.encode(samples.texts)
         with timer("search"):
             noise = self.start_noise(samples, self.iteration)
-        with timer("rollout"):
+        with timer("rollout"), self.old_policy.applied():
             scores = self.rewards.begin(samples.texts)
             num_differentiated = self.update.num_differentiated(shares)
             trajectories = self.rollout(
@@ -96,6 +98,7 @@ class Trainer:
         with timer("update"):
             learned = (trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
             stats = self.update(*learned, iteration=self.iteration)
+            self.old_policy.follow()
             self.ema.update()
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
@@ -131,6 +134,7 @@ class Trainer:
             seconds=self.seconds,
             weights={name: weight.detach() for name, weight in self.model.trainable.items()},
             ema=self.ema.averages,
+            old=self.old_policy.weights,
             optimizer=self.update.optimizer.state_dict(),
             model=self.model.fingerprint,
             extra={
@@ -153,6 +157,7 @@ class Trainer:
             for name, weight in self.model.trainable.items():
                 weight.copy_(state.weights[name])
         self.ema.load(state.ema, state.extra["ema_updates"])
+        self.old_policy.load(state.old, state.iteration)
         self.update.optimizer.load_state_dict(state.optimizer)
         for group in self.update.optimizer.param_groups:
             # update relies on it, and a checkpoint may be older

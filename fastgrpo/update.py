@@ -40,9 +40,9 @@ class RanksDiffer(RuntimeError):
 class UpdateStats:
     """``means`` are over the iteration, but ``drift``: that of its last optimizer step.
 
-    ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share: the largest
-    that was found, None where nothing was compared, NaN where a batch did not fit, so that samples were replayed in
-    smaller ones, which may round otherwise.  ``deviation_name`` is the metric that it is, ``max_deviation`` its limit.
+    ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share: the
+    largest that was found, None where nothing was compared, NaN where a batch did not fit, so that samples were
+    replayed in smaller ones, which may round otherwise.  It is the metric ``deviation_name``.
     """
 
     means: dict[str, float]

@@ -108,8 +108,8 @@ class Algorithm:
         name, draws = type(self.objective).__name__, isinstance(self.timesteps, DrawnTimes)
         if self.learns_from_images and not isinstance(self.dynamics, ODE):
             raise ValueError(
-                f"algorithm.dynamics is {type(self.dynamics).__name__}, but algorithm.objective {name} learns from images "
-                "alone and needs no noise on the way to them; use algorithm/dynamics=ode"
+                f"algorithm.dynamics is {type(self.dynamics).__name__}, but algorithm.objective {name} learns from "
+                "images alone and needs no noise on the way to them; use algorithm/dynamics=ode"
             )
         if self.learns_from_images and not draws:
             raise ValueError(

@@ -145,7 +145,7 @@ class DrawnTimes:
 
 
 def _stratified(num_groups: int, slots: int, generator: torch.Generator) -> Tensor:
-    """Numbers [groups, slots] in (0, 1): of each group one in each 1 / slots, of all groups one in each share of that."""
+    """Numbers [P, S] in (0, 1): of each group one in each S-th, and there, of all groups, one in each P-th of it."""
     slot_PS = torch.stack([torch.randperm(slots, generator=generator) for _ in range(num_groups)])
     place_SP = torch.stack([torch.randperm(num_groups, generator=generator) for _ in range(slots)])
     place_PS = place_SP.T.gather(1, slot_PS)

@@ -3,6 +3,7 @@
     checkpoints/step_000040/
         weights.safetensors     what is trained
         ema.safetensors         its moving average
+        old.safetensors         the old policy, where it is not the policy itself
         optimizer.safetensors   the optimizer's tensors, flattened
         state.json              everything else
         manifest.json           size and SHA-256 of each, written last

@@ -2,6 +2,7 @@
 
     weights/<name>   what is trained
     ema/<name>       its moving average
+    old/<name>       the old policy, where it is not the policy itself
     optimizer/<path> the optimizer's tensors, flattened (``tensor_tree.py``)
     JSON             everything else
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.checkpoints.shards import StoredTensors
 from fastgrpo.checkpoints.tensor_tree import flatten, unflatten
 
-KINDS = ("weights", "ema", "optimizer")
+KINDS = ("weights", "ema", "old", "optimizer")
 STATE = "state.json"
 # what the JSON and the names of tensors are to be read by; 1 had one file of each kind, and names without the kind
 _FORMAT = 2
@@ -48,6 +49,7 @@ class TrainState:
     seconds: float
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
+    old: dict[str, Tensor]
     optimizer: dict[str, Any]
     model: str
     extra: dict[str, Any]
@@ -67,7 +69,7 @@ def as_named_tensors(state: TrainState) -> tuple[dict[str, Tensor], str]:
     text = json.dumps(values, indent=1)
     if json.loads(text)["extra"] != state.extra:
         raise ValueError("extra does not survive JSON; use string keys, lists, strings and finite numbers only")
-    kinds = zip(KINDS, (state.weights, state.ema, optimizer_tensors), strict=True)
+    kinds = zip(KINDS, (state.weights, state.ema, state.old, optimizer_tensors), strict=True)
     return {f"{kind}/{name}": tensor for kind, tensors in kinds for name, tensor in tensors.items()}, text
 
 
@@ -78,13 +80,15 @@ def read_state(path: Path, fresh: TrainState | None) -> TrainState:
         _check_model(path, values["model"], fresh.model)
         _check_fit(path, "weights", stored.sizes, fresh.weights)
         _check_fit(path, "ema", stored.sizes, fresh.ema)
+        _check_fit(path, "old", stored.sizes, fresh.old)
     tensors = stored.read(stored.sizes, _places(stored.sizes, fresh) if fresh is not None else {})
-    weights, ema, optimizer = (_of_kind(kind, tensors) for kind in KINDS)
+    weights, ema, old, optimizer = (_of_kind(kind, tensors) for kind in KINDS)
     return TrainState(
         iteration=values["iteration"],
         seconds=values["seconds"],
         weights=weights,
         ema=ema,
+        old=old,
         optimizer=unflatten(values["optimizer"], optimizer),
         model=values["model"],
         extra=values["extra"],
@@ -117,6 +121,7 @@ def _places(sizes: Sizes, fresh: TrainState) -> dict[str, DTensor]:
     """The DTensor that each stored tensor is to be sharded as."""
     named = {f"weights/{name}": tensor for name, tensor in fresh.weights.items()}
     named |= {f"ema/{name}": tensor for name, tensor in fresh.ema.items()}
+    named |= {f"old/{name}": tensor for name, tensor in fresh.old.items()}
     weights = list(fresh.weights.values())
     for name, (shape, _) in sizes.items():
         match = _OF_WEIGHT.fullmatch(name)

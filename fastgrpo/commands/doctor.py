@@ -22,6 +22,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
+from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import PromptSource, load_prompts
@@ -96,7 +97,7 @@ def replayed(config: DictConfig) -> UpdateStats:
     trajectories = make_rollout(algorithm, sampler, config.seed)(samples, conditions, noise, 0)
     update = Update(
         model=model,
-        replay=make_replay(algorithm, model, batch_sizes.sampling, config.seed),
+        replay=make_replay(algorithm, model, OldPolicy(model.trainable), batch_sizes.sampling, config.seed),
         batch_size=batch_sizes.training,
         seed=config.seed,
         optimizer=torch.optim.SGD(list(model.trainable.values()), lr=0.0, fused=True),

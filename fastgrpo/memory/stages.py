@@ -45,8 +45,9 @@ class Rehearsed(Protocol):
 class MemoryPlanner:
     """(build, meter, memory) -> the built model and the plan for it.
 
-    samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the plan.  prompt: one that they judge.
-    reweights: whether the rollout takes the gradients of single samples, which are kept until the update.
+    samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the
+    plan.  prompt: one that they judge.  reweights: whether the rollout takes the gradients of single samples, which are
+    kept until the update.
     """
 
     algorithm: Algorithm

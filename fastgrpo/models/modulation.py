@@ -1,7 +1,7 @@
 """Modulations of a transformer's blocks: what time and pooled text add to, multiply and gate each token with.
 
-They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen, and all samples of a
-batch are at one time, they are computed once a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
+They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen, and a batch is at one
+time, they are computed once a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
 Letters: B samples, E width of a modulation.
 """
 

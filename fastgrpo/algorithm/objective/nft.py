@@ -24,7 +24,7 @@ _LEAST_WEIGHT = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class NFT:
-    """``beta`` is the strength of guidance between bad and good, ``max_advantage`` the advantage that r is 0 or 1 from."""
+    """``beta`` is how far v+ and v- lie apart, ``max_advantage`` the advantage from which a sample counts in full."""
 
     beta: float = 1.0
     max_advantage: float = 2.0
