@@ -32,13 +32,20 @@ METRICS = {
     "zero_variance_groups": "share of groups whose images all have the same reward: they give no gradient",
     "eval/<name>": "mean on the evaluation prompts, from plain N(0, I) noise, the same prompts and noise each time",
     "loss": "mean of the objective over the iteration's optimizer steps",
-    "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; absent if that is 0",
+    "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; where images are learned "
+    "from, the mean squared distance of the two velocities; absent if kl_coef is 0",
+    "drift": "mean squared distance of the velocity from the old policy's in the iteration's last optimizer step; where "
+    "images are learned from",
     "approx_kl": "KL(old policy, policy) estimated from the ratios; 0 when an iteration has one optimizer step",
     "ratio_deviation": "largest distance of the ratio from 1 before the first optimizer step: 0 when rollout and "
     "update agree; null where batches did not fit and were halved in the update",
-    "clip_fraction": "share of trained steps whose ratio lies outside 1 ± clip_range",
+    "loss_deviation": "the same where images are learned from: the largest share by which the error of an image differs "
+    "between update and sampling, with adapters merged; every tenth iteration, or all with train.optimizer_steps > 1",
+    "clip_fraction": "share of trained steps, or of images, whose ratio lies outside 1 ± clip_range",
     "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",
     "skipped_steps": "optimizer steps skipped in this iteration because loss or gradient was not finite",
+    "optimizer_steps": "optimizer steps taken in this iteration: fewer than asked for if train.max_drift ended it",
+    "learning_rate": "that of the iteration's optimizer steps",
     "images_per_second": "images of the iteration divided by its seconds, over all GPUs",
     "seconds/iteration": "wall-clock time of the iteration, without evaluation and checkpoint; this and all that "
     "follow are of the first rank, those of the others are in ranks.jsonl",

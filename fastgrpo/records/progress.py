@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastgrpo.records.remarks import Remark
+
 # of a log file that says what is being compiled
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -43,7 +45,8 @@ class Progress:
         # the last value of each, since evaluations are rare
         self._values: dict[str, float] = {}
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._iteration, self._remark = first, ""
+        self._iteration = first
+        self._remark: Remark | None = None
         self._num_compilations, self._look_every_seconds = num_compilations, look_every_seconds
         self._num_compiled, self._compiling_since, self._next_line = num_compilations(), math.nan, math.nan
         self._lock, self._is_over = threading.Lock(), threading.Event()
@@ -73,12 +76,12 @@ class Progress:
             elif iteration % self._every == 0 or iteration in (self._first + 1, self._total) or self._seconds_left == 0:
                 self._console.out(line, highlight=False)
 
-    def remark(self, text: str) -> None:
-        """Say it when it is new, on a line of its own, and that there is one in each line until it is empty."""
+    def remark(self, remark: Remark | None) -> None:
+        """Say it when its state is new, on a line of its own, and its state in each line until there is none."""
         with self._lock:
-            if text and text != self._remark:
-                self._console.print(f"not learning: {text}", highlight=False, markup=False, style="yellow")
-            self._remark = text
+            if remark and (self._remark is None or remark.state != self._remark.state):
+                self._console.print(str(remark), highlight=False, markup=False, style="yellow")
+            self._remark = remark
 
     def show_compilations(self) -> None:
         """Show how many graphs were compiled since the last update, and for how long, if there are any."""
@@ -112,7 +115,7 @@ class Progress:
     def _line(self, iteration: int) -> str:
         parts = [f"iteration {iteration}/{self._total}"]
         if self._remark:
-            parts.append("not learning")
+            parts.append(self._remark.state)
         if "images_per_second" in self._values:
             parts.append(f"{self._values['images_per_second']:.1f} images/s")
         if "reward/total" in self._values:

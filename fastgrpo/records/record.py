@@ -14,7 +14,7 @@ from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.progress import Progress
-from fastgrpo.records.remarks import IN_A_ROW, not_learning
+from fastgrpo.records.remarks import LOOKS_BACK, remark_on
 from fastgrpo.records.stragglers import Stragglers
 
 
@@ -66,8 +66,8 @@ class Record:
     def row(self, iteration: int, values: Mapping[str, float]) -> None:
         assert self._progress is not None
         self.metrics.log(iteration, values)
-        self._last = [*self._last, values][-IN_A_ROW:]
-        self._progress.remark(not_learning(self._last))
+        self._last = [*self._last, values][-LOOKS_BACK:]
+        self._progress.remark(remark_on(self._last))
         self._progress.update(iteration, values)
 
     def ranks(self, iteration: int, seconds: Mapping[str, Sequence[float]], waited_R: Sequence[float]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgrpo.records.progress import Progress
-from fastgrpo.records.remarks import not_learning, remarks
+from fastgrpo.records.remarks import Remark, remark_on, remarks
 from fastgrpo.train import train
 from tests.tiny_config import make_config
 
@@ -39,22 +39,63 @@ def rows_of(*kinds: dict[str, Any]) -> list[dict[str, Any]]:
     ],
 )
 def test_two_iterations_in_a_row_without_a_gradient_are_remarked_on(kinds: tuple[dict, ...], says: str) -> None:
-    why = not_learning(rows_of(*kinds))
-    assert says in why
-    assert bool(why) == bool(says)
+    remark = remark_on(rows_of(*kinds))
+    assert says in str(remark)
+    assert (remark is not None) == bool(says)
+    assert remark is None or remark.state == "not learning"
+
+
+def drifts(*values: float | None) -> list[dict[str, Any]]:
+    return rows_of(*(GOOD | {"drift": value} for value in values))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            (1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 3.1e-3, 4e-3),
+            "3.1 times as far from itself as before (drift 0.0031, median 0.001)",
+        ),
+        # exactly three times, one of two, a rise that is over, too few to compare with, and a share of numbers
+        ((1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 3e-3, 4e-3), ""),
+        ((1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 9e-3), ""),
+        ((1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 9e-3, 1e-3), ""),
+        ((1e-3, 1e-3, 1e-3, 1e-3, 9e-3, 9e-3), ""),
+        ((1e-3, 1e-3, 1e-3, 1e-3, 1e-3, None, 9e-3), ""),
+    ],
+)
+def test_a_rise_of_drift_is_remarked_on_in_time(values: tuple[float | None, ...], says: str) -> None:
+    remark = remark_on(drifts(*values))
+    assert (remark is not None) == bool(says)
+    if remark is not None:
+        assert remark.state == "drifting"
+        assert says in remark.why
+        assert remark.why.endswith("bound it with train.max_drift=0.002")
+
+
+def test_drift_is_compared_with_the_last_fifty_rows_alone() -> None:
+    # begun high: only what is left of it in the last fifty counts
+    high, low = [1e-2] * 60, [1e-3] * 46
+    assert remark_on(drifts(*high, *low, 4e-3, 4e-3)) is not None
+    assert remark_on(drifts(*high, *low[:20], 4e-3, 4e-3)) is None
+    assert [str(r).split(":")[0] for r in remarks(drifts(*low, 4e-3, 4e-3, 4e-3, 1e-3))] == ["iterations 47 to 49"]
 
 
 def test_each_stretch_is_one_remark_that_says_when() -> None:
     found = remarks(rows_of(GOOD, EQUAL, EQUAL, EQUAL, GOOD, GOOD, BROKEN, BROKEN, GOOD))
-    assert [remark.split(":")[0] for remark in found] == ["iterations 2 to 4", "iterations 7 to 8"]
+    assert [remark.split(": ")[:2] for remark in found] == [
+        ["iterations 2 to 4", "not learning"],
+        ["iterations 7 to 8", "not learning"],
+    ]
     assert remarks(rows_of(GOOD, EQUAL, GOOD, EQUAL, GOOD)) == []
 
 
 def test_the_line_says_it_once_in_full_and_in_short_until_it_is_over() -> None:
     file = io.StringIO()
     with Progress(5, every=1, console=Console(file=file, width=200)) as progress:
-        for iteration, text in enumerate(("", "why", "why", ""), start=1):
-            progress.remark(text)
+        why = Remark("not learning", "why")
+        for iteration, remark in enumerate((None, why, why._replace(why="again"), None), start=1):
+            progress.remark(remark)
             progress.update(iteration, {})
     lines = file.getvalue().splitlines()
     assert [line for line in lines if line.startswith("not learning: ")] == ["not learning: why"]
@@ -73,4 +114,6 @@ def test_a_run_with_a_constant_reward_says_so_where_its_user_looks(
     shown = capsys.readouterr().out
     assert "not learning: all images of a group had the same reward (0.25 on average)" in " ".join(shown.split())
     (remark,) = json.loads((output / "summary.json").read_text())["remarks"]
-    assert remark.startswith("iterations 1 to 2: all images of a group had the same reward (0.25 on average)")
+    assert remark.startswith(
+        "iterations 1 to 2: not learning: all images of a group had the same reward (0.25 on average)"
+    )
