@@ -3,7 +3,7 @@
 Before the first optimizer step of an iteration the policy is the old one, so what rollout and update compute of it must
 agree.  Where steps are learned from that is the ratio, which is 1; it is guarded in clip ranges of the run's objective:
 beside them any other measure says little, and from one clip range on samples are clipped that never left the policy.
-Where images are learned from it is the loss, of which merged adapters round a little.
+Where images are learned from it is the velocity, of which merged adapters round a little.
 """
 
 from dataclasses import dataclass, field

@@ -255,9 +255,9 @@ class ImageReplay:
     seed: int
 
     has_log_prob: ClassVar[bool] = False
-    deviation_name: ClassVar[str] = "loss_deviation"
-    # of the error of v.  The policy before the first optimizer step is the old one, so both have one error but for
-    # rounding, which is that of adapters merged in the model's type
+    deviation_name: ClassVar[str] = "velocity_deviation"
+    # as a share of the error of v.  Before the first optimizer step the policy is the old one, so what differs is
+    # rounding, that of adapters merged in the model's type; the loss differs by at most twice the share
     max_deviation: ClassVar[float] = 0.1
 
     def __post_init__(self) -> None:
@@ -303,8 +303,7 @@ class ImageReplay:
         deviation = None
         if step == 0 and old_BCHW is not None and not self.old_policy.lags:
             again = matching_loss(v_BCHW.detach(), old_BCHW, x_0_BCHW, noise)
-            deviation = ((again.plus - again.old).abs() / again.old)[: len(advantages_B)].max()
-            # nothing has been learned yet, so what differs is rounding
+            deviation = (again.drift / again.old).sqrt()[: len(advantages_B)].max()
             old_BCHW = None
         errors = matching_loss(v_BCHW, old_BCHW, x_0_BCHW, noise, beta=self.objective.beta, v_reference=reference_BCHW)
         kept, count = slice(len(advantages_B)), max(1, len(advantages_B))

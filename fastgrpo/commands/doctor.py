@@ -1,8 +1,8 @@
 """Does this machine compute right?  Versions, backends, golden scores of the rewards, and the ratio check.
 
 The last check rolls out a few samples and replays them under gradient, by the rollout and the update that train.  With
-unchanged weights the policy's probability of what it did is what it was, so |ratio - 1| must be 0 in float32; of an
-algorithm that learns from images the loss is what sampling, with adapters merged, makes of it.
+unchanged weights the policy's probability of what it did is what it was, so |ratio - 1| must be 0 in float32; where
+images are learned from, the velocity is what sampling has with adapters merged.
 """
 
 from importlib.util import find_spec
@@ -46,8 +46,8 @@ _BACKENDS = (
     ("wandb", "logging to Weights & Biases", "wandb"),
 )
 _NUDGE = 0.01
-# of the loss with adapters merged and apart, in float32: some 1e-6 was measured
-_MAX_LOSS_DEVIATION = 1e-3
+# of velocities with adapters merged and apart, in float32: some 1e-6 was measured
+_MAX_VELOCITY_DEVIATION = 1e-3
 
 
 def doctor(config: DictConfig) -> None:
@@ -61,7 +61,7 @@ def doctor(config: DictConfig) -> None:
     stats = replayed(config)
     limit = config.max_deviation
     if limit < 0:
-        exact = 0.0 if stats.deviation_name == "ratio_deviation" else _MAX_LOSS_DEVIATION
+        exact = 0.0 if stats.deviation_name == "ratio_deviation" else _MAX_VELOCITY_DEVIATION
         limit = exact if config.model.dtype == "float32" else stats.max_deviation
     assert stats.deviation is not None
     found = f"{stats.deviation_name} = {stats.deviation:.3g} over {config.num_prompts * config.group_size} samples"

@@ -11,9 +11,10 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE, StepCoefficients
 from fastgrpo.algorithm.noise import GaussianNoise
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
-from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.objective.nft import NFT
+from fastgrpo.algorithm.schedule import FewSteps, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
-from fastgrpo.algorithm.timesteps import AllButLast, RandomWindow, SlidingWindow
+from fastgrpo.algorithm.timesteps import AllButLast, DrawnTimes, RandomWindow, SlidingWindow
 
 FLOW_GRPO = Algorithm(
     schedule=SD3Schedule(10),
@@ -23,6 +24,7 @@ FLOW_GRPO = Algorithm(
     advantage=GroupAdvantage(),
     objective=ClippedSurrogate(),
 )
+IMAGES: dict[str, Any] = {"dynamics": ODE(), "timesteps": DrawnTimes(), "objective": NFT()}
 RUN = {"evaluation_steps": 40, "group_size": 24, "iterations": 100, "seed": 42}
 
 
@@ -48,6 +50,8 @@ def negative(grid: Any, step: int) -> StepCoefficients:
         # distinct noises are asked of neither
         {"noise": EliteSearch(candidates=8, elites=3, start="mean")},
         {"noise": BestOfK(candidates=2)},
+        # one step leads to an image
+        {**IMAGES, "schedule": FewSteps(1)},
         # steps that would fail if they were trained
         {"dynamics": CPS(), "timesteps": always(0, 8)},
     ],
@@ -84,6 +88,24 @@ def test_what_can_be_trained_passes(pieces: dict[str, Any]) -> None:
             {},
             "algorithm.dynamics adds no noise on step 0, from t = 1 to 0.9601, which is trained; use "
             "algorithm/dynamics=flow_sde",
+        ),
+        (
+            {**IMAGES, "dynamics": CPS()},
+            {},
+            "algorithm.dynamics is CPS, but algorithm.objective NFT learns from images alone and needs no noise on the "
+            "way to them; use algorithm/dynamics=ode",
+        ),
+        (
+            {**IMAGES, "timesteps": RandomWindow()},
+            {},
+            "algorithm.timesteps is RandomWindow, but algorithm.objective NFT learns from images, noised again at drawn "
+            "times, and no step would be trained; use algorithm/timesteps=drawn",
+        ),
+        (
+            {"timesteps": DrawnTimes()},
+            {},
+            "algorithm.timesteps draws times for images, but algorithm.objective ClippedSurrogate learns from stochastic "
+            "steps of the rollout; use algorithm/timesteps=all_but_last, or algorithm/objective=nft",
         ),
         ({"dynamics": DanceSDE(1e200)}, {}, "algorithm.dynamics fails on step 0, from t = 1 to 0.9601"),
         # 1 / s^2 is more than float32 holds
@@ -123,3 +145,11 @@ def test_the_grids_of_evaluation_and_of_a_search_by_hand() -> None:
     # 3 u / (1 + 2 u) of evenly spaced u: each step is a real one
     assert FLOW_GRPO.estimate_grid(4) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
     assert replace(FLOW_GRPO, schedule=LinearSchedule(10)).estimate_grid(2) == pytest.approx((1, 0.5, 0))
+
+
+def test_what_is_kept_for_the_updates_by_hand() -> None:
+    # x, x_next and a branch of guidance of 9 steps, however often they are replayed
+    assert FLOW_GRPO.kept_latents(num_updates=1) == FLOW_GRPO.kept_latents(num_updates=4) == 27
+    # x_0, and the old policy at each of 2 draws of 4 updates
+    images = replace(FLOW_GRPO, **IMAGES | {"timesteps": DrawnTimes(per_image=2)})
+    assert images.kept_latents(num_updates=4) == 9

@@ -9,9 +9,12 @@ import pytest
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, FlowSDE
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
+from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
+from fastgrpo.algorithm.objective.nft import NFT
+from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
-from fastgrpo.algorithm.timesteps import AllButLast, RandomSubset, RandomWindow, SlidingWindow
+from fastgrpo.algorithm.timesteps import AllButLast, DrawnTimes, RandomSubset, RandomWindow, SlidingWindow
 
 # the piece, its values, what is said after "algorithm."
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
@@ -60,6 +63,43 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     *(
         (RandomSubset, {"share": share}, f"timesteps.share must lie in (0, 1], got {share}")
         for share in (0, 1.5, math.nan)
+    ),
+    (DrawnTimes, {"per_image": 0}, "timesteps.per_image must be at least 1, got 0"),
+    *(
+        (DrawnTimes, {"shift": shift}, f"timesteps.shift must be positive and finite, got {shift}; 1 draws all times")
+        for shift in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (
+            DrawnTimes,
+            {"low": low, "high": high},
+            f"timesteps.low and high must be a range within [0, 1], got [{low}, {high}]; use low=0 and high=1",
+        )
+        for low, high in ((0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.5), (math.nan, 1.0), (0.0, math.nan))
+    ),
+    *(
+        (NFT, {"beta": beta}, f"objective.beta must be positive and finite, got {beta}: the loss divides by it; 1 and")
+        for beta in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (NFT, {"max_advantage": a_max}, f"objective.max_advantage must be positive and finite, got {a_max}; 5 is")
+        for a_max in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (MatchingRatio, {"clip_range": value}, f"objective.clip_range must be positive, got {value}; .05 to 1 suits")
+        for value in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (piece, {key: value}, f"objective.{key} must be finite and not negative, got {value}; ")
+        for piece, key in (
+            (NFT, "kl_coef"),
+            (MatchingRatio, "kl_coef"),
+            (MatchingRatio, "proximal_coef"),
+            (MatchingRatio, "time_power"),
+            (WeightedRegression, "kl_coef"),
+            (WeightedRegression, "proximal_coef"),
+        )
+        for value in (-1.0, math.nan, math.inf)
     ),
     (GroupAdvantage, {"std": "batch"}, "advantage.std must be group, global or none, got 'batch'"),
     *(

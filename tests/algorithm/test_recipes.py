@@ -8,12 +8,15 @@ from hydra.utils import instantiate
 
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.dynamics import CPS, DanceSDE, FlowSDE
+from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from fastgrpo.algorithm.noise import GaussianNoise, SharedNoise
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
-from fastgrpo.algorithm.schedule import LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
+from fastgrpo.algorithm.objective.nft import NFT
+from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
+from fastgrpo.algorithm.schedule import FewSteps, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import EliteSearch
-from fastgrpo.algorithm.timesteps import AllButLast, RandomSubset, RandomWindow, SlidingWindow
+from fastgrpo.algorithm.timesteps import AllButLast, DrawnTimes, RandomSubset, RandomWindow, SlidingWindow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHOICES = ("schedule", "noise", "dynamics", "timesteps", "advantage", "objective")
@@ -24,7 +27,13 @@ FLOW_GRPO = (
     ClippedSurrogate(1e-4, 0.04),
 )  # fmt: skip
 PAPER = EliteSearch(rounds=3, candidates=8, elites=3, estimate_steps=1, start="mean", project="none", std_floor=0.0)
+# a rollout in few steps that stores nothing, and images that are noised again
+IMAGES = (FewSteps(6), GaussianNoise(), ODE(), DrawnTimes(), GroupAdvantage("global"))
 PUBLISHED = {
+    "nft": (*IMAGES, NFT()),
+    "awm": (*IMAGES, MatchingRatio(clip_range=0.2, proximal_coef=1.0)),
+    "v_grpo": (*IMAGES[:3], DrawnTimes(is_shared=True), IMAGES[4], MatchingRatio(clip_range=0.05)),
+    "rwr": (*IMAGES, WeightedRegression()),
     "flow_grpo": FLOW_GRPO,
     "smart_grpo": (
         SD3Schedule(10), EliteSearch(mix=0.75), CPS(0.5), RandomWindow(3, 0, 5), GroupAdvantage("global"),

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
 
 
 def test_sd3_grid_is_the_published_one():
@@ -55,3 +55,16 @@ def test_grids_fall_from_one_to_zero(schedule):
         assert len(grid) == num_steps + 1
         assert (grid[0], grid[-1]) == (1.0, 0.0)
         assert all(t > t_next for t, t_next in pairwise(grid))
+
+
+def test_few_steps_are_all_of_use_and_are_judged_on_the_grid_of_sd3():
+    # 3 u / (1 + 2 u) at u = 3/4, 1/2, 1/4
+    assert FewSteps(4)() == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+    assert FewSteps(4).evaluated(10) == SD3Schedule(10)()
+    assert FewSteps(4, shift=2.0).evaluated(7) == SD3Schedule(7, 2.0)()
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(4, 2.0), SD3Schedule(4, 2.0), FluxSchedule(4, 512)])
+def test_other_schedules_are_judged_on_their_own_grid(schedule):
+    assert schedule.evaluated(4) == schedule()
+    assert len(schedule.evaluated(9)) == 10
