@@ -25,12 +25,15 @@ from fastgrpo.algorithm.solver import Solver
 from fastgrpo.config import load_config
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
+from fastgrpo.replay import make_replay
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Samples, Trajectories
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
+from fastgrpo.types import Noise, Prompts, Samples, Trajectories
 from fastgrpo.update import Update
 
 EXACT = "exact"
@@ -96,26 +99,28 @@ class Bench:
     def roll(self, option: str, other_noise: int = 0) -> tuple[Trajectories, float]:
         """Trajectories and the seconds they took."""
         model = self._model(option)
-        rollout = Rollout(
+        sampler = Sampler(
             model=model,
             grid=self.algorithm.grid,
-            dynamics=self.algorithm.dynamics,
             batch_sizes=self.batch_sizes,
-            seed=self.seed + other_noise,
             solver=_solver(" ".join(word for word in option.split() if word.startswith("solver"))),
+        )
+        rollout = StepRollout(
+            sampler=sampler,
+            dynamics=self.algorithm.dynamics,
+            timesteps=lambda *_: self.trained_steps,
+            seed=self.seed + other_noise,
         )
         samples = Samples.all_of(self.prompts, self.group_size)
         conditions = model.encode(samples.texts)
         draw = NoiseDraw(other_noise, self.prompts.ids, self.group_size, model.latent_shape, model.device)
-        return timed(lambda: rollout(samples, conditions, plain_noise(draw), self.trained_steps))
+        return timed(lambda: rollout(samples, conditions, Noise(plain_noise(draw), metrics={}, num_scored=0), 0))
 
     def ratio_deviation(self, option: str, trajectories: Trajectories) -> float:
         model = self._model(option)
         update = Update(
             model=model,
-            grid=self.algorithm.grid,
-            dynamics=self.algorithm.dynamics,
-            objective=self.algorithm.objective,
+            replay=make_replay(self.algorithm, model, OldPolicy(model.trainable), self.batch_sizes.sampling, self.seed),
             optimizer=torch.optim.SGD(list(model.trainable.values()), lr=0.0, fused=True),
             optimizer_steps=1,
             max_grad_norm=1.0,
@@ -125,7 +130,9 @@ class Bench:
         advantages_B = torch.linspace(-1, 1, len(trajectories.start_BCHW), device=model.device)
         conditions_B = model.encode(self.prompts.texts).repeat(self.group_size)
         shares = update.shares(len(advantages_B), 0)
-        return update(trajectories.trained, conditions_B, advantages_B, shares).ratio_deviation
+        deviation = update(trajectories.trained, conditions_B, advantages_B, shares).deviation
+        assert deviation is not None
+        return deviation
 
     def __call__(self, rounds: int) -> dict[str, dict[str, float]]:
         """Facts of each option, and of other noise in place of another option: how far apart any two images are."""

@@ -20,8 +20,9 @@ from benchmarks.report import table, write_report
 from benchmarks.search_ablation import Judge
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.noise import START_STREAM, rank_correlation
-from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Samples
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
+from fastgrpo.types import Noise, Prompts, Samples
 
 # name, dynamics, stochastic steps of 10
 CASES: tuple[tuple[str, Dynamics, tuple[int, ...]], ...] = (
@@ -73,12 +74,11 @@ def start_noise_share(reward_PZE: Tensor) -> float:
 
 
 def _rewards(judge: Judge, dynamics: Dynamics, steps: tuple[int, ...], start_BCHW: Tensor) -> Tensor:
-    rollout = Rollout(
-        model=judge.model, grid=judge.algorithm.grid, dynamics=dynamics, batch_sizes=judge.batch_sizes, seed=0
-    )
+    sampler = Sampler(model=judge.model, grid=judge.algorithm.grid, batch_sizes=judge.batch_sizes)
+    rollout = StepRollout(sampler=sampler, dynamics=dynamics, timesteps=lambda *_: steps, seed=0)
     samples = Samples.all_of(judge.prompts, len(start_BCHW) // len(judge.prompts))
     conditions = judge.conditions.repeat(samples.group_size)
-    images_BCHW = rollout(samples, conditions, start_BCHW, steps).images_BCHW
+    images_BCHW = rollout(samples, conditions, Noise(start_BCHW, metrics={}, num_scored=0), 0).images_BCHW
     return judge.rewards(images_BCHW, judge.prompts.texts).named["shapes"]
 
 

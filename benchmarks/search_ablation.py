@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import table, write_report
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal, plain_noise, rank_correlation
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.config import load_config
@@ -24,7 +23,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.types import Prompts, Samples
 
 ESTIMATE_STEPS = (1, 2, 4)
@@ -53,9 +52,9 @@ class Judge:
         )
 
     def images(self, noise_BCHW: Tensor, grid: tuple[float, ...]) -> Tensor:
-        rollout = Rollout(model=self.model, grid=grid, dynamics=ODE(), batch_sizes=self.batch_sizes, seed=0)
+        sampler = Sampler(model=self.model, grid=grid, batch_sizes=self.batch_sizes)
         samples = Samples.all_of(self.prompts, len(noise_BCHW) // len(self.prompts))
-        return rollout(samples, self.conditions.repeat(samples.group_size), noise_BCHW, ()).images_BCHW
+        return sampler(samples, self.conditions.repeat(samples.group_size), noise_BCHW)
 
     def score(self, candidates: Candidates, num_steps: int) -> Tensor:
         """That of the searches; of all prompts at once, as the searches compared here ask."""

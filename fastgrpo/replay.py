@@ -62,6 +62,10 @@ class Replay(Protocol):
     """What ``update`` knows of a signal."""
 
     @property
+    def objective(self) -> StepObjective | ImageObjective:
+        """The loss of a term."""
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the means of a term."""
 

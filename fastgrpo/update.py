@@ -40,15 +40,16 @@ class RanksDiffer(RuntimeError):
 class UpdateStats:
     """``means`` are over the iteration, but ``drift``: that of its last optimizer step.
 
-    ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share: the
-    largest that was found, None where nothing was compared, NaN where a batch did not fit, so that samples were
-    replayed in smaller ones, which may round otherwise.  It is the metric ``deviation_name``.
+    ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share and all of
+    their ``num_terms``: the largest that was found, None where nothing was compared, NaN where a batch did not fit, so
+    that samples were replayed in smaller ones, which may round otherwise.  It is the metric ``deviation_name``.
     """
 
     means: dict[str, float]
     deviation: float | None
     deviation_name: str
     max_deviation: float
+    num_terms: int
     grad_norm: float
     skipped_steps: int
     optimizer_steps: int
@@ -94,10 +95,10 @@ class Update:
                 "train.gradients=reweight takes the gradient of log_prob while steps are rolled out, and this "
                 "algorithm learns from images; use train.gradients=replay"
             )
-        if self.reweights and "kl" in self.replay.names:
+        if self.reweights and (kl_coef := self.replay.objective.kl_coef) > 0:
             raise ValueError(
-                "train.gradients=reweight needs algorithm.objective.kl_coef=0: the penalty's gradient is not one of "
-                "log_prob"
+                f"train.gradients=reweight needs algorithm.objective.kl_coef=0, got {kl_coef}: the penalty's gradient "
+                "is not one of log_prob"
             )
         if self.max_drift < math.inf and "drift" not in self.replay.names:
             raise ValueError(
@@ -143,7 +144,7 @@ class Update:
             if len(seen) == 1:
                 is_halved = self.batch_size.value != size
             grad_norms.append(self._optimizer_step(num_terms=len(share) * num_terms))
-        return self._summarize(seen, torch.stack(grad_norms), is_halved)
+        return self._summarize(seen, torch.stack(grad_norms), num_terms, is_halved)
 
     def shares(self, num_samples: int, iteration: int) -> Shares:
         """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
@@ -211,7 +212,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, is_halved: bool) -> UpdateStats:
+    def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, num_terms: int, is_halved: bool) -> UpdateStats:
         """Read everything at once, of all ranks: the only time that an update waits for the device."""
         names = ("loss", *self.replay.names)
         found = [term.deviation.double() for term in seen[0] if term.deviation is not None]
@@ -233,6 +234,7 @@ class Update:
             deviation=_largest([row[2 * width + 1] for row in rows]) if any(row[2 * width] for row in rows) else None,
             deviation_name=self.replay.deviation_name,
             max_deviation=self.replay.max_deviation,
+            num_terms=num_terms,
             # no number where no step was taken
             grad_norm=sum(norms) / len(norms) if norms else math.nan,
             skipped_steps=len(seen) - len(norms),

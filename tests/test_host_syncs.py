@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rollout import Rollout
+from fastgrpo.rollout import StepRollout
 from fastgrpo.train import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
@@ -55,7 +55,7 @@ def test_rollout_never_waits_for_the_gpu_and_update_once(
 
     # constants are filled and kernels compiled in the first
     trainer.step()
-    monkeypatch.setattr(Rollout, "__call__", watched("rollout", Rollout.__call__))
+    monkeypatch.setattr(StepRollout, "__call__", watched("rollout", StepRollout.__call__))
     monkeypatch.setattr(Update, "__call__", watched("update", Update.__call__))
     trainer.step()
     assert found["rollout"] == []

@@ -45,7 +45,7 @@ def first_rollout(trainer: Trainer) -> Trajectories:
     samples = Samples.all_of(trainer.prompts.at(0), trainer.group_size)
     conditions = trainer.model.encode(samples.texts)
     noise = trainer.start_noise(samples, 0)
-    return trainer.rollout(samples, conditions, noise.start_BCHW, trainer._trained_steps(), is_shared=noise.is_shared)
+    return trainer.rollout(samples, conditions, noise, trainer.iteration)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,10 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Samples
+from fastgrpo.replay import StepReplay
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
+from fastgrpo.types import Noise, Prompts, Samples
 from fastgrpo.update import Update
 
 GRID = SD3Schedule(5)()
@@ -54,22 +55,24 @@ def roll(
     """Of samples in the order of ``rows``."""
     start = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(1))[list(rows)]
     samples = Samples(PROMPTS, GROUP_SIZE, tuple(rows))
-    rollout = Rollout(
-        model=model,
-        grid=GRID,
-        dynamics=dynamics,
-        batch_sizes=BatchSizes.of(micro_batch),
-        seed=3,
-    )
-    return rollout(samples, model.encode(samples.texts), start, STEPS, num_differentiated=num_differentiated)
+    sampler = Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(micro_batch))
+    rollout = StepRollout(sampler=sampler, dynamics=dynamics, timesteps=lambda *_: STEPS, seed=3)
+    noise = Noise(start, metrics={}, num_scored=0)
+    return rollout(samples, model.encode(samples.texts), noise, 0, num_differentiated=num_differentiated)
 
 
-def make_update(model: StableDiffusion3, dynamics: Dynamics, *, learning_rate: float = 1.0, **settings) -> Update:
+def make_update(
+    model: StableDiffusion3,
+    dynamics: Dynamics,
+    *,
+    objective: ClippedSurrogate | None = None,
+    learning_rate: float = 1.0,
+    **settings,
+) -> Update:
+    objective = objective or ClippedSurrogate(1e-4, 0.0)
     return Update(
         model=model,
-        grid=GRID,
-        dynamics=dynamics,
-        objective=ClippedSurrogate(1e-4, 0.0),
+        replay=StepReplay(model=model, grid=GRID, dynamics=dynamics, objective=objective),
         optimizer=torch.optim.SGD(model.trainable.values(), lr=learning_rate, fused=True),
         max_grad_norm=1e9,
         batch_size=BatchSize(value=3, key="runtime.micro_batch"),
@@ -102,8 +105,8 @@ def test_reweighted_gradients_are_those_of_a_replay(dynamics: Dynamics, settings
     for one, other in zip(replayed, reweighted, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * largest)
     assert stats[1].grad_norm == pytest.approx(stats[0].grad_norm, rel=1e-3)
-    assert stats[1].loss == pytest.approx(stats[0].loss, abs=1e-6)
-    assert stats[1].ratio_deviation == stats[0].ratio_deviation == 0.0
+    assert stats[1].means["loss"] == pytest.approx(stats[0].means["loss"], abs=1e-6)
+    assert stats[1].deviation == stats[0].deviation == 0.0
 
 
 class Misreported(StepCoefficients):
@@ -128,8 +131,8 @@ def test_a_stored_log_prob_that_is_not_the_one_of_the_gradient_is_seen(reweights
     rolled = roll(model, misreporting, update.num_differentiated(shares))
     conditions = model.encode(PROMPTS.texts).repeat(GROUP_SIZE)
     stats = update(rolled.trained, conditions, ADVANTAGES, shares, rolled.gradients)
-    assert stats.ratio_deviation == pytest.approx(1 - math.exp(-0.5), rel=1e-5)
-    assert stats.clip_fraction == 0.5
+    assert stats.deviation == pytest.approx(1 - math.exp(-0.5), rel=1e-5)
+    assert stats.means["clip_fraction"] == 0.5
 
 
 def test_taking_gradients_changes_no_trajectory(tiny_weights: Path) -> None:
@@ -180,16 +183,16 @@ def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay
     largest = max(step.abs().max().item() for step in moved[0])
     for one, other in zip(*moved, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * largest)
-    assert stats[0].ratio_deviation == stats[1].ratio_deviation == 0.0
+    assert stats[0].deviation == stats[1].deviation == 0.0
     # the later steps saw a policy that had moved; a term counts alike in whichever step
-    assert stats[1].approx_kl == pytest.approx(stats[0].approx_kl, rel=1e-2)
-    assert stats[1].approx_kl > 0
-    assert stats[1].clip_fraction == stats[0].clip_fraction > 0
-    assert stats[1].loss == pytest.approx(stats[0].loss, rel=1e-4)
+    assert stats[1].means["approx_kl"] == pytest.approx(stats[0].means["approx_kl"], rel=1e-2)
+    assert stats[1].means["approx_kl"] > 0
+    assert stats[1].means["clip_fraction"] == stats[0].means["clip_fraction"] > 0
+    assert stats[1].means["loss"] == pytest.approx(stats[0].means["loss"], rel=1e-4)
 
 
 def test_where_it_would_be_wrong_it_is_refused(tiny_weights: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.gradients=reweight needs algorithm\.objective\.kl_coef=0, got 0\.04"):
-        replace(make_update(make_model(tiny_weights), FlowSDE(0.7), reweights=True), objective=ClippedSurrogate())
+        make_update(make_model(tiny_weights), FlowSDE(0.7), reweights=True, objective=ClippedSurrogate())
     with pytest.raises(ValueError, match="gradients of single samples need adapters; use adaptation=lora"):
         roll(make_model(tiny_weights, FullFineTuning()), FlowSDE(0.7), 6)

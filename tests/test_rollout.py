@@ -13,8 +13,9 @@ from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Samples, Trajectories
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
+from fastgrpo.types import Noise, Prompts, Samples, Trajectories
 from fastgrpo_kernels import combined, philox_normal
 
 SEED = 11
@@ -46,9 +47,16 @@ def roll(
 ) -> Trajectories:  # fmt: skip
     dynamics = dynamics or FlowSDE(0.7)
     start = make_start(len(prompts) * GROUP_SIZE) if start is None else start
-    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(micro_batch), seed=SEED)
     samples = Samples.all_of(prompts, GROUP_SIZE)
-    return rollout(samples, model.encode(samples.texts), start, STEPS)
+    rollout = make_rollout(model, dynamics, STEPS, micro_batch)
+    return rollout(samples, model.encode(samples.texts), Noise(start, metrics={}, num_scored=0), 0)
+
+
+def make_rollout(
+    model: StableDiffusion3, dynamics: Dynamics, steps: tuple[int, ...], micro_batch: int = 4
+) -> StepRollout:
+    sampler = Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(micro_batch))
+    return StepRollout(sampler=sampler, dynamics=dynamics, timesteps=lambda *_: steps, seed=SEED)
 
 
 def mean_and_std(dynamics: Dynamics, step: int, x: Tensor, v: Tensor) -> tuple[Tensor, float]:
@@ -146,10 +154,13 @@ def test_samples_of_one_start_and_text_part_at_the_first_step(model: StableDiffu
 
 
 def test_no_trained_step_stores_no_state(model: StableDiffusion3) -> None:
-    rollout = Rollout(model=model, grid=GRID, dynamics=FlowSDE(), batch_sizes=BatchSizes.of(4), seed=SEED)
-    samples = Samples.all_of(PROMPTS, GROUP_SIZE)
-    trajectories = rollout(samples, model.encode(samples.texts), make_start(6), ())
+    rollout = make_rollout(model, FlowSDE(), ())
+    samples, noise = Samples.all_of(PROMPTS, GROUP_SIZE), Noise(make_start(6), metrics={}, num_scored=0)
+    trajectories = rollout(samples, model.encode(samples.texts), noise, 0)
     assert trajectories.trained.x_TBCHW.shape == (0, 6, 16, 8, 8)
     assert trajectories.trained.log_prob_TB.shape == (0, 6)
-    again = rollout(samples, model.encode(samples.texts), make_start(6), ())
+    again = rollout(samples, model.encode(samples.texts), noise, 0)
     assert torch.equal(trajectories.images_BCHW, again.images_BCHW)
+    # and all of it is what sampling does
+    sampled = rollout.sampler(samples, model.encode(samples.texts), make_start(6))
+    assert torch.equal(trajectories.images_BCHW, sampled)

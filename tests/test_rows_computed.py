@@ -58,10 +58,10 @@ def count_rows(weights: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *ov
             counts.without += len(x_BCHW)
         return run(self, transformer, t, x_BCHW, conditions)
 
-    def counting_update(self, *args):
+    def counting_update(self, *args, **kwargs):
         nonlocal counts
         counts = updated
-        return update(self, *args)
+        return update(self, *args, **kwargs)
 
     monkeypatch.setattr(PipelineModel, "_run", counting_run)
     monkeypatch.setattr(Update, "__call__", counting_update)

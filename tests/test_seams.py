@@ -15,7 +15,9 @@ from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import RunParts
+from fastgrpo.replay import StepReplay
 from fastgrpo.rewards.ranks import PolicyRank
+from fastgrpo.rollout import StepRollout
 from fastgrpo.train import assemble, build_trainer
 from fastgrpo.trainer import Trainer
 from tests.test_trainer import release
@@ -59,8 +61,11 @@ def built(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
 def test_every_key_reaches_the_piece_that_it_is_of(built: Trainer) -> None:
     (group,) = built.update.optimizer.param_groups
     algorithm = built.algorithm
+    rollout, replay = built.rollout, built.update.replay
+    assert isinstance(rollout, StepRollout)
+    assert isinstance(replay, StepReplay)
     assert {
-        "seeds": (built.seed, built.prompts.seed, built.rollout.seed, built.start_noise.seed, built.update.seed),
+        "seeds": (built.seed, built.prompts.seed, rollout.seed, built.start_noise.seed, built.update.seed),
         "iterations": (built.num_iterations, built.start_noise.num_iterations),
         "seconds": built.max_seconds,
         "samples": (built.prompts.prompts_per_iteration, built.group_size),
@@ -69,9 +74,9 @@ def test_every_key_reaches_the_piece_that_it_is_of(built: Trainer) -> None:
         "evaluation": (built.evaluate_every, built.evaluation.images_per_prompt, len(built.evaluation.grid)),
         "evaluation's seed": built.evaluation.seed,
         "checkpoint": (built.checkpoint.every, built.checkpoint.keep, built.checkpoint.asynchronous),
-        "grids": (list(built.rollout.grid), list(built.update.grid)),
+        "grids": (list(rollout.sampler.grid), list(replay.grid)),
         # 6 samples in two optimizer steps
-        "batches": tuple(size.value for size in vars(built.rollout.batch_sizes).values()),
+        "batches": tuple(size.value for size in vars(rollout.sampler.batch_sizes).values()),
     } == {
         "seeds": (5, 5, 5, 5, 5),
         "iterations": (9, 9),
@@ -89,14 +94,19 @@ def test_every_key_reaches_the_piece_that_it_is_of(built: Trainer) -> None:
 
 def test_pieces_that_must_be_one_are_one(built: Trainer) -> None:
     """A copy would train other weights, halve other batches, or score by other rewards."""
-    rollout, update = built.rollout, built.update
-    assert built.model is rollout.model is update.model is built.evaluation.model is built.start_noise.rollout.model
-    assert update.batch_size is rollout.batch_sizes.training
+    rollout, update, replay = built.rollout, built.update, built.update.replay
+    assert isinstance(rollout, StepRollout)
+    assert isinstance(replay, StepReplay)
+    sampler = rollout.sampler
+    assert built.start_noise.sampler is sampler
+    assert built.model is sampler.model is update.model is replay.model is built.evaluation.model
+    assert update.batch_size is sampler.batch_sizes.training
     assert built.rewards is built.start_noise.rewards is built.evaluation.rewards
     assert built.algorithm is built.start_noise.algorithm
-    assert (rollout.dynamics, update.dynamics) == (built.algorithm.dynamics, built.algorithm.dynamics)
-    assert update.objective is built.algorithm.objective
-    assert rollout.solver.stride == 2  # type: ignore[attr-defined]
+    assert (rollout.dynamics, replay.dynamics) == (built.algorithm.dynamics, built.algorithm.dynamics)
+    assert replay.objective is built.algorithm.objective
+    assert rollout.timesteps is built.algorithm.timesteps
+    assert sampler.solver.stride == 2  # type: ignore[attr-defined]
     (group,) = update.optimizer.param_groups
     assert [id(weight) for weight in group["params"]] == [id(weight) for weight in built.model.trainable.values()]
     assert built.ema._weights.keys() == built.model.trainable.keys()
@@ -258,14 +268,16 @@ def test_each_iteration_has_its_own_prompts_noise_window_and_shares(tiny_weights
     for _ in range(4):
         trainer.step()
     for iteration in range(4):
-        (samples, _, start_BCHW, steps, _), given = rollout.calls[iteration]
+        (samples, _, start_noise, of_iteration, _), _ = rollout.calls[iteration]
         assert samples.prompts == trainer.prompts.at(iteration)
         assert noise.calls[iteration][0] == (samples, iteration)
-        assert start_BCHW is noise.returned[iteration].start_BCHW
-        assert given["is_shared"] is noise.returned[iteration].is_shared
-        assert steps == trainer.algorithm.timesteps(7, iteration, trainer.seed)
+        assert start_noise is noise.returned[iteration]
+        assert of_iteration == iteration
+        steps = rollout.returned[iteration].trained.steps
+        assert steps == trainer.algorithm.steps(7, iteration, trainer.seed)
         assert update.calls[iteration][0][3] == update.shares(6, iteration)
-    assert len({call[0][3] for call in rollout.calls}) > 1
+        assert update.calls[iteration][1] == {"iteration": iteration}
+    assert len({returned.trained.steps for returned in rollout.returned}) > 1
     assert len({str(call[0][3]) for call in update.calls}) > 1
     assert len({call[0][0].prompts.ids[0] for call in rollout.calls}) == 4
 
@@ -278,9 +290,9 @@ def test_whether_a_group_shares_its_noise_is_what_the_proposal_says(
     trainer = make_trainer(tiny_weights, tmp_path / "run", noise)
     rollout = Spy(trainer, "rollout")
     trainer.step()
-    assert rollout.calls[0][1]["is_shared"] is is_shared
-    start_BCHW = rollout.calls[0][0][2]
-    assert torch.equal(start_BCHW[0], start_BCHW[1]) is is_shared
+    start = rollout.calls[0][0][2]
+    assert start.is_shared is is_shared
+    assert torch.equal(start.start_BCHW[0], start.start_BCHW[1]) is is_shared
 
 
 def test_the_gradients_of_a_rollout_are_those_that_the_update_uses(tiny_weights: Path, tmp_path: Path) -> None:
@@ -345,6 +357,7 @@ def test_a_recipe_may_be_assembled_from_parts_alone(tiny_weights: Path, tmp_path
     parts = dataclasses.replace(parts, seed=11)
     run = SameRun.find(parts.output, parts.config, resume=False, world=World())
     trainer = assemble(parts, PolicyRank(world=World()), run)
+    assert isinstance(trainer.rollout, StepRollout)
     assert trainer.rollout.seed == 11
     # as the default config says, and not as the class does
     assert trainer.checkpoint.asynchronous

@@ -13,8 +13,9 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout
-from fastgrpo.types import Prompts, Samples, Trajectories
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
+from fastgrpo.types import Noise, Prompts, Samples, Trajectories
 
 GRID = SD3Schedule(6)()
 PROMPTS = Prompts(["a red circle", "two blue squares"], ids=[4, 9])
@@ -57,13 +58,13 @@ def roll(
         passes.append((t, len(x_BCHW)))
         return run(self, transformer, t, x_BCHW, conditions)
 
-    rollout = Rollout(
-        model=model, grid=GRID, dynamics=CPS(0.8), batch_sizes=BatchSizes.of(3, 6, 3), seed=11, solver=solver or Euler()
-    )
+    sampler = Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(3, 6, 3), solver=solver or Euler())
+    rollout = StepRollout(sampler=sampler, dynamics=CPS(0.8), timesteps=lambda *_: steps, seed=11)
+    noise = Noise(starts(), metrics={}, num_scored=0, is_shared=is_shared)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PipelineModel, "_run", counting)
         samples = Samples.all_of(PROMPTS, GROUP_SIZE)
-        return rollout(samples, model.encode(samples.texts), starts(), steps, is_shared=is_shared), passes
+        return rollout(samples, model.encode(samples.texts), noise, 0), passes
 
 
 def rows_at(passes: list[tuple[float, int]], step: int) -> int:

@@ -33,6 +33,15 @@ SEARCH = (
     "algorithm.noise.estimate_steps=2",
 )
 
+FROM_IMAGES = (
+    "algorithm=awm",
+    "algorithm/noise=elite",
+    "algorithm.noise.candidates=4",
+    "algorithm.noise.elites=3",
+    "algorithm.noise.estimate_steps=2",
+    "algorithm.objective.kl_coef=0.04",
+)
+
 
 def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
     return build_trainer(make_config(weights, output, *overrides))
@@ -65,13 +74,22 @@ def test_each_iteration_has_one_line(run: Path) -> None:
     assert rows[3]["seconds"] == pytest.approx(sum(row["seconds/iteration"] for row in rows[1:]))
 
 
-def test_the_metrics_are_exactly_those_that_are_explained(run: Path) -> None:
-    logged = set().union(*(row.keys() for row in rows_of(run))) - {"nonfinite"}
-    named = {key if key in METRICS else f"{key.split('/')[0]}/<name>" for key in logged}
-    assert named == METRICS.keys()
-    every_iteration = set(METRICS) - {"seconds/evaluate", "eval/<name>", "reward/<name>"}
-    for row in rows_of(run)[1:]:
-        assert every_iteration <= row.keys()
+def test_the_metrics_are_exactly_those_that_are_explained(
+    run: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from_images = train(make_config(tiny_weights, tmp_path_factory.mktemp("from_images") / "run", *FROM_IMAGES))
+    of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "loss_deviation"})
+    everything = set()
+    for output, absent in ((run, of_one_signal[1]), (from_images, of_one_signal[0])):
+        logged = set().union(*(row.keys() for row in rows_of(output))) - {"nonfinite"}
+        named = {key if key in METRICS else f"{key.split('/')[0]}/<name>" for key in logged}
+        assert named == METRICS.keys() - absent
+        everything |= named
+        # of images it is compared in every tenth iteration
+        sometimes = {"seconds/evaluate", "eval/<name>", "reward/<name>", "loss_deviation"}
+        for row in rows_of(output)[1:]:
+            assert METRICS.keys() - absent - sometimes <= row.keys()
+    assert everything == METRICS.keys()
 
 
 def test_the_stages_add_up_to_the_iterations(run: Path) -> None:

@@ -20,9 +20,11 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout
+from fastgrpo.replay import StepReplay
+from fastgrpo.rollout import StepRollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
-from fastgrpo.types import Conditions, Prompts, Samples, Trajectories
+from fastgrpo.types import Conditions, Noise, Prompts, Samples, Trajectories
 from fastgrpo.update import Update, UpdateStats
 from tests.tiny_config import make_config
 
@@ -66,12 +68,12 @@ class Iteration:
     conditions_B: Conditions
     trajectories: Trajectories
 
-    def update(self, optimizer: torch.optim.Optimizer, **settings: Any) -> Update:
+    def update(
+        self, optimizer: torch.optim.Optimizer, objective: ClippedSurrogate = OBJECTIVE, **settings: Any
+    ) -> Update:
         update = Update(
             model=self.model,
-            grid=GRID,
-            dynamics=self.dynamics,
-            objective=OBJECTIVE,
+            replay=StepReplay(model=self.model, grid=GRID, dynamics=self.dynamics, objective=objective),
             optimizer=optimizer,
             optimizer_steps=1,
             max_grad_norm=1e9,
@@ -122,9 +124,11 @@ def make_iteration(
     start = torch.randn(6, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     samples = Samples.all_of(PROMPTS, GROUP_SIZE)
     conditions = model.encode(samples.texts)
-    rollout = Rollout(model=model, grid=GRID, dynamics=dynamics, batch_sizes=BatchSizes.of(2), seed=3)
+    sampler = Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(2))
+    rollout = StepRollout(sampler=sampler, dynamics=dynamics, timesteps=lambda *_: STEPS, seed=3)
+    trajectories = rollout(samples, conditions, Noise(start, metrics={}, num_scored=0), 0)
     reference = SD3Transformer2DModel.from_pretrained(weights / "transformer")
-    return Iteration(model, dynamics, reference, conditions, rollout(samples, conditions, start, STEPS))
+    return Iteration(model, dynamics, reference, conditions, trajectories)
 
 
 def velocity(it: Iteration, transformer: nn.Module, x: Tensor, t: float, conditions: Conditions) -> Tensor:
@@ -213,9 +217,12 @@ def test_the_ratio_is_exactly_one_and_the_gradient_that_of_the_published_objecti
     assert_same_gradients(recorder.gradients[0], gradients_of(it, losses))
     norm = torch.cat([g.flatten() for g in recorder.gradients[0]]).norm().item()
     assert stats.grad_norm == pytest.approx(norm, rel=1e-5)
-    assert stats.loss == pytest.approx(losses.mean().item(), rel=1e-5, abs=1e-6)
-    assert stats.kl > 0
-    assert stats.ratio_deviation == stats.clip_fraction == 0.0
+    assert stats.means["loss"] == pytest.approx(losses.mean().item(), rel=1e-5, abs=1e-6)
+    assert stats.means["kl"] > 0
+    assert stats.deviation == stats.means["clip_fraction"] == 0.0
+    # a tenth of the clip range
+    assert (stats.deviation_name, stats.max_deviation) == ("ratio_deviation", pytest.approx(1e-5))
+    assert stats.num_terms == 2
 
 
 @pytest.mark.parametrize(
@@ -245,10 +252,10 @@ def test_each_of_several_optimizer_steps_follows_the_gradient_on_the_weights_tha
     is_clipped = all_log_ratios.expm1().abs() > objective.clip_range
     # of the eight terms of later steps
     assert 2 <= is_clipped.sum() <= 6
-    assert stats.clip_fraction == pytest.approx(is_clipped.double().mean().item())
-    assert stats.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5, abs=1e-6)
-    assert stats.approx_kl == pytest.approx((all_log_ratios.expm1() - all_log_ratios).mean().item(), rel=1e-2)
-    assert stats.ratio_deviation == 0.0
+    assert stats.means["clip_fraction"] == pytest.approx(is_clipped.double().mean().item())
+    assert stats.means["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5, abs=1e-6)
+    assert stats.means["approx_kl"] == pytest.approx((all_log_ratios.expm1() - all_log_ratios).mean().item(), rel=1e-2)
+    assert stats.deviation == 0.0
 
 
 def test_without_advantages_the_gradient_is_that_of_the_divergence(tiny_weights: Path) -> None:
@@ -269,7 +276,7 @@ def test_without_a_divergence_weight_the_reference_is_never_run(
     monkeypatch.setattr(it.model, "velocity_and_reference", None)
     recorder = Recorder(it.model)
     stats = apply(it.update(recorder, objective=objective), it)
-    assert stats.kl == 0.0
+    assert "kl" not in stats.means
     assert_same_gradients(recorder.gradients[0], expected)
 
 
@@ -285,8 +292,8 @@ def test_what_an_optimizer_step_sees_does_not_depend_on_the_micro_batch(micro_ba
     (expected, expected_stats), (found, stats) = results
     for gradients, others in zip(found, expected, strict=True):
         assert_same_gradients(gradients, others)
-    assert stats.loss == pytest.approx(expected_stats.loss, abs=1e-5)
-    assert stats.kl == pytest.approx(expected_stats.kl, rel=1e-3)
+    assert stats.means["loss"] == pytest.approx(expected_stats.means["loss"], abs=1e-5)
+    assert stats.means["kl"] == pytest.approx(expected_stats.means["kl"], rel=1e-3)
 
 
 def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples(
@@ -312,8 +319,8 @@ def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples
     assert batch_size.value == 2
     assert_same_gradients(halved.gradients[0], whole.gradients[0])
     # rounded otherwise than the rollout, so there is nothing to tell of the ratio
-    assert math.isnan(stats.ratio_deviation)
-    assert apply(update, it).ratio_deviation == 0.0
+    assert math.isnan(stats.deviation)
+    assert apply(update, it).deviation == 0.0
 
 
 def test_each_row_of_an_update_has_the_text_and_the_advantage_of_its_own_image(
@@ -327,7 +334,9 @@ def test_each_row_of_an_update_has_the_text_and_the_advantage_of_its_own_image(
         rolled.append(rollout(*arguments, **settings))
         return rolled[-1]
 
-    def compare(self, trained, conditions_B: Conditions, advantages_B: Tensor, shares, gradients) -> UpdateStats:
+    def compare(
+        self, trained, conditions_B: Conditions, advantages_B: Tensor, shares, gradients, *, iteration
+    ) -> UpdateStats:
         rows = [row for share in shares for row in share]
         assert rows != sorted(rows)
         prompts = trainer.prompts.at(0).texts
@@ -339,7 +348,8 @@ def test_each_row_of_an_update_has_the_text_and_the_advantage_of_its_own_image(
         torch.testing.assert_close(advantages_B, expected_PG.flatten()[rows], rtol=1e-3, atol=1e-3)
         assert expected_PG.flatten().sort().values.diff().min() > 1e-2
         assert torch.equal(conditions_B.embeds_BLC, trainer.model.encode(texts).embeds_BLC)
-        return update(self, trained, conditions_B, advantages_B, shares, gradients)
+        assert iteration == 0
+        return update(self, trained, conditions_B, advantages_B, shares, gradients, iteration=iteration)
 
     trainer.rollout = spy  # type: ignore[assignment]
     monkeypatch.setattr(Update, "__call__", compare)

@@ -135,9 +135,8 @@ def _ours(trainer: Trainer, advantages_B: Tensor) -> tuple[TrainedSteps, dict[st
     trajectories = trainer.rollout(
         samples,
         conditions,
-        noise.start_BCHW,
-        trainer.algorithm.timesteps(NUM_STEPS, 0, trainer.seed),
-        is_shared=noise.is_shared,
+        noise,
+        0,
         num_differentiated=trainer.update.num_differentiated(shares),
     )
     gradient: dict[str, Tensor] = {}
@@ -149,6 +148,7 @@ def _ours(trainer: Trainer, advantages_B: Tensor) -> tuple[TrainedSteps, dict[st
 
     # divided by the number of its terms, and not clipped
     trainer.update.optimizer.register_step_pre_hook(keep)
+    assert isinstance(trajectories.trained, TrainedSteps)
     trainer.update(trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
     return trajectories.trained, gradient
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from benchmarks.flow_grpo.ours import FastGRPO
 from benchmarks.flow_grpo.recipe import Job
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.replay import StepReplay
+from fastgrpo.rollout import StepRollout
 from fastgrpo.types import Conditions
 
 _OVERRIDES = ("model.dtype=float32", "runtime.attention=sdpa")
@@ -49,6 +51,10 @@ class PlainFastGRPO(FastGRPO):
         trainer = self.trainer
         model: Any = PlainModel(trainer.model)
         trainer.model = model
-        trainer.rollout = replace(trainer.rollout, model=model)
-        trainer.update = replace(trainer.update, model=model)
-        trainer.start_noise = replace(trainer.start_noise, rollout=trainer.rollout)
+        rollout, replay = trainer.rollout, trainer.update.replay
+        assert isinstance(rollout, StepRollout)
+        assert isinstance(replay, StepReplay)
+        sampler = replace(rollout.sampler, model=model)
+        trainer.rollout = replace(rollout, sampler=sampler)
+        trainer.update = replace(trainer.update, model=model, replay=replace(replay, model=model))
+        trainer.start_noise = replace(trainer.start_noise, sampler=sampler)

@@ -64,7 +64,8 @@ def doctor(config: DictConfig) -> None:
         exact = 0.0 if stats.deviation_name == "ratio_deviation" else _MAX_VELOCITY_DEVIATION
         limit = exact if config.model.dtype == "float32" else stats.max_deviation
     assert stats.deviation is not None
-    found = f"{stats.deviation_name} = {stats.deviation:.3g} over {config.num_prompts * config.group_size} samples"
+    samples = f"{config.num_prompts * config.group_size} samples, {stats.num_terms} terms of each"
+    found = f"{stats.deviation_name} = {stats.deviation:.3g} over {samples}"
     if not stats.deviation <= limit:
         raise TrainingError(
             f"{found}: more than {limit:g}, so rollout and update disagree; "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from fastgrpo import trainer
 from fastgrpo.distributed.world import World
+from fastgrpo.replay import StepReplay, Term
 from fastgrpo.types import Samples
-from fastgrpo.update import Update
 
 
 @contextmanager
@@ -57,18 +58,16 @@ def advantages_of_another(world: World) -> Iterator[None]:
 @contextmanager
 def a_skipped_batch(world: World) -> Iterator[None]:
     """One rank leaves out one step of one micro-batch."""
-    add, batches = Update._backward, []
+    term, batches = StepReplay.term, []
 
-    def add_but_one(self: Update, *arguments: Any) -> Any:
-        before = {w: w.grad.clone() if w.grad is not None else None for w in self.model.trainable.values()}
-        seen = add(self, *arguments)
+    def without_one_gradient(self: StepReplay, *arguments: Any) -> Term:
+        found = term(self, *arguments)
         batches.append(1)
         if world.rank == 1 and len(batches) == 2:
-            for weight, gradient in before.items():
-                weight.grad = gradient
-        return seen
+            return replace(found, loss=0.0 * found.loss + found.loss.detach())
+        return found
 
-    with mock.patch.object(Update, "_backward", add_but_one):
+    with mock.patch.object(StepReplay, "term", without_one_gradient):
         yield
     assert len(batches) > 2
 

@@ -15,6 +15,8 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_model, build_rewards
 from fastgrpo.pieces import build
+from fastgrpo.replay import rehearsal
+from fastgrpo.rollout import StepRollout
 from fastgrpo.train import build_trainer, train
 from tests.tiny_config import make_config
 
@@ -33,8 +35,13 @@ class Planned:
             config.runtime.checkpointing = checkpointing
             return build_model(config)
 
+        algorithm = build(config.algorithm)
         self.planner = MemoryPlanner(
-            algorithm=build(config.algorithm), samples=samples, optimizer_steps=2, rewards=build_rewards(config)[0]
+            algorithm=algorithm,
+            make_replay=rehearsal(algorithm),
+            samples=samples,
+            optimizer_steps=2,
+            rewards=build_rewards(config)[0],
         )
         self.model, self.plan = self.planner(build_with, CountingMeter, memory, False)
 
@@ -47,9 +54,10 @@ def test_what_is_predicted_for_many_samples_is_what_they_use(
     assert list(planned.plan.choices) == [SAMPLING, DECODING, REWARD, TRAINING]
     model, num_samples = planned.model, 16
     # the gradients of one sample are there when the next is replayed
-    planned.planner._train(model, 1)
+    replay = planned.planner.make_replay(model)
+    replay.rehearse(torch.zeros(1, *model.latent_shape), model.encode([""]))
     with LiveBytes() as counter:
-        planned.planner._train(model, num_samples)
+        replay.rehearse(torch.zeros(num_samples, *model.latent_shape), model.encode([""]).repeat(num_samples))
     cost = planned.plan.choices[TRAINING].cost
     gradients = sum(weight.nbytes for weight in model.trainable.values())
     assert counter.peak == pytest.approx(num_samples * cost.per_sample, rel=0.05)
@@ -116,7 +124,8 @@ def test_checkpointing_comes_on_only_where_two_samples_do_not_fit(
         seen.append(checkpointing)
         return build_model(config)
 
-    planner = Scripted(algorithm=build(config.algorithm), samples=8, optimizer_steps=1)
+    algorithm = build(config.algorithm)
+    planner = Scripted(algorithm=algorithm, make_replay=rehearsal(algorithm), samples=8, optimizer_steps=1)
     _, plan = planner(build_with, CountingMeter, memory, asked)
     assert seen == built
     assert plan.checkpointing is built[-1]
@@ -141,7 +150,8 @@ def test_a_run_plans_shows_and_keeps_its_sizes_and_a_resumed_run_cuts_as_it_bega
     again = make_config(tiny_weights, tmp_path / "run", *overrides, "train.iterations=2", "resume=true")
     trainer = build_trainer(again)
     assert trainer.update.batch_size.value == 6
-    assert trainer.rollout.batch_sizes.decoding.value == 3, "as even as 6 rows in portions of at most 5"
+    assert isinstance(trainer.rollout, StepRollout)
+    assert trainer.rollout.sampler.batch_sizes.decoding.value == 3, "as even as 6 rows in portions of at most 5"
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").runtime == begun
 
 

@@ -11,9 +11,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule
-from fastgrpo.commands.doctor import ratio_deviation
+from fastgrpo.commands.doctor import replayed
 from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.config import load_config
 from fastgrpo.memory.batches import BatchSizes
@@ -24,7 +23,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.pieces import build
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import combined
@@ -66,8 +65,8 @@ def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
 
 
 def images_of_ours(model: Flux) -> Tensor:
-    rollout = Rollout(model=model, grid=FluxSchedule(4, 64)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
-    return rollout(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start(), ()).images_BCHW
+    sampler = Sampler(model=model, grid=FluxSchedule(4, 64)(), batch_sizes=BatchSizes.of(2))
+    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start())
 
 
 def images_of_diffusers(pipeline: FluxPipeline, guidance_scale: float = GUIDANCE) -> Tensor:
@@ -276,7 +275,8 @@ def test_it_trains_with_a_ratio_of_exactly_one(recipe: list[str], weights: Path,
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_doctor_finds_a_ratio_of_exactly_one(recipe: list[str], weights: Path) -> None:
     config = load_config("doctor", [*TINY, *recipe, f"model.weights={weights}", "runtime.device=cpu"])
-    assert ratio_deviation(config)[0] == 0
+    stats = replayed(config)
+    assert (stats.deviation_name, stats.deviation) == ("ratio_deviation", 0)
 
 
 def test_the_experiment_is_flow_grpos() -> None:

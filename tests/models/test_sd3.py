@@ -10,13 +10,12 @@ from diffusers import StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.rollout import Rollout
+from fastgrpo.sampler import Sampler
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import GuidedVelocity, combined
 from tests.tiny import make_pipeline
@@ -70,8 +69,8 @@ def images_of_diffusers(weights: Path, components: dict, start: torch.Tensor, **
 
 
 def images_of_ours(model: StableDiffusion3, start: torch.Tensor) -> torch.Tensor:
-    rollout = Rollout(model=model, grid=SD3Schedule(10)(), dynamics=ODE(), batch_sizes=BatchSizes.of(2), seed=0)
-    return rollout(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), start, ()).images_BCHW
+    sampler = Sampler(model=model, grid=SD3Schedule(10)(), batch_sizes=BatchSizes.of(2))
+    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), start)
 
 
 def make_start() -> torch.Tensor:
