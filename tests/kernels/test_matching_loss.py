@@ -224,7 +224,8 @@ def test_kernels_take_any_layout(kernel_device: str) -> None:
 def test_operators_are_well_formed(variant: dict[str, Any], device: str) -> None:
     # the gradient's dtype differs from that of the results only where v is not float32
     v, *rest = op_arguments(make(3, 2, 5, dtype=torch.bfloat16, device=device, **variant))
-    checks = ALL_CHECKS if variant in (VARIANTS[0], VARIANTS[-1]) else QUICK_CHECKS
+    # noise that is drawn under symbolic shapes is checked with `add_noise`
+    checks = ALL_CHECKS if variant == VARIANTS[0] else QUICK_CHECKS
     backward, forward = torch.ops.fastgrpo.matching_loss_backward.default, torch.ops.fastgrpo.matching_loss.default
     torch.library.opcheck(backward, (torch.ones(7, 3, device=device), v, *rest), test_utils=checks)
     torch.library.opcheck(forward, (v.mT.contiguous().mT.requires_grad_(), *rest), test_utils=checks)
