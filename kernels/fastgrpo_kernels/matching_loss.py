@@ -182,9 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_EB: Tensor) -> tuple[Tensor | None, ...]:
     v, v_old, x_0, noise, *ids, v_reference = ctx.saved_tensors
-    grad_v = matching_loss_backward(
-        grad_EB, v, v_old, x_0, noise, ctx.seed, ctx.stream, *ids, ctx.beta, v_reference
-    )  # fmt: skip
+    grad_v = matching_loss_backward(grad_EB, v, v_old, x_0, noise, ctx.seed, ctx.stream, *ids, ctx.beta, v_reference)
     return grad_v, *[None] * 9
 
 
