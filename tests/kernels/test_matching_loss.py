@@ -141,8 +141,8 @@ def test_half_precision_is_computed_in_float32_and_its_gradient_rounded_once(dev
     wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in half.items()}
     errors, expected = (matching_loss(**{**each, "v": each["v"].requires_grad_()}) for each in (half, wide))
     assert all(torch.equal(one, other) for one, other in zip(errors, expected, strict=True))
-    (grad,) = torch.autograd.grad(sum(error.sum() for error in errors), half["v"])
-    (expected_grad,) = torch.autograd.grad(sum(error.sum() for error in expected), wide["v"])
+    (grad,) = torch.autograd.grad(torch.stack(errors).sum(), half["v"])
+    (expected_grad,) = torch.autograd.grad(torch.stack(expected).sum(), wide["v"])
     assert torch.equal(grad, expected_grad.bfloat16())
 
 
