@@ -45,9 +45,7 @@ def _add_noise_kernel(
     block = tl.program_id(1)
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
-    noise = load_noise(
-        noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK
-    )  # fmt: skip
+    noise = load_noise(noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK)
     t = tl.load(t_ptr + row)
     x_t = (1.0 - t) * load_row(x_0_ptr, row, cols, mask, D) + t * noise
     tl.store(x_t_ptr + row * D + cols, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)

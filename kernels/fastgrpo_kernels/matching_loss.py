@@ -104,10 +104,11 @@ def _matching_loss_kernel(
     stride = tl.num_programs(0).to(tl.int64) * num_blocks
     partial_ptr += row * num_blocks + block
     if HAS_OLD:
+        # with plus and minus first, six registers spilled on sm_90
+        _store_square_sum(partial_ptr + 5 * stride, shift)
+        _store_square_sum(partial_ptr + 4 * stride, old)
         _store_error_sums(partial_ptr, partial_ptr + stride, old + beta * shift)
         _store_error_sums(partial_ptr + 2 * stride, partial_ptr + 3 * stride, old - beta * shift)
-        _store_square_sum(partial_ptr + 4 * stride, old)
-        _store_square_sum(partial_ptr + 5 * stride, shift)
     else:
         _store_error_sums(partial_ptr, partial_ptr + stride, old)
     if HAS_REFERENCE:
@@ -181,9 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_EB: Tensor) -> tuple[Tensor | None, ...]:
     v, v_old, x_0, noise, *ids, v_reference = ctx.saved_tensors
-    grad_v = matching_loss_backward(
-        grad_EB, v, v_old, x_0, noise, ctx.seed, ctx.stream, *ids, ctx.beta, v_reference
-    )  # fmt: skip
+    grad_v = matching_loss_backward(grad_EB, v, v_old, x_0, noise, ctx.seed, ctx.stream, *ids, ctx.beta, v_reference)
     return grad_v, *[None] * 9
 
 

@@ -72,9 +72,7 @@ def load_errors(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """v_old - u, v - v_old and v - v_reference, zero beyond the end of the sample; what there is not is not read."""
-    noise = load_noise(
-        noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK
-    )  # fmt: skip
+    noise = load_noise(noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK)
     target = noise - load_row(x_0_ptr, row, cols, mask, D)
     v = load_row(v_ptr, row, cols, mask, D)
     v_old = v

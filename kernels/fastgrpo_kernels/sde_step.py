@@ -81,9 +81,7 @@ def _sde_step_kernel(
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
     mean = step_mean_kernel(x_ptr, v_ptr, v_uncond_ptr, scale, c_x_ptr, c_v_ptr, row, cols, mask, D, GUIDED)
-    noise = load_noise(
-        noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK
-    )  # fmt: skip
+    noise = load_noise(noise_ptr, prompt_ids_ptr, sample_ids_ptr, seed, stream, row, block, cols, mask, D, DRAWN, BLOCK)
     x_next = (mean + tl.load(std_ptr + row) * noise).to(x_next_ptr.dtype.element_ty)
     tl.store(x_next_ptr + row * D + cols, x_next, mask=mask)
     if RETURN_MEAN:

@@ -103,6 +103,12 @@ def test_kernel_takes_any_layout(kernel_device: str) -> None:
         result = run(*op_arguments(other, torch.float32))
         assert result.is_contiguous()
         assert torch.equal(result, expected)
+    # ids that lie apart
+    drawn = make(3, 4, 5, device=kernel_device, drawn=True)
+    ids_B2 = torch.stack([drawn["noise"].prompt_ids_B, drawn["noise"].sample_ids_B], dim=1)
+    strided = {**drawn, "noise": PhiloxNoise(drawn["noise"].seed, drawn["noise"].stream, *ids_B2.unbind(1))}
+    expected = _add_noise_triton(*op_arguments(drawn, torch.float32))
+    assert torch.equal(_add_noise_triton(*op_arguments(strided, torch.float32)), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo_kernels import philox_normal
+from fastgrpo_kernels.add_noise import _add_noise_kernel
+from fastgrpo_kernels.matching_loss import _matching_loss_kernel
+from fastgrpo_kernels.matching_loss_backward import _matching_loss_backward_kernel
 from fastgrpo_kernels.ode_step import _ode_step_kernel
 from fastgrpo_kernels.philox import _philox_normal_kernel
 from fastgrpo_kernels.refit_moments import _refit_moments_kernel
@@ -79,6 +82,41 @@ def test_sde_log_prob_backward(kernel_device: str) -> None:
     )  # fmt: skip
     # 2 (x_next - mean)
     assert block_of(grad_v) == rows_of(0, 2, 6)
+
+
+def test_add_noise(kernel_device: str) -> None:
+    x_0, noise, x_t = huge(kernel_device, 1, 2, 3), huge(kernel_device, 5, 4, 7), huge(kernel_device)
+    t_B = torch.full((ROWS,), 0.5, device=kernel_device)
+    ids_B = torch.arange(ROWS, device=kernel_device)
+    _add_noise_kernel[(ROWS, 1)](x_t, x_0, noise, ids_B, ids_B, t_B, 0, 0, D, DRAWN=False, BLOCK=BLOCK)
+    assert block_of(x_t) == rows_of(3, 3, 5)
+
+
+def test_matching_loss(kernel_device: str) -> None:
+    v, v_old, x_0, noise = (huge(kernel_device, *values) for values in ((2, 2, 2), (1, 0, 1), (1, 1, 1), (0, 1, 2)))
+    ids_B, partial = torch.arange(ROWS, device=kernel_device), torch.empty(7, ROWS, device=kernel_device).double()
+    _matching_loss_kernel[(ROWS, 1)](
+        partial, v, v_old, x_0, noise, ids_B, ids_B, x_0, 0, 0, 1.0, D,
+        HAS_OLD=True, DRAWN=False, HAS_REFERENCE=True, BLOCK=BLOCK,
+    )  # fmt: skip
+    # u = noise - x_0 = (-1, 0, 1), v - u = (3, 2, 1), v- = (0, -2, 0) and v- - u = (1, -2, -1)
+    plus, abs_plus, minus, abs_minus, old, drift, reference = (partial / BLOCK).tolist()
+    assert (plus, abs_plus, minus, abs_minus) == ([9, 4, 1], [3, 2, 1], [1, 4, 1], [1, 2, 1])
+    assert (old, drift, reference) == ([4, 0, 0], [1, 4, 1], [1, 1, 1])
+
+
+def test_matching_loss_backward(kernel_device: str) -> None:
+    v, v_old, x_0, noise = (huge(kernel_device, *values) for values in ((2, 2, 2), (1, 0, 1), (1, 1, 1), (0, 1, 2)))
+    grad_v, ids_B = huge(kernel_device), torch.arange(ROWS, device=kernel_device)
+    # of plus alone, of minus and drift, of reference
+    grad = torch.zeros(7, ROWS, device=kernel_device)
+    grad[0, 0] = grad[1, 1] = grad[5, 1] = grad[6, 2] = 1
+    _matching_loss_backward_kernel[(ROWS, 1)](
+        grad_v, grad, v, v_old, x_0, noise, ids_B, ids_B, x_0, 0, 0, 1.0, 2.0, 2.0, ROWS, D,
+        HAS_OLD=True, DRAWN=False, HAS_REFERENCE=True, BLOCK=BLOCK,
+    )  # fmt: skip
+    # 2 (v+ - u), -2 (v- - u) + 2 (v - v_old), 2 (v - v_reference), the reference being x_0
+    assert block_of(grad_v) == rows_of(6, 8, 2)
 
 
 def test_philox_normal(kernel_device: str) -> None:

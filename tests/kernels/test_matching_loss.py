@@ -131,6 +131,27 @@ def test_errors_and_gradients_are_those_of_the_published_formula(
 
     for grad, expected_grad in zip(grads_of(errors), grads_of(expected), strict=True):
         torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+    for name in set(DIFFERENTIABLE) - set(wanted):
+        assert torch.autograd.grad(getattr(errors, name).sum(), v, retain_graph=True)[0].count_nonzero() == 0, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_is_computed_in_float32_and_its_gradient_rounded_once(device: str) -> None:
+    half = make(3, 700, dtype=torch.bfloat16, device=device)
+    wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in half.items()}
+    errors, expected = (matching_loss(**{**each, "v": each["v"].requires_grad_()}) for each in (half, wide))
+    assert all(torch.equal(one, other) for one, other in zip(errors, expected, strict=True))
+    (grad,) = torch.autograd.grad(torch.stack(errors).sum(), half["v"])
+    (expected_grad,) = torch.autograd.grad(torch.stack(expected).sum(), wide["v"])
+    assert torch.equal(grad, expected_grad.bfloat16())
+
+
+def test_a_rank_without_samples_has_no_errors_and_an_empty_gradient() -> None:
+    arguments = make(0, 4, 2, drawn=True)
+    v = arguments["v"].requires_grad_()
+    errors = matching_loss(**arguments)
+    assert all(error.shape == (0,) for error in errors)
+    assert torch.autograd.grad(errors.plus.sum(), v)[0].shape == (0, 4, 2)
 
 
 @given(beta=st.floats(0.01, 4), scale=st.floats(0.1, 10), shift=st.floats(-3, 3))
@@ -224,7 +245,8 @@ def test_kernels_take_any_layout(kernel_device: str) -> None:
 def test_operators_are_well_formed(variant: dict[str, Any], device: str) -> None:
     # the gradient's dtype differs from that of the results only where v is not float32
     v, *rest = op_arguments(make(3, 2, 5, dtype=torch.bfloat16, device=device, **variant))
-    checks = ALL_CHECKS if variant in (VARIANTS[0], VARIANTS[-1]) else QUICK_CHECKS
+    # noise that is drawn under symbolic shapes is checked with `add_noise`
+    checks = ALL_CHECKS if variant == VARIANTS[0] else QUICK_CHECKS
     backward, forward = torch.ops.fastgrpo.matching_loss_backward.default, torch.ops.fastgrpo.matching_loss.default
     torch.library.opcheck(backward, (torch.ones(7, 3, device=device), v, *rest), test_utils=checks)
     torch.library.opcheck(forward, (v.mT.contiguous().mT.requires_grad_(), *rest), test_utils=checks)

@@ -2,8 +2,10 @@
 
 from benchmarks.kernels.case import Case, Scale
 from benchmarks.kernels.cases import (
+    add_noise,
     group_advantage,
     grpo_loss,
+    matching_loss,
     ode_step,
     philox_normal,
     preprocess_images,
@@ -20,6 +22,8 @@ _MODULES = {
     "ode_step": ode_step,
     "sde_step": sde_step,
     "sde_log_prob": sde_log_prob,
+    "add_noise": add_noise,
+    "matching_loss": matching_loss,
     "grpo_loss": grpo_loss,
     "group_advantage": group_advantage,
     "preprocess_images": preprocess_images,

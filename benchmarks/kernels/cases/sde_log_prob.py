@@ -18,6 +18,7 @@ from benchmarks.kernels.cases.step import (
     plain_mean,
     plain_velocity,
     velocity,
+    with_gradient,
 )
 from fastgrpo_kernels import sde_log_prob
 
@@ -52,21 +53,6 @@ def _eager(
     return log_prob_B, kl_weight_B * mean_square_B
 
 
-def _with_gradient(forward: Callable[[Inputs], Outputs]) -> Run:
-    """The forward's results and, through autograd, the gradient to v."""
-
-    def run(inputs: Inputs) -> Outputs:
-        v = inputs["v"].detach().requires_grad_()
-        with torch.enable_grad():
-            results = forward({**inputs, "v": v})
-        weights = [
-            torch.full_like(result, one * v[0].numel()) for result, one in zip(results, _GRADIENTS, strict=False)
-        ]
-        return *(result.detach() for result in results), *torch.autograd.grad(results, v, weights)
-
-    return run
-
-
 def _case(size: Size, dtype: torch.dtype, *, guided: bool = False, kl: bool = False, backward: bool = False) -> Case:
     def triton(inputs: Inputs) -> Outputs:
         reference = {"v_reference": velocity(inputs, guided, "v_reference"), "kl_weight": inputs["kl_weight"]}
@@ -89,7 +75,7 @@ def _case(size: Size, dtype: torch.dtype, *, guided: bool = False, kl: bool = Fa
 
     runs = {"triton": triton, "eager": plain(_eager), "compile": plain(compiled(_eager)), "expected": exact}
     if backward:
-        runs = {name: _with_gradient(run) for name, run in runs.items()}
+        runs = {name: with_gradient(run, _GRADIENTS) for name, run in runs.items()}
     expected = runs.pop("expected")
     # a guided velocity in the dtype of the model is rounded
     tolerance = 0.01 if guided else None

@@ -1,12 +1,12 @@
 """What the cases of a step share: inputs under Flow-GRPO's dynamics, and its formulas as plain PyTorch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Inputs, Size
+from benchmarks.kernels.case import Inputs, Outputs, Run, Size
 from fastgrpo_kernels import GuidedVelocity, LogProb, PhiloxNoise
 
 SD3_512 = (16, 64, 64)
@@ -71,6 +71,21 @@ def plain_log_prob(difference: Tensor, std_B: Tensor, kind: LogProb) -> Tensor:
     if kind == "cps":
         return -mean_square_B
     return -mean_square_B / (2 * std_B.square()) - std_B.log() - 0.5 * math.log(2 * math.pi)
+
+
+def with_gradient(forward: Run, sum_weights: Sequence[float]) -> Run:
+    """The forward's results, means over elements, and through autograd the gradient to v of their weighted sums."""
+
+    def run(inputs: Inputs) -> Outputs:
+        v = inputs["v"].detach().requires_grad_()
+        with torch.enable_grad():
+            results = forward({**inputs, "v": v})
+        pairs = [(result, one) for result, one in zip(results, sum_weights, strict=False) if result.requires_grad]
+        weights = [torch.full_like(result, one * v[0].numel()) for result, one in pairs]
+        grad = torch.autograd.grad([result for result, _ in pairs], v, weights)
+        return *(result.detach() for result in results), *grad
+
+    return run
 
 
 def per_sample(value_B: Tensor, x: Tensor) -> Tensor:
