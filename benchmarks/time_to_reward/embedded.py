@@ -23,9 +23,7 @@ RESOLUTION = 64
 
 def load(device: torch.device) -> Any:
     """The pipeline in float32, frozen."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        resolve_path(WEIGHTS), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-    )
+    pipeline = StableDiffusion3Pipeline.from_pretrained(resolve_path(WEIGHTS), text_encoder_3=None, tokenizer_3=None)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae, pipeline.transformer):
         module.requires_grad_(False)

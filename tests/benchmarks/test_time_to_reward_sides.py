@@ -158,7 +158,8 @@ def test_an_iteration_of_theirs_trains_our_layers_and_what_is_judged_is_its_aver
     assert all(0 <= reward <= 1 for reward in rewards)
     after = learner.averages()
     for name, weight in pipeline.transformer.named_parameters():
-        if weight.requires_grad and name.endswith("lora_B.default.weight"):
+        # the last block's text leads nowhere, so what its queries are makes no difference
+        if weight.requires_grad and name.endswith("lora_B.default.weight") and "4.attn.add_q_proj" not in name:
             average = after[our_name(name)]
             assert average.any()
             assert not torch.equal(average, weight)
