@@ -69,11 +69,12 @@ class Results:
                 f"{_rise(curves):+.3f}",
             ]
             if self.baseline:
-                seconds = self.seconds_to(side, self.final(self.baseline))
+                goal = self.final(self.baseline)
+                seconds = self.seconds_to(side, goal)
+                # at the end of their time, or when they first were so good
                 whole = statistics.fmean(curve.points[-1].seconds for curve in self.curves[self.baseline])
-                middle = median(seconds)
-                sooner = f"{whole / middle:.2f}" if 0 < middle < math.inf else _NEVER
-                row += [_spread(seconds), sooner]
+                theirs, own = min(whole, median(self.seconds_to(self.baseline, goal))), median(seconds)
+                row += [_spread(seconds), f"{theirs / own:.2f}" if 0 < own < math.inf else _NEVER]
             rows.append(row)
         header = ["side", "learning rate", "images/s", "accuracy before", "at the end, mean", "range", "reward rise"]
         if self.baseline:

@@ -204,6 +204,8 @@ def test_tables_say_medians_ranges_and_how_many_seeds_came_there() -> None:
     (side,) = [line for line in text.split("## Seconds")[0].splitlines() if line.startswith("| nft ")]
     # the rise: .7 of the last interval less .6 of the first
     assert "| 0.001 | 10.0 | 0.400 | 0.700 | 0.500 to 0.800 | +0.100 | 20 (10 to -), 2 of 3 seeds | 2.00 |" in side
+    (theirs,) = [line for line in text.split("## Seconds")[0].splitlines() if line.startswith("| flow_grpo_code |")]
+    assert theirs.endswith("| 40 (40 to 40) | 1.00 |")
     images = text.split("## Images to an accuracy")[1].split("## Times")[0]
     assert "| nft | 100 (50 to 200) |" in images
     tuning = text.split("## Tuning")[1]
