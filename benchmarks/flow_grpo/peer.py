@@ -16,16 +16,14 @@ from torch import Tensor
 from benchmarks.flow_grpo.checkout import Checkout
 from benchmarks.flow_grpo.recipe import (
     EMA_DECAY,
-    LEARNING_RATE,
-    MICRO_BATCH,
     OPTIMIZER_STEPS,
     RECIPES,
     WEIGHT_DECAY,
     Job,
+    Recipe,
 )
 from benchmarks.flow_grpo.setting import Setting
 
-_EMA_EVERY = 8
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # a block with its adapters on and off, with and without gradient, in training and not: dynamo's own limit is 8
 _MAX_VARIANTS = 64
@@ -35,7 +33,7 @@ class Peer:
     """Flow-GRPO's functions from ``checkout``, and the model, optimizer and average that its script makes."""
 
     def __init__(self, checkout: Checkout, job: Job, setting: Setting) -> None:
-        self.recipe, self.job, self.setting = RECIPES[job.recipe], job, setting
+        self.recipe, self.job, self.setting = self._recipe(job), job, setting
         if job.threads:
             torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
@@ -52,13 +50,16 @@ class Peer:
         self.pipeline = self._load()
         self.trained = [p for p in self.pipeline.transformer.parameters() if p.requires_grad]
         self.ema = self.ema_class(
-            self.trained, decay=EMA_DECAY, update_step_interval=_EMA_EVERY, device=self.accelerator.device
+            self.trained, decay=EMA_DECAY, update_step_interval=job.ema_every, device=self.accelerator.device
         )
-        optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(self.trained, lr=job.learning_rate, weight_decay=WEIGHT_DECAY)
         self.transformer, self.optimizer = self.accelerator.prepare(self.pipeline.transformer, optimizer)
         self.empty_embeds, self.empty_pooled = (
-            row.repeat(MICRO_BATCH, *[1] * (row.dim() - 1)) for row in self.encode([""])
+            row.repeat(job.micro_batch, *[1] * (row.dim() - 1)) for row in self.encode([""])
         )
+
+    def _recipe(self, job: Job) -> Recipe:
+        return RECIPES[job.recipe]
 
     def _take_functions(self, checkout: Checkout) -> None:
         patch = "flow_grpo.diffusers_patch"
@@ -88,14 +89,7 @@ class Peer:
         for module in (*encoders, pipeline.vae, pipeline.transformer):
             module.requires_grad_(False)
             module.to(self.accelerator.device, dtype=encoder_dtype if module in encoders else torch.float32)
-        rank = self.job.size.lora_rank
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            init_lora_weights="gaussian",
-            target_modules=[f"attn.{target}" for target in _TARGETS],
-        )
-        pipeline.transformer = get_peft_model(pipeline.transformer, lora)
+        pipeline.transformer = get_peft_model(pipeline.transformer, adapters(self.job.size.lora_rank))
         if self.setting.compiled:
             torch._dynamo.config.recompile_limit = _MAX_VARIANTS
             for block in pipeline.transformer.transformer_blocks:
@@ -113,3 +107,13 @@ class Peer:
                 self.job.size.t5_tokens,
             )
         return embeds.to(self.accelerator.device), pooled.to(self.accelerator.device)
+
+
+def adapters(rank: int) -> LoraConfig:
+    """What their scripts train: the joint attention of every block."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        init_lora_weights="gaussian",
+        target_modules=[f"attn.{target}" for target in _TARGETS],
+    )

@@ -83,10 +83,15 @@ class Job:
     # of the CPU, 0 leaves PyTorch's choice
     threads: int
     seed: int = 42
+    # of their side alone
+    micro_batch: int = MICRO_BATCH
+    learning_rate: float = LEARNING_RATE
+    # optimizer steps between two updates of the average
+    ema_every: int = 8
 
     @property
     def num_images(self) -> int:
-        return self.batches * MICRO_BATCH
+        return self.batches * self.micro_batch
 
 
 def our_config(job: Job, overrides: Sequence[str] = ()) -> DictConfig:

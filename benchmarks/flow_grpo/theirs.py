@@ -78,43 +78,11 @@ class FlowGRPO:
         return samples
 
     def _sample_batch(self, prompts: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        embeds, pooled = self.peer.encode(prompts)
         ids = self.peer.pipeline.tokenizer(
             prompts, padding="max_length", max_length=_ID_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(self.peer.accelerator.device)
-        arguments: dict[str, Any] = {}
-        if self.peer.recipe.window:
-            arguments = {
-                "sde_window_size": self.peer.recipe.window,
-                "sde_window_range": self.peer.recipe.window_range,
-                "sde_type": self.peer.recipe.dynamics,
-            }
-        with torch.no_grad():
-            images, latents, log_probs, *rest = self.peer.pipeline_with_logprob(
-                self.peer.pipeline,
-                prompt_embeds=embeds,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=self.peer.empty_embeds,
-                negative_pooled_prompt_embeds=self.peer.empty_pooled,
-                num_inference_steps=NUM_STEPS,
-                guidance_scale=self.peer.recipe.guidance_scale,
-                output_type="pt",
-                height=self.peer.job.size.resolution,
-                width=self.peer.job.size.resolution,
-                noise_level=self.peer.recipe.noise_level,
-                **arguments,
-            )
-        times = torch.stack(rest[0]) if rest else self.peer.pipeline.scheduler.timesteps
-        latents_BT = torch.stack(latents, dim=1)
-        return {
-            "prompt_ids": ids,
-            "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
-            "timesteps": times.repeat(len(prompts), 1),
-            "latents": latents_BT[:, :-1],
-            "next_latents": latents_BT[:, 1:],
-            "log_probs": torch.stack(log_probs, dim=1),
-        }, images
+        samples, images = sample(self.peer, prompts)
+        return {"prompt_ids": ids, **samples}, images
 
     def _advantages(self, prompt_ids: Tensor, waiting: list[Future[Any]]) -> Tensor:
         """Of their tracker, a column a trained step [S, T]."""
@@ -125,3 +93,40 @@ class FlowGRPO:
         advantages = self.peer.tracker.update(prompts, rewards_ST.cpu().numpy())
         self.peer.tracker.clear()
         return torch.as_tensor(advantages).to(device)
+
+
+def sample(peer: Peer, prompts: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """One micro-batch by their pipeline: what their update needs of it, and its images."""
+    embeds, pooled = peer.encode(prompts)
+    arguments: dict[str, Any] = {}
+    if peer.recipe.window:
+        arguments = {
+            "sde_window_size": peer.recipe.window,
+            "sde_window_range": peer.recipe.window_range,
+            "sde_type": peer.recipe.dynamics,
+        }
+    with torch.no_grad():
+        images, latents, log_probs, *rest = peer.pipeline_with_logprob(
+            peer.pipeline,
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=peer.empty_embeds,
+            negative_pooled_prompt_embeds=peer.empty_pooled,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=peer.recipe.guidance_scale,
+            output_type="pt",
+            height=peer.job.size.resolution,
+            width=peer.job.size.resolution,
+            noise_level=peer.recipe.noise_level,
+            **arguments,
+        )
+    times = torch.stack(rest[0]) if rest else peer.pipeline.scheduler.timesteps
+    latents_BT = torch.stack(latents, dim=1)
+    return {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "timesteps": times.repeat(len(prompts), 1),
+        "latents": latents_BT[:, :-1],
+        "next_latents": latents_BT[:, 1:],
+        "log_probs": torch.stack(log_probs, dim=1),
+    }, images
