@@ -33,7 +33,7 @@ from fastgrpo.replay import make_replay
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples, Trajectories
+from fastgrpo.types import Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 
 EXACT = "exact"
@@ -96,7 +96,7 @@ class Bench:
         is_guided = self.models["none"].guidance_scale > 1
         return [option for option in OPTIONS if is_guided or "cached_guidance" not in option]
 
-    def roll(self, option: str, other_noise: int = 0) -> tuple[Trajectories, float]:
+    def roll(self, option: str, other_noise: int = 0) -> tuple[Trajectories[TrainedSteps], float]:
         """Trajectories and the seconds they took."""
         model = self._model(option)
         sampler = Sampler(
@@ -116,7 +116,7 @@ class Bench:
         draw = NoiseDraw(other_noise, self.prompts.ids, self.group_size, model.latent_shape, model.device)
         return timed(lambda: rollout(samples, conditions, Noise(plain_noise(draw), metrics={}, num_scored=0), 0))
 
-    def ratio_deviation(self, option: str, trajectories: Trajectories) -> float:
+    def ratio_deviation(self, option: str, trajectories: Trajectories[TrainedSteps]) -> float:
         model = self._model(option)
         update = Update(
             model=model,

@@ -8,6 +8,7 @@ Where images are learned from it is the velocity, of which merged adapters round
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -39,7 +40,9 @@ class Health:
     failed_batch: Path
     skipped_in_a_row: int = field(default=0, init=False)
 
-    def __call__(self, iteration: int, stats: UpdateStats, trajectories: Trajectories, advantages_B: Tensor) -> None:
+    def __call__(
+        self, iteration: int, stats: UpdateStats, trajectories: Trajectories[Any], advantages_B: Tensor
+    ) -> None:
         """TrainingError if rollout and update disagree or gradients stay broken; the batch is saved for study."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped_steps else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

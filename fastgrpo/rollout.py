@@ -10,7 +10,7 @@ Letters: B samples of this rank, D of them differentiated, T trained steps, C H 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Rollout(Protocol):
         hand_on: Callable[[Tensor], None] = handed_to_nobody,
         *,
         num_differentiated: int = 0,
-    ) -> Trajectories:
+    ) -> Trajectories[Any]:
         """One trajectory a sample, from its condition and start noise.
 
         ``hand_on`` is given the images of each batch as soon as they are decoded.  The first ``num_differentiated``
@@ -68,7 +68,7 @@ class ImageRollout:
         hand_on: Callable[[Tensor], None] = handed_to_nobody,
         *,
         num_differentiated: int = 0,
-    ) -> Trajectories:
+    ) -> Trajectories[TrainedImages]:
         assert num_differentiated == 0, "images have no log_prob whose gradient could be taken here"
         steps = range(self.sampler.num_steps)
         with self.sampler.model.gathered():
@@ -95,7 +95,7 @@ class StepRollout:
         hand_on: Callable[[Tensor], None] = handed_to_nobody,
         *,
         num_differentiated: int = 0,
-    ) -> Trajectories:
+    ) -> Trajectories[TrainedSteps]:
         sampler, start_BCHW = self.sampler, noise.start_BCHW
         steps = self.timesteps(sampler.num_steps, iteration, self.seed)
         first, last = (steps[0], steps[-1] + 1) if steps else (sampler.num_steps,) * 2

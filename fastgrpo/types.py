@@ -11,6 +11,7 @@ Letters, used in names throughout the package:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -180,8 +181,12 @@ class SampleGradients:
         return SampleGradients(self.log_prob_TB[:, :count], [weight_B[:count] for weight_B in self.weights])
 
 
+# what a rollout leaves to be learned from
+Trained = TypeVar("Trained", bound=TrainedSteps | TrainedImages, covariant=True)
+
+
 @dataclass(frozen=True)
-class Trajectories:
+class Trajectories(Generic[Trained]):
     """B images (float32, in [0, 1]) and what is learned from: the trained steps that led to them, or their latents.
 
     ``gradients``, where the rollout took them, are those of its first samples, in parts.
@@ -189,7 +194,7 @@ class Trajectories:
 
     images_BCHW: Tensor
     start_BCHW: Tensor
-    trained: TrainedSteps | TrainedImages
+    trained: Trained
     gradients: list[SampleGradients] = field(default_factory=list)
 
 

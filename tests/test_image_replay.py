@@ -406,7 +406,8 @@ def make_drift_after(steps: int, model: StableDiffusion3, before: dict[str, Tens
 def test_a_rollout_of_images_hands_on_what_its_images_are_decoded_from(solver: Solver, model: StableDiffusion3) -> None:
     sampler = Sampler(model=model, grid=FewSteps(3)(), batch_sizes=BatchSizes.of(2, 4, 3), solver=solver)
     start = torch.randn(6, 16, 4, 4, generator=torch.Generator().manual_seed(2))
-    conditions, seen = model.encode(SAMPLES.texts), []
+    conditions = model.encode(SAMPLES.texts)
+    seen: list[Tensor] = []
     found = ImageRollout(sampler=sampler)(SAMPLES, conditions, Noise(start, {}, 0), 3, seen.append)
     assert isinstance(found.trained, TrainedImages)
     assert torch.equal(torch.cat(seen), found.images_BCHW)
@@ -414,7 +415,9 @@ def test_a_rollout_of_images_hands_on_what_its_images_are_decoded_from(solver: S
     with model.sampling():
         if isinstance(solver, Euler):
             for t, t_next in zip(sampler.grid, sampler.grid[1:], strict=False):
-                x = x + (t_next - t) * model.velocity(x, t, conditions)
+                v = model.velocity(x, t, conditions)
+                assert isinstance(v, Tensor)
+                x = x + (t_next - t) * v
             torch.testing.assert_close(found.trained.x_0_BCHW, x, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.decode(found.trained.x_0_BCHW), found.images_BCHW, rtol=0, atol=1e-5)
     assert found.trained.samples is SAMPLES

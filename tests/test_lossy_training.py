@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastgrpo.models.fp8 import Fp8Linear
+from fastgrpo.rollout import StepRollout
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Samples, Trajectories
+from fastgrpo.types import Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 
@@ -41,7 +42,7 @@ def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
     return trainer
 
 
-def first_rollout(trainer: Trainer) -> Trajectories:
+def first_rollout(trainer: Trainer) -> Trajectories[TrainedSteps]:
     samples = Samples.all_of(trainer.prompts.at(0), trainer.group_size)
     conditions = trainer.model.encode(samples.texts)
     noise = trainer.start_noise(samples, 0)
@@ -81,7 +82,7 @@ def test_the_search_is_lossy_and_the_window_is_not(
         return forward(self, x_BLC)
 
     monkeypatch.setattr(Fp8Linear, "forward", counting)
-    rollout, window = trainer.rollout, type(trainer.rollout)._window
+    rollout, window = trainer.rollout, StepRollout._window
 
     def staged(name, run, after=""):
         def call(*args, **kwargs):

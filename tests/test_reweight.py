@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_with_more_optimizer_steps_the_first_is_reweighted_and_the_others_replay
     for reweights in (False, True):
         model = make_model(tiny_weights, guidance_scale=3.0)
         before = [weight.detach().clone() for weight in model.trainable.values()]
-        settings = {"optimizer_steps": 4, "reweights": reweights, "learning_rate": 1e-2}
+        settings: dict[str, Any] = {"optimizer_steps": 4, "reweights": reweights, "learning_rate": 1e-2}
         update = make_update(model, FlowSDE(0.7), **settings)
         shares = update.shares(6, 5)
         rows = [row for share in shares for row in share]

@@ -15,7 +15,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples, Trajectories
+from fastgrpo.types import Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo_kernels import combined, philox_normal
 
 SEED = 11
@@ -44,7 +44,7 @@ def make_start(num_samples: int) -> Tensor:
 def roll(
     model: StableDiffusion3, *, prompts: Prompts = PROMPTS, micro_batch: int = 4, dynamics: Dynamics | None = None,
     start: Tensor | None = None,
-) -> Trajectories:  # fmt: skip
+) -> Trajectories[TrainedSteps]:  # fmt: skip
     dynamics = dynamics or FlowSDE(0.7)
     start = make_start(len(prompts) * GROUP_SIZE) if start is None else start
     samples = Samples.all_of(prompts, GROUP_SIZE)

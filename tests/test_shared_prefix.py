@@ -15,7 +15,7 @@ from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples, Trajectories
+from fastgrpo.types import Noise, Prompts, Samples, TrainedSteps, Trajectories
 
 GRID = SD3Schedule(6)()
 PROMPTS = Prompts(["a red circle", "two blue squares"], ids=[4, 9])
@@ -49,7 +49,7 @@ def starts() -> Tensor:
 
 def roll(
     model: StableDiffusion3, *, is_shared: bool, steps: tuple[int, ...] = WINDOW, solver: Solver | None = None
-) -> tuple[Trajectories, list[tuple[float, int]]]:
+) -> tuple[Trajectories[TrainedSteps], list[tuple[float, int]]]:
     """Trajectories, and (t, rows) of each pass through the network."""
     passes: list[tuple[float, int]] = []
     run = PipelineModel._run

@@ -24,7 +24,7 @@ from fastgrpo.replay import StepReplay
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
-from fastgrpo.types import Conditions, Noise, Prompts, Samples, Trajectories
+from fastgrpo.types import Conditions, Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update, UpdateStats
 from tests.tiny_config import make_config
 
@@ -66,7 +66,7 @@ class Iteration:
     # diffusers' transformer with the weights that the model started from
     start: SD3Transformer2DModel
     conditions_B: Conditions
-    trajectories: Trajectories
+    trajectories: Trajectories[TrainedSteps]
 
     def update(
         self, optimizer: torch.optim.Optimizer, objective: ClippedSurrogate = OBJECTIVE, **settings: Any
@@ -319,6 +319,7 @@ def test_an_update_that_does_not_fit_begins_its_share_anew_with_half_the_samples
     assert batch_size.value == 2
     assert_same_gradients(halved.gradients[0], whole.gradients[0])
     # rounded otherwise than the rollout, so there is nothing to tell of the ratio
+    assert stats.deviation is not None
     assert math.isnan(stats.deviation)
     assert apply(update, it).deviation == 0.0
 
@@ -327,10 +328,10 @@ def test_each_row_of_an_update_has_the_text_and_the_advantage_of_its_own_image(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build_trainer(make_config(tiny_weights, tmp_path / "run", "train.optimizer_steps=4"))
-    rolled: list[Trajectories] = []
+    rolled: list[Trajectories[TrainedSteps]] = []
     rollout, update = trainer.rollout, Update.__call__
 
-    def spy(*arguments, **settings) -> Trajectories:
+    def spy(*arguments, **settings) -> Trajectories[TrainedSteps]:
         rolled.append(rollout(*arguments, **settings))
         return rolled[-1]
 

@@ -40,7 +40,7 @@ class Curve:
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> "Curve":
-        points = tuple(Point(**{name: float(value) for name, value in point.items()}) for point in data["points"])
+        points = tuple(Point(**point) for point in data["points"])
         return cls(**data | {"points": points})
 
     def to_dict(self) -> dict[str, Any]:

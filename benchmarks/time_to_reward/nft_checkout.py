@@ -72,7 +72,8 @@ class NFTCheckout:
         return self.path / _SCRIPT
 
     def _statement(self, what: str, is_wanted: Any) -> CodeType:
-        found = [node for node in ast.walk(definition(self._script, "main")) if is_wanted(node)]
+        statements = (node for node in ast.walk(definition(self._script, "main")) if isinstance(node, ast.stmt))
+        found = [node for node in statements if is_wanted(node)]
         if len(found) != 1:
             raise ValueError(f"{self._script} has {what} {len(found)} times, not once; clone {_URL}")
         return compile(ast.Module(body=[found[0]], type_ignores=[]), str(self._script), "exec")

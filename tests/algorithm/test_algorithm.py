@@ -98,14 +98,14 @@ def test_what_can_be_trained_passes(pieces: dict[str, Any]) -> None:
         (
             {**IMAGES, "timesteps": RandomWindow()},
             {},
-            "algorithm.timesteps is RandomWindow, but algorithm.objective NFT learns from images, noised again at drawn "
-            "times, and no step would be trained; use algorithm/timesteps=drawn",
+            "algorithm.timesteps is RandomWindow, but algorithm.objective NFT learns from images, noised again at "
+            "drawn times, and no step would be trained; use algorithm/timesteps=drawn",
         ),
         (
             {"timesteps": DrawnTimes()},
             {},
-            "algorithm.timesteps draws times for images, but algorithm.objective ClippedSurrogate learns from stochastic "
-            "steps of the rollout; use algorithm/timesteps=all_but_last, or algorithm/objective=nft",
+            "algorithm.timesteps draws times for images, but algorithm.objective ClippedSurrogate learns from "
+            "stochastic steps of the rollout; use algorithm/timesteps=all_but_last, or algorithm/objective=nft",
         ),
         ({"dynamics": DanceSDE(1e200)}, {}, "algorithm.dynamics fails on step 0, from t = 1 to 0.9601"),
         # 1 / s^2 is more than float32 holds

@@ -81,7 +81,7 @@ def regression_as_published(v: Tensor, proximal: float, kl_coef: float) -> Tenso
         (WeightedRegression(), lambda v: regression_as_published(v, 0.0, 0.0)),
         (WeightedRegression(proximal_coef=0.7, kl_coef=0.3), lambda v: regression_as_published(v, 0.7, 0.3)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, NFT | MatchingRatio | WeightedRegression) else "",
 )
 def test_loss_and_gradient_are_those_of_the_paper(objective: ImageObjective, published) -> None:
     v = V.float().requires_grad_()

@@ -56,6 +56,7 @@ def make_state(iteration: int = 1, seed: int = 0) -> TrainState:
         seconds=0.1 + 0.2,
         weights=model.state_dict(),
         ema=ema,
+        old={name: value * 0.25 for name, value in model.state_dict().items()},
         optimizer=state,
         model="tiny",
         extra=extra,

@@ -55,6 +55,7 @@ def make_state(weights: dict[str, Tensor], iteration: int = 1) -> TrainState:
         seconds=1.5,
         weights=weights,
         ema={name: weight * 0.5 for name, weight in weights.items()},
+        old={name: weight * 0.25 for name, weight in weights.items()},
         optimizer={"state": state, "param_groups": groups},
         model="tiny",
         extra={"ema_updates": 3},
@@ -64,7 +65,7 @@ def make_state(weights: dict[str, Tensor], iteration: int = 1) -> TrainState:
 def fresh_state(weights: dict[str, Tensor]) -> TrainState:
     """That of a run just begun: shapes and places are those of ``weights``, values are not, and AdamW has no state."""
     zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    return TrainState(iteration=0, seconds=0, weights=zeros, ema=zeros, optimizer={}, model="tiny", extra={})
+    return TrainState(iteration=0, seconds=0, weights=zeros, ema=zeros, old=zeros, optimizer={}, model="tiny", extra={})
 
 
 def placed(tensors: dict[str, Tensor], world: World, placement: str) -> dict[str, Tensor]:
@@ -273,6 +274,7 @@ def train_and_save(
             seconds=0,
             weights=values,
             ema=values,
+            old={},
             optimizer=optimizer.state_dict(),
             model="network",
             extra={},

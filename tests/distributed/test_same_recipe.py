@@ -16,7 +16,7 @@ from benchmarks.rounding import Run, beyond_rounding, differences
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.types import Samples, Trajectories
+from fastgrpo.types import Samples, TrainedSteps, Trajectories
 from tests.distributed import faults
 from tests.distributed.training import FLOAT64, make_config, make_trainer, train
 from tests.ranks import Ranks, ranks_of_module
@@ -132,10 +132,10 @@ def test_the_comparison_is_not_blind(
 def roll(world: World, config: DictConfig, output: Path) -> tuple[list[str], list[int], list[list[float]]]:
     """Texts, ids and a few numbers of start noise, latents and images of this rank's samples."""
     trainer = make_trainer(world, config, output)
-    seen: list[tuple[Samples, Trajectories]] = []
+    seen: list[tuple[Samples, Trajectories[TrainedSteps]]] = []
     rollout = trainer.rollout
 
-    def keeping(samples: Samples, *arguments: Any, **settings: Any) -> Trajectories:
+    def keeping(samples: Samples, *arguments: Any, **settings: Any) -> Trajectories[TrainedSteps]:
         seen.append((samples, rollout(samples, *arguments, **settings)))
         return seen[-1][1]
 

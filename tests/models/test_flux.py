@@ -284,7 +284,7 @@ def test_the_experiment_is_flow_grpos() -> None:
     algorithm: Algorithm = build(config.algorithm)
     # 512x512 pixels are 1024 tokens: mu = .5 + .65 * (1024 - 256) / (4096 - 256) = .63
     assert algorithm.grid == pytest.approx(LinearSchedule(6, shift=math.exp(0.63))())
-    assert algorithm.timesteps(6, 0, 0) == (0, 1, 2, 3, 4)
+    assert algorithm.steps(6, 0, 0) == (0, 1, 2, 3, 4)
     # at t = 1/2 with steps of 1/4 and a flat grid: std = .9 sqrt(t / (1 - t)) sqrt(1/4)
     assert algorithm.dynamics((1.0, 0.75, 0.5, 0.25, 0.0), 2).std == pytest.approx(0.45)
     assert algorithm.objective.kl_coef == 0

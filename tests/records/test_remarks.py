@@ -46,7 +46,7 @@ def test_two_iterations_in_a_row_without_a_gradient_are_remarked_on(kinds: tuple
 
 
 def drifts(*values: float | None) -> list[dict[str, Any]]:
-    return rows_of(*(GOOD | {"drift": value} for value in values))
+    return rows_of(*({**GOOD, "drift": value} for value in values))
 
 
 @pytest.mark.parametrize(
