@@ -66,8 +66,8 @@ def lasting_metrics(output: Path) -> list[dict]:
 def final_state(output: Path) -> dict[str, bytes]:
     """All that was learned, bit for bit: weights, averages, optimizer and the exported adapters."""
     last = max((output / "checkpoints").iterdir())
-    names = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
-    state = {name: (last / name).read_bytes() for name in names}
+    state = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    assert state.keys() >= {"weights.safetensors", "ema.safetensors", "optimizer.safetensors"}
     # the order of a file's metadata differs from process to process, its tensors do not
     lora = safetensors.torch.load_file(output / "lora/pytorch_lora_weights.safetensors")
     return state | {f"lora/{name}": weight.numpy().tobytes() for name, weight in lora.items()}
@@ -151,6 +151,31 @@ def test_a_signal_saves_and_stops_with_a_message_and_the_run_goes_on(
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     train(make_config(tiny_weights, output, *SHORT, "resume=true"))
     assert_same_run(output, undisturbed)
+
+
+IMAGES = (
+    "algorithm=nft",
+    "algorithm.schedule.num_steps=3",
+    "train.updates=3",
+    "train.optimizer_steps=2",
+    "train.old_policy_growth=0.2",
+    "train.warmup_iterations=5",
+    "train.ema_share=0.5",
+    "evaluate.every=3",
+    "train.learning_rate=1e-2",
+    "checkpoint.every=2",
+)
+
+
+def test_a_run_on_images_goes_on_with_its_old_policy_and_learning_rate(tiny_weights: Path, tmp_path: Path) -> None:
+    whole, output = (tmp_path / name / "run" for name in ("whole", "halves"))
+    train(make_config(tiny_weights, whole, *IMAGES, "train.iterations=6"))
+    train(make_config(tiny_weights, output, *IMAGES, "train.iterations=3"))
+    train(make_config(tiny_weights, output, *IMAGES, "train.iterations=6", "resume=true"))
+    assert_same_run(output, whole)
+    assert "old.safetensors" in final_state(whole)
+    rates = [row["learning_rate"] for row in lasting_metrics(whole)[1:]]
+    assert rates == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
 
 
 # forks of one process that has imported everything but computed nothing: a second saved for each child

@@ -32,6 +32,21 @@ SEARCH = (
 )
 REWEIGHT = ("algorithm.objective.kl_coef=0", "train.gradients=reweight", "train.optimizer_steps=3")
 SHARED = ("algorithm/noise=shared", "algorithm/timesteps=random_window", "algorithm.timesteps.high=3")
+IMAGES = (
+    "algorithm=nft",
+    "algorithm.objective.kl_coef=0.1",
+    "algorithm.timesteps.per_image=2",
+    "algorithm.schedule.num_steps=3",
+    "train.updates=3",
+)
+# pairs that a group shares whichever ranks make its samples, shares of the samples, and rollouts of another policy
+SHARED_IMAGES = (
+    "algorithm=v_grpo",
+    "algorithm.schedule.num_steps=3",
+    "train.updates=2",
+    "train.optimizer_steps=2",
+    "train.old_policy_growth=0.3",
+)
 GUIDED = ("model.guidance_scale=2.0", "train.optimizer_steps=2")
 FULL = ("adaptation=full", "train.learning_rate=1e-4", "train.prompts_per_iteration=4", "train.group_size=2")
 # of 4 prompts it searches few, so that some rank has no candidate, and must keep step
@@ -57,6 +72,8 @@ def beyond(alone: Run, found: Sequence[Run], dtype: str = "float64") -> dict[str
         pytest.param(REWEIGHT, 2, id="reweight"),
         pytest.param(SHARED, 2, id="shared"),
         pytest.param(GUIDED, 2, id="guided"),
+        pytest.param(IMAGES, 2, id="images"),
+        pytest.param(SHARED_IMAGES, 4, id="shared images"),
     ],
 )
 def test_metrics_and_weights_are_those_of_one_rank(
@@ -66,7 +83,7 @@ def test_metrics_and_weights_are_those_of_one_rank(
     alone = train(World(), config, tmp_path / "1")
     found = on_ranks(num_ranks, train, config, tmp_path / "ranks")
     assert beyond(alone, found) == {}
-    assert [row["ratio_deviation"] for row in found[0].rows[1:]] == [0.0] * 2
+    assert [row.get("ratio_deviation", 0.0) for row in found[0].rows[1:]] == [0.0] * 2
 
 
 @pytest.mark.parametrize(("rollout_weights", "num_ranks"), [("gathered", 2), ("sharded", 3)])
@@ -79,6 +96,16 @@ def test_full_fine_tuning_on_shards_is_that_of_one_rank(
     assert beyond(alone, on_ranks(num_ranks, train, config, tmp_path / "ranks")) == {}
     num_candidates = [4 * 2 * row["search/share"] for row in alone.rows[1:]]
     assert 0 < min(num_candidates) < 3
+
+
+@pytest.mark.parametrize(("rollout_weights", "num_ranks"), [("gathered", 3), ("sharded", 2)])
+def test_full_fine_tuning_on_images_is_that_of_one_rank(
+    rollout_weights: str, num_ranks: int, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    words = (*FLOAT64, *IMAGES, *FULL, f"adaptation.rollout_weights={rollout_weights}", "train.old_policy_growth=0.3")
+    config = make_config(tiny_weights, *words)
+    alone = train(World(), config, tmp_path / "1")
+    assert beyond(alone, on_ranks(num_ranks, train, config, tmp_path / "ranks")) == {}
 
 
 @pytest.fixture(scope="module")
