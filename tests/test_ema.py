@@ -32,6 +32,22 @@ def test_the_decay_is_ramped_up_and_then_constant() -> None:
     torch.testing.assert_close(ema.averages["b"], before * 0.25 + 11.0 * 0.75)
 
 
+def test_with_a_share_the_window_grows_with_the_run() -> None:
+    weights = make_weights()
+    ema = EMA(weights, decay=0.25, share=0.25)
+    kept = []
+    for _ in range(20):
+        move(weights, 0.0)
+        for average in ema.averages.values():
+            average.fill_(1.0)
+        ema.update()
+        kept.append(ema.averages["a"][0].item())
+    # ramped up, then the decay, until a quarter of the updates so far is more than 1 / (1 - .25) of them
+    assert kept[:5] == pytest.approx([2 / 11, 0.25, 0.25, 0.25, 0.25])
+    assert kept[5:] == pytest.approx([max(0.25, 1 - 1 / (n / 4)) for n in range(6, 21)])
+    assert kept[19] == pytest.approx(1 - 1 / 5)
+
+
 def test_averages_are_applied_inside_and_weights_restored_bit_for_bit() -> None:
     weights = make_weights()
     ema = EMA(weights, decay=0.9)
