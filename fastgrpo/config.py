@@ -174,7 +174,8 @@ def _unknown(key: str, name: str) -> str:
     siblings = {other.rpartition(".")[2]: other for other in known if parent and other.rpartition(".")[0] == parent}
     near = alike + [siblings[word] for word in get_close_matches(last, siblings, n=3, cutoff=0.6)]
     # a key that is unlike its siblings may be meant for elsewhere, but is not its own group
-    near += [other for other in get_close_matches(key, known, n=3, cutoff=0.6) if other != parent]
+    elsewhere = [other for other in known if other != parent and other not in siblings.values()]
+    near += get_close_matches(key, elsewhere, n=3, cutoff=0.6)
     if near:
         return f"unknown key {key}; did you mean {', '.join(list(dict.fromkeys(near))[:3])}?"
     return f"unknown key {key}; " + (

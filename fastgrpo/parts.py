@@ -64,6 +64,7 @@ class RunParts:
             load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}") for key in ("path", "held_out")
         )
         algorithm: Algorithm = build(config.algorithm)
+        training = training.for_updates(algorithm.usual_updates)
         algorithm.check(
             evaluation_steps=evaluating.num_steps,
             group_size=training.group_size,

@@ -4,7 +4,7 @@ Each field is a key; ``__post_init__`` refuses a value that cannot work, with th
 anything is loaded or written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgrpo.learning_rate import LearningRate
 
@@ -21,7 +21,7 @@ class Training:
     prompts_per_iteration: int
     group_size: int
     optimizer_steps: int
-    updates: int
+    updates: int | None
     max_drift: float
     old_policy_growth: float
     old_policy_limit: float
@@ -45,7 +45,8 @@ class Training:
                 "group, and alone in its group a sample has none"
             )
         at_least("train.optimizer_steps", self.optimizer_steps, 1)
-        at_least("train.updates", self.updates, 1)
+        if self.updates is not None:
+            at_least("train.updates", self.updates, 1)
         above("train.max_drift", self.max_drift, 0, "use inf for no bound")
         at_least("train.old_policy_growth", self.old_policy_growth, 0)
         if not 0 <= self.old_policy_limit < 1:
@@ -76,6 +77,16 @@ class Training:
                 f"train.ema_share must lie in [0, 1), got {self.ema_share}: the share of all iterations so far that "
                 "the average is of; 0 leaves it to train.ema_decay"
             )
+
+    def for_updates(self, usual: int) -> "Training":
+        """The same with a number of updates, the ``usual`` one where none was given."""
+        return self if self.updates else replace(self, updates=usual)
+
+    @property
+    def num_updates(self) -> int:
+        """Of an iteration."""
+        assert self.updates is not None, "it is the algorithm's, until it is known"
+        return self.updates
 
     @property
     def learning_rates(self) -> LearningRate:

@@ -32,6 +32,10 @@ from fastgrpo.types import Conditions, SampleGradients, TrainedImages, TrainedSt
 Shares = Sequence[Sequence[int]]
 
 
+# a deviation that nothing was compared for
+_UNKNOWN = -1.0
+
+
 class RanksDiffer(RuntimeError):
     """Ranks that have to have the same weights have not."""
 
@@ -214,24 +218,25 @@ class Update:
 
     def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, num_terms: int, is_halved: bool) -> UpdateStats:
         """Read everything at once, of all ranks: the only time that an update waits for the device."""
-        names = ("loss", *self.replay.names)
-        found = [term.deviation.double() for term in seen[0] if term.deviation is not None]
-        deviation = torch.stack(found).max() if found else torch.zeros_like(grad_norms[0], dtype=torch.float64)
-        deviation = torch.full_like(deviation, math.nan) if is_halved else deviation
-        known = torch.full_like(deviation, float(bool(found)))
-        everything = [term for terms in seen for term in terms]
-        totals = [_sums(terms, names, grad_norms.device) for terms in (everything, seen[-1])]
-        own = torch.cat([*totals, torch.stack([known, deviation]), grad_norms.double()])
-        rows, width = self.world.table(own, "statistics").tolist(), len(names) + 1
-        _check_alike([row[2 * width + 2 :] for row in rows])
-        of_all, of_last = ([sum(row[first + i] for row in rows) for i in range(width)] for first in (0, width))
-        means = {name: total / of_all[-1] for name, total in zip(names, of_all, strict=False)}
-        if "drift" in means:
-            means["drift"] = of_last[names.index("drift")] / of_last[-1]
-        norms = [norm for norm in rows[0][2 * width + 2 :] if math.isfinite(norm)]
+        # over all optimizer steps, and over the last one alone
+        spans = [(tuple(name for name in ("loss", *self.replay.names) if name != "drift"), sum(seen, []))]
+        if "drift" in self.replay.names:
+            spans.append((("drift",), seen[-1]))
+        sums = [_sums(terms, names, grad_norms.device) for names, terms in spans]
+        own = torch.cat([*sums, self._deviation(seen[0], grad_norms.device, is_halved)[None], grad_norms.double()])
+        rows = self.world.table(own, "statistics").tolist()
+        means: dict[str, float] = {}
+        first = 0
+        for names, _ in spans:
+            *totals, count = (sum(row[first + i] for row in rows) for i in range(len(names) + 1))
+            means |= {name: total / count for name, total in zip(names, totals, strict=True)}
+            first += len(names) + 1
+        _check_alike([row[first + 1 :] for row in rows])
+        deviation = _largest([row[first] for row in rows])
+        norms = [norm for norm in rows[0][first + 1 :] if math.isfinite(norm)]
         return UpdateStats(
             means=means,
-            deviation=_largest([row[2 * width + 1] for row in rows]) if any(row[2 * width] for row in rows) else None,
+            deviation=None if deviation == _UNKNOWN else deviation,
             deviation_name=self.replay.deviation_name,
             max_deviation=self.replay.max_deviation,
             num_terms=num_terms,
@@ -241,6 +246,13 @@ class Update:
             optimizer_steps=len(norms),
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
+
+    def _deviation(self, terms: list[Term], device: torch.device, is_halved: bool) -> Tensor:
+        """The largest that this rank found, ``_UNKNOWN`` where it compared nothing."""
+        found = [term.deviation for term in terms if term.deviation is not None and term.num_samples]
+        if not found or is_halved:
+            return torch.full((), math.nan if found else _UNKNOWN, dtype=torch.float64, device=device)
+        return torch.stack(found).max().double()
 
 
 def _slices(rows: Sequence[Sequence[int]]) -> list[slice]:

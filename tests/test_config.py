@@ -143,7 +143,7 @@ def test_a_list_that_is_none_says_how_to_quote_it() -> None:
     ("word", "says"),
     [
         ("algorithm.advantage.std=both", "algorithm.advantage.std must be group or global or none, got 'both'"),
-        ("train.foo=1", "unknown key train.foo; train has iterations, max_minutes, "),
+        ("train.xyz=1", "unknown key train.xyz; train has iterations, max_minutes, "),
         ("train.group=1", "unknown key train.group; did you mean train.group_size"),
         ("model.weight=a", "unknown key model.weight; did you mean model.weights"),
     ],

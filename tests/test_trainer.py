@@ -78,7 +78,7 @@ def test_the_metrics_are_exactly_those_that_are_explained(
     run: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     from_images = train(make_config(tiny_weights, tmp_path_factory.mktemp("from_images") / "run", *FROM_IMAGES))
-    of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "loss_deviation"})
+    of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "velocity_deviation"})
     everything = set()
     for output, absent in ((run, of_one_signal[1]), (from_images, of_one_signal[0])):
         logged = set().union(*(row.keys() for row in rows_of(output))) - {"nonfinite"}
@@ -86,7 +86,7 @@ def test_the_metrics_are_exactly_those_that_are_explained(
         assert named == METRICS.keys() - absent
         everything |= named
         # of images it is compared in every tenth iteration
-        sometimes = {"seconds/evaluate", "eval/<name>", "reward/<name>", "loss_deviation"}
+        sometimes = {"seconds/evaluate", "eval/<name>", "reward/<name>", "velocity_deviation"}
         for row in rows_of(output)[1:]:
             assert METRICS.keys() - absent - sometimes <= row.keys()
     assert everything == METRICS.keys()

@@ -75,7 +75,8 @@ def expected(config: DictConfig, num_ranks: int, per_node: int | None = None) ->
     shares = shares_of(settings.prompts_per_iteration * settings.group_size, settings.optimizer_steps)
     searches = [settings.prompts_per_iteration * noise.candidates] * noise.rounds if "rounds" in noise else []
     num_rewards = len(config.reward.terms) + len(config.reward.get("watch") or {})
-    found = always(num_ranks, shares, num_rewards, searches)
+    has_reference = config.algorithm.objective.kl_coef > 0
+    found = always(num_ranks, shares, num_rewards, searches, has_reference=has_reference)
     adaptation, transformer = build(config.adaptation), network_of(Path(resolve_path(config.model.weights)))
     if not isinstance(adaptation, FullFineTuning):
         return found + of_adapters(sum(w.numel() for w in adaptation(transformer).trainable.values()), shares)

@@ -135,7 +135,7 @@ def passes(workload: Workload, rows: Rows) -> Passes:
 def told(workload: Workload, num_gpus: int, num_images: int) -> list[Exchange]:
     """The exchanges of an iteration, but for those of shards."""
     shares = shares_of(num_images, workload.optimizer_steps)
-    found = always(num_gpus, shares, workload.num_rewards)
+    found = always(num_gpus, shares, workload.num_rewards, has_reference=workload.has_reference)
     return found if workload.units else found + of_adapters(workload.num_weights, shares)
 
 

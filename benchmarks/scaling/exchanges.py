@@ -4,7 +4,8 @@
     rewards       R rewards of each sample                                    W (most + 1) R x 4
     gradients     of adapters: every number, once an optimizer step           numbers x 4
                   of weights that are spread over ranks: ``sharded.py``
-    statistics    5 sums, the largest ratio, a norm of each optimizer step    W (6 + steps) x 8
+    statistics    4 sums and with a reference 1 more, the largest deviation,  W (5 + steps) x 8
+                  a norm of each optimizer step                               W (6 + steps) x 8
     seconds       of each stage and waited in it, all, and a stop signal      W x 12 x 8
 
 most is the number of rows of the rank that has most, and W the number of ranks.  Each rank adds a row that says whether
@@ -19,7 +20,7 @@ from fastgrpo.profiling.timing import NO_STAGE
 from fastgrpo.trainer import STAGES
 
 FLOAT32, FLOAT64 = 4, 8
-_STATISTICS = 6
+_STATISTICS = 5
 
 Shares = Sequence[Sequence[int]]
 
@@ -40,13 +41,17 @@ def rows_gathered(what: str, stage: str, spread: Spread, num_columns: int) -> Ex
     return Exchange(what, stage, "all_gather", len(spread.rows) * (spread.most + 1) * num_columns * FLOAT32)
 
 
-def always(num_ranks: int, shares: Shares, num_rewards: int, searches: Sequence[int] = ()) -> list[Exchange]:
-    """What every kind of training tells; ``searches`` are the candidates, of all prompts, of each round."""
+def always(
+    num_ranks: int, shares: Shares, num_rewards: int, searches: Sequence[int] = (), *, has_reference: bool
+) -> list[Exchange]:
+    """What every training on steps tells; ``searches`` are the candidates, of all prompts, of each round."""
     rewards = rows_gathered("rewards", "reward", Spread.of_shares(shares, num_ranks), num_rewards)
     return [
         *(rows_gathered("scores", "search", Spread.evenly(num, num_ranks), 1) for num in searches),
         rewards,
-        Exchange("statistics", "update", "all_gather", num_ranks * (_STATISTICS + len(shares)) * FLOAT64),
+        Exchange(
+            "statistics", "update", "all_gather", num_ranks * (_STATISTICS + has_reference + len(shares)) * FLOAT64
+        ),
         Exchange("seconds", NO_STAGE, "all_gather", num_ranks * (2 * len(STAGES) + 2) * FLOAT64),
     ]
 

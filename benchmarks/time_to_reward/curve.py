@@ -40,7 +40,7 @@ class Curve:
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> "Curve":
-        points = tuple(Point(**point) for point in data["points"])
+        points = tuple(Point(**_numbers(point)) for point in data["points"])
         return cls(**data | {"points": points})
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,3 +95,8 @@ def median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     upper, lower = ordered[len(ordered) // 2], ordered[(len(ordered) - 1) // 2]
     return (lower + upper) / 2
+
+
+def _numbers(point: dict[str, Any]) -> dict[str, Any]:
+    """NaN is text in JSON."""
+    return {name: float(value) if isinstance(value, str) else value for name, value in point.items()}

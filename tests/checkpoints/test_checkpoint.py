@@ -28,7 +28,7 @@ from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError, TrainSt
 from fastgrpo.checkpoints.shards import Shard, write_shards
 from fastgrpo.files.sealed import MANIFEST, REPLACED, write_sealed
 
-FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+FILES = ("weights.safetensors", "ema.safetensors", "old.safetensors", "optimizer.safetensors", "state.json")
 
 
 def make_model(seed: int = 0) -> nn.Module:

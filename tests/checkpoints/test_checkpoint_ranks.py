@@ -170,7 +170,7 @@ def test_every_element_is_written_once_and_all_ranks_write(tmp_path: Path, place
                 num_elements[name] = num_elements.get(name, 0) + opened.get_tensor(name).numel()
     weights = {f"weights/{name}": tensor.numel() for name, tensor in whole().items()}
     assert {name: number for name, number in num_elements.items() if name.startswith("weights/")} == weights
-    assert len(num_elements) == (1 + 1 + 3) * len(SHAPES)
+    assert len(num_elements) == (1 + 1 + 1 + 3) * len(SHAPES)
     assert len(writers) == 4
 
 

@@ -50,9 +50,11 @@ def test_advantages_are_the_weighted_sum_of_what_normalize_makes_of_each_reward(
         scored.append(of_groups(self, *arguments))
         return scored[-1]
 
-    def keep_advantages(self: Update, trajectories: Any, conditions: Any, advantages_B: Tensor, *rest: Any) -> Any:
+    def keep_advantages(
+        self: Update, trained_on: Any, conditions: Any, advantages_B: Tensor, *rest: Any, **by: Any
+    ) -> Any:
         trained.append(advantages_B)
-        return update(self, trajectories, conditions, advantages_B, *rest)
+        return update(self, trained_on, conditions, advantages_B, *rest, **by)
 
     monkeypatch.setattr(Rewards, "of_groups", keep_scores)
     monkeypatch.setattr(Update, "__call__", keep_advantages)
