@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -219,7 +219,7 @@ class Update:
     def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, num_terms: int, is_halved: bool) -> UpdateStats:
         """Read everything at once, of all ranks: the only time that an update waits for the device."""
         # over all optimizer steps, and over the last one alone
-        spans = [(tuple(name for name in ("loss", *self.replay.names) if name != "drift"), sum(seen, []))]
+        spans = [(tuple(name for name in ("loss", *self.replay.names) if name != "drift"), list(chain(*seen)))]
         if "drift" in self.replay.names:
             spans.append((("drift",), seen[-1]))
         sums = [_sums(terms, names, grad_norms.device) for names, terms in spans]
