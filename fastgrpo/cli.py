@@ -74,7 +74,7 @@ COMMANDS = {
         "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
-            "fastgrpo sample prompt='three green triangles' run=outputs/smart_grpo output=triangles",
+            "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
             "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true output=searched",
         ),
     ),
@@ -85,8 +85,8 @@ COMMANDS = {
         "evaluation.json and a grid of images. run= evaluates a finished run, else the base model.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
-            "fastgrpo evaluate run=outputs/smart_grpo output=outputs/smart_grpo_evaluation",
-            "fastgrpo evaluate run=outputs/smart_grpo/checkpoints/step_000100 evaluate.images_per_prompt=16",
+            "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",
+            "fastgrpo evaluate run=outputs/run/checkpoints/step_000100 evaluate.images_per_prompt=16",
         ),
     ),
     "export": Command(
@@ -95,8 +95,8 @@ COMMANDS = {
         details="Writes lora/ for pipeline.load_lora_weights and, with merged=true, merged/ for "
         "StableDiffusion3Pipeline.from_pretrained; both hold the averaged weights of the run's last checkpoint.",
         examples=(
-            "fastgrpo export run=outputs/smart_grpo output=exported",
-            "fastgrpo export run=outputs/smart_grpo output=exported merged=true",
+            "fastgrpo export run=outputs/run output=exported",
+            "fastgrpo export run=outputs/run output=exported merged=true",
         ),
     ),
     "serve-reward": Command(

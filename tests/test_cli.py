@@ -1,6 +1,7 @@
 """Every command of the console script, from its words to what it writes; every mistake is one line on stderr."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def train_words(tiny_weights: Path, prompts: Path) -> list[str]:
     return [
         "train",
         "algorithm/noise=elite",
+        "algorithm=smart_grpo",
         "algorithm/timesteps=all_but_last",
         "algorithm.schedule.num_steps=3",
         "algorithm.noise.candidates=4",
@@ -126,10 +128,10 @@ def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
         (["train", "--iterations", "3"], ["'--iterations' is not a setting", "iterations=VALUE"]),
         (["train", "iterations=3"], ["unknown key iterations", "did you mean train.iterations"]),
         (
-            ["train", "algorithm/noise=gaussian", "algorithm.noise.candidates=4"],
-            ["algorithm.noise.candidates is a key of the default choice of its group", "drop it"],
+            ["train", "algorithm/objective=rwr", "algorithm.objective.beta=4"],
+            ["algorithm.objective.beta is a key of the default choice of its group", "drop it"],
         ),
-        (["train", "algorithm.noise.candidats=3"], ["algorithm.noise.candidats", "algorithm.noise.candidates"]),
+        (["train", "algorithm.timesteps.per_imag=3"], ["algorithm.timesteps.per_imag", "algorithm.timesteps.per_image"]),
         (["train", "noise=gaussian"], ["unknown key noise", "algorithm/noise"]),
         (["train", "+train.speed=3"], ["unknown key train.speed"]),
         (["train", "+model.speed=3"], ["unknown key model.speed", "StableDiffusion3 takes weights"]),
@@ -442,19 +444,19 @@ def test_a_fully_trained_run_exports_merged_only(
 
 
 @pytest.mark.parametrize(
-    ("word", "num_steps"),
+    ("choices", "num_steps"),
     [
         ("algorithm=flow_grpo_fast", 3),
         ("algorithm=flow_grpo", 9),
-        ("model.guidance_scale=2.0", 3),
-        ("adaptation=full", 3),
+        ("algorithm=flow_grpo_fast model.guidance_scale=2.0", 3),
+        ("algorithm=flow_grpo_fast adaptation=full", 3),
     ],
 )
 def test_doctor_finds_a_ratio_of_one(
-    word: str, num_steps: int, tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+    choices: str, num_steps: int, tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["doctor", f"model.weights={tiny_weights}", *MODEL, f"prompts.path={prompts}"]
-    assert cli.main([*words, *(LORA if word != "adaptation=full" else ()), word]) == 0
+    assert cli.main([*words, *(() if "adaptation=full" in choices else LORA), *choices.split()]) == 0
     shown = capsys.readouterr().out
     assert f"ratio_deviation = 0 over 8 samples, {num_steps} terms of each" in shown
     assert "fastgrpo[flash-attn]" in shown.replace("\n", "")
@@ -465,7 +467,19 @@ def test_doctor_refuses_a_deterministic_policy(
     tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
-    fails(capsys, [*words, "algorithm/dynamics=ode"], 2, "use algorithm/dynamics=flow_sde")
+    fails(capsys, [*words, "algorithm=flow_grpo", "algorithm/dynamics=ode"], 2, "use algorithm/dynamics=flow_sde")
+
+
+def test_doctor_finds_that_velocities_agree_where_images_are_learned_from(
+    tiny_weights: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["doctor", f"model.weights={tiny_weights}", *MODEL, *LORA, f"prompts.path={prompts}"]
+    assert cli.main([*words, "algorithm.timesteps.per_image=2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"velocity_deviation = (\S+) over 8 samples, 2 terms of each \(limit 0\.001\)", shown)
+    assert found is not None
+    assert 0 < float(found[1]) < 1e-4
+    fails(capsys, [*words, "max_deviation=0"], 1, "velocity_deviation = ", "so rollout and update disagree")
 
 
 def test_doctor_fails_where_a_replay_is_not_the_rollout(

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
+from fastgrpo.learning_rate import LearningRate
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import RunParts
-from fastgrpo.replay import StepReplay
+from fastgrpo.replay import ImageReplay, StepReplay
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.rollout import StepRollout
+from fastgrpo.rollout import ImageRollout, StepRollout
 from fastgrpo.train import assemble, build_trainer
 from fastgrpo.trainer import Trainer
 from tests.test_trainer import release
@@ -110,6 +112,73 @@ def test_pieces_that_must_be_one_are_one(built: Trainer) -> None:
     (group,) = update.optimizer.param_groups
     assert [id(weight) for weight in group["params"]] == [id(weight) for weight in built.model.trainable.values()]
     assert built.ema._weights.keys() == built.model.trainable.keys()
+
+
+UNUSUAL_IMAGES = (
+    "seed=5",
+    "algorithm=nft",
+    "algorithm.schedule.num_steps=3",
+    "algorithm.timesteps.per_image=2",
+    "train.updates=3",
+    "train.max_drift=0.5",
+    "train.warmup_iterations=2",
+    "train.decay_iterations=3",
+    "train.decay_to=0.5",
+    "train.iterations=9",
+    "train.old_policy_growth=0.2",
+    "train.old_policy_limit=0.3",
+    "train.ema_share=0.4",
+    "runtime.micro_batch=3",
+    "runtime.sampling_batch=2",
+)
+
+
+def test_every_key_of_learning_from_images_reaches_its_piece(tiny_weights: Path, tmp_path: Path) -> None:
+    built = make_trainer(tiny_weights, tmp_path / "run", *UNUSUAL_IMAGES)
+    rollout, update, replay = built.rollout, built.update, built.update.replay
+    assert isinstance(rollout, ImageRollout)
+    assert isinstance(replay, ImageReplay)
+    assert (update.updates, update.max_drift, built.ema.share) == (3, 0.5, 0.4)
+    assert update.learning_rate == LearningRate(
+        peak=1e-3, num_iterations=9, warmup_iterations=2, decay_iterations=3, decay_to=0.5
+    )
+    assert (built.old_policy.growth, built.old_policy.limit) == (0.2, 0.3)
+    assert replay.old_policy is built.old_policy
+    assert replay.model is built.model is rollout.sampler.model
+    assert replay.sampling is rollout.sampler.batch_sizes.sampling
+    assert update.batch_size is rollout.sampler.batch_sizes.training
+    assert (replay.times, replay.objective) == (built.algorithm.timesteps, built.algorithm.objective)
+    assert replay.seed == 5
+    assert list(rollout.sampler.grid) == list(built.algorithm.grid)
+    # two steps of SD3's own grid
+    assert list(built.evaluation.grid) == list(SD3Schedule(2)())
+
+
+@pytest.mark.parametrize(("recipe", "updates"), [("nft", 4), ("flow_grpo", 1)])
+def test_updates_are_the_signals_where_nothing_is_said(
+    recipe: str, updates: int, tiny_weights: Path, tmp_path: Path
+) -> None:
+    built = make_trainer(tiny_weights, tmp_path / "run", f"algorithm={recipe}")
+    assert built.update.updates == updates
+
+
+def test_draws_and_checks_are_of_the_iteration_that_runs(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *UNUSUAL_IMAGES)
+    begun: list[int] = []
+    begin = ImageReplay.begin
+
+    def watching(self, trained, conditions_B, iteration, *counts):
+        begun.append(iteration)
+        assert counts == (3, 1)
+        assert trained.samples.prompts.ids == [2 * iteration, 2 * iteration + 1]
+        return begin(self, trained, conditions_B, iteration, *counts)
+
+    monkeypatch.setattr(ImageReplay, "begin", watching)
+    rates = [trainer.step()["learning_rate"] for _ in range(3)]
+    assert begun == [0, 1, 2]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
 def test_training_and_evaluation_have_their_own_prompts(tiny_weights: Path, tmp_path: Path) -> None:
