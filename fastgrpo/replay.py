@@ -22,7 +22,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import Dynamics
 from fastgrpo.algorithm.noise import MATCHING_STREAM
 from fastgrpo.algorithm.objective.images import ImageObjective
-from fastgrpo.algorithm.objective.steps import StepObjective
+from fastgrpo.algorithm.objective.steps import Replayed, StepObjective
 from fastgrpo.algorithm.timesteps import DrawnTimes
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, in_batches
@@ -71,7 +71,7 @@ class Replay(Protocol):
 
     @property
     def has_log_prob(self) -> bool:
-        """Whether a rollout can take the gradient of what is learned, that of log_prob."""
+        """Whether a rollout can take the gradient of what is learned, that of each step's log_prob."""
 
     @property
     def deviation_name(self) -> str:
@@ -135,8 +135,11 @@ class StepReplay:
     dynamics: Dynamics
     objective: StepObjective
 
-    has_log_prob: ClassVar[bool] = True
     deviation_name: ClassVar[str] = "ratio_deviation"
+
+    @property
+    def has_log_prob(self) -> bool:
+        return not self.objective.needs_distance and max(map(len, self.objective.chunks(len(self.grid) - 1))) == 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,17 +158,18 @@ class StepReplay:
         return trained
 
     def num_terms(self, material: TrainedSteps) -> int:
-        return len(material.steps)
+        return len(self.objective.chunks(len(material.steps)))
 
     def term(
         self, material: TrainedSteps, place: int, conditions: Conditions, advantages_B: Tensor, step: int, update: int
     ) -> Term:
         # the old policy's branch of guidance is the policy's own until the first optimizer step
-        is_known = step == 0 and len(material.unconditional_TBCHW) > 0
-        unconditional = material.unconditional_TBCHW[place] if is_known else None
-        log_prob_B, kl_B = self._replayed(material, place, conditions, unconditional)
-        kept = slice(len(advantages_B))
-        return self._judged(log_prob_B[kept], material.log_prob_TB[place, kept], advantages_B, kl_B[kept])
+        is_known, kept = step == 0 and len(material.unconditional_TBCHW) > 0, slice(len(advantages_B))
+        chunk = [
+            self._replayed(material, i, conditions, material.unconditional_TBCHW[i] if is_known else None, kept)
+            for i in self.objective.chunks(len(material.steps))[place]
+        ]
+        return self._judged(chunk[0] if len(chunk) == 1 else _together(chunk), advantages_B)
 
     def reweighted(
         self,
@@ -180,7 +184,7 @@ class StepReplay:
         log_prob_TB = torch.cat([part.log_prob_TB for part in gradients], dim=1)
         no_kl_B = torch.zeros_like(log_prob_TB[0])
         log_prob_B = log_prob_TB[0].clone().requires_grad_()
-        loss, _ = self.objective(log_prob_B, log_prob_B.detach(), advantages_B, no_kl_B)
+        loss, _ = self.objective(Replayed(log_prob_B, log_prob_B.detach(), no_kl_B, no_kl_B), advantages_B)
         (factor_B,) = torch.autograd.grad(loss, log_prob_B, torch.full_like(loss, len(log_prob_B)))
         sizes = [part.log_prob_TB.shape[1] for part in gradients]
         for place, weight in enumerate(self.model.trainable.values()):
@@ -189,29 +193,55 @@ class StepReplay:
                 weight.grad += torch.tensordot(factor_b.to(weight.dtype), part.weights[place], dims=1)
         # the statistics do not assume that it is: they compare with what was stored
         steps = zip(log_prob_TB, material.log_prob_TB, strict=True)
-        return [self._judged(log_prob_B, old_B, advantages_B, no_kl_B) for log_prob_B, old_B in steps]
+        return [self._judged(Replayed(own_B, old_B, no_kl_B, no_kl_B), advantages_B) for own_B, old_B in steps]
 
     def rehearse(self, x_BCHW: Tensor, conditions: Conditions) -> None:
         none_B = x_BCHW.new_zeros(len(x_BCHW))
-        trained = TrainedSteps((0,), x_BCHW[None], x_BCHW[None], none_B[None], x_BCHW[:0])
+        # as many steps at once as the longest chunk has
+        count = max(map(len, self.objective.chunks(len(self.grid) - 2)))
+        x_TBCHW, none_TB = x_BCHW.expand(count, *x_BCHW.shape), none_B.expand(count, -1)
+        trained = TrainedSteps(tuple(range(count)), x_TBCHW, x_TBCHW, none_TB, x_TBCHW[:0], x_TBCHW)
         self.term(trained, 0, conditions, none_B, 1, 0).loss.backward()
 
     def _replayed(
-        self, rows: TrainedSteps, place: int, conditions: Conditions, unconditional: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """log_prob and KL [B] of one stored step under the policy as it is now."""
+        self, rows: TrainedSteps, place: int, conditions: Conditions, unconditional: Tensor | None, kept: slice
+    ) -> Replayed:
+        """One stored step under the policy as it is now; ``kept`` are the rows that are not there to fill a batch."""
         x_BCHW, step = rows.x_TBCHW[place], rows.steps[place]
         t = self.grid[step]
         if self.objective.kl_coef > 0:
             v_BCHW, reference_BCHW = self.model.velocity_and_reference(x_BCHW, t, conditions, unconditional)
         else:
             v_BCHW, reference_BCHW = self.model.velocity(x_BCHW, t, conditions, unconditional), None
-        return self.dynamics(self.grid, step).log_prob(x_BCHW, v_BCHW, rows.x_next_TBCHW[place], reference_BCHW)
+        coefficients = self.dynamics(self.grid, step)
+        log_prob_B, kl_B = coefficients.log_prob(x_BCHW, v_BCHW, rows.x_next_TBCHW[place], reference_BCHW)
+        distance_B = torch.zeros_like(log_prob_B)
+        if self.objective.needs_distance:
+            moved_BCHW = coefficients.mean(x_BCHW, v_BCHW) - rows.mean_TBCHW[place]
+            distance_B = moved_BCHW.square().flatten(1).mean(dim=1)
+        return Replayed(
+            log_prob_B[kept],
+            rows.log_prob_TB[place, kept],
+            kl_B[kept],
+            distance_B[kept],
+            std=coefficients.std,
+            duration=t - self.grid[step + 1],
+            precision=coefficients.precision,
+        )
 
-    def _judged(self, log_prob_B: Tensor, old_log_prob_B: Tensor, advantages_B: Tensor, kl_B: Tensor) -> Term:
-        loss, stats = self.objective(log_prob_B, old_log_prob_B, advantages_B, kl_B)
+    def _judged(self, replayed: Replayed, advantages_B: Tensor) -> Term:
+        loss, stats = self.objective(replayed, advantages_B)
         means = {name: getattr(stats, name) for name in self.names}
         return Term(len(advantages_B), loss, means, stats.ratio_deviation)
+
+
+def _together(chunk: Sequence[Replayed]) -> Replayed:
+    """One ratio of several steps: the geometric mean of theirs."""
+    log_prob_B, old_B, kl_B, distance_B = (
+        torch.stack([getattr(one, name) for one in chunk]).mean(dim=0)
+        for name in ("log_prob_B", "old_log_prob_B", "kl_B", "distance_B")
+    )
+    return Replayed(log_prob_B, old_B, kl_B, distance_B)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,13 @@ def make_rollout(algorithm: Algorithm, sampler: Sampler, seed: int) -> Rollout:
     """The rollout that gives what the algorithm's objective learns from."""
     if algorithm.learns_from_images:
         return ImageRollout(sampler=sampler)
-    return StepRollout(sampler=sampler, dynamics=algorithm.dynamics, timesteps=algorithm.steps, seed=seed)
+    return StepRollout(
+        sampler=sampler,
+        dynamics=algorithm.dynamics,
+        timesteps=algorithm.steps,
+        seed=seed,
+        keeps_means=algorithm.step_objective.needs_distance,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +84,16 @@ class ImageRollout:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRollout:
-    """Stochastic in the steps that ``timesteps`` chooses for an iteration, whose noise is a function of ``seed``."""
+    """Stochastic in the steps that ``timesteps`` chooses for an iteration, whose noise is a function of ``seed``.
+
+    keeps_means: whether the means of the trained steps are handed on, too.
+    """
 
     sampler: Sampler
     dynamics: Dynamics
     timesteps: Timesteps
     seed: int
+    keeps_means: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -155,7 +165,7 @@ class StepRollout:
         if not steps:
             none_TBCHW = x_BCHW.new_empty(0, *x_BCHW.shape)
             none_TB = x_BCHW.new_empty(0, len(x_BCHW))
-            return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, none_TB, none_TBCHW), []
+            return x_BCHW, TrainedSteps((), none_TBCHW, none_TBCHW, none_TB, none_TBCHW, none_TBCHW), []
 
         def run(batch: Batch) -> tuple[Tensor, TrainedSteps, SampleGradients]:
             step_noise = {
@@ -186,7 +196,7 @@ class StepRollout:
         noise: dict[int, PhiloxNoise],
         with_gradients: bool,
     ) -> tuple[Tensor, TrainedSteps, SampleGradients]:
-        x, x_next, log_prob, differentiated, unconditional = [], [], [], [], []
+        x, x_next, log_prob, differentiated, unconditional, mean = [], [], [], [], [], []
         gradients: list[Tensor] = []
         for step in steps:
             if step not in noise:
@@ -206,12 +216,15 @@ class StepRollout:
             log_prob.append(log_prob_B)
             if isinstance(v_BCHW, GuidedVelocity):
                 unconditional.append(v_BCHW.unconditional)
+            if self.keeps_means:
+                mean.append(self.dynamics(self.sampler.grid, step).mean(x[-1], v_BCHW))
         trained = TrainedSteps(
             tuple(noise),
             torch.stack(x),
             torch.stack(x_next),
             torch.stack(log_prob),
             torch.stack(unconditional) if unconditional else x_BCHW.new_empty(0, *x_BCHW.shape),
+            torch.stack(mean) if mean else x_BCHW.new_empty(0, *x_BCHW.shape),
         )
         of_TB = torch.stack(differentiated) if differentiated else x_BCHW.new_empty(0, len(x_BCHW))
         return x_BCHW, trained, SampleGradients(of_TB, gradients)

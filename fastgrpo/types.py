@@ -129,7 +129,8 @@ class Noise:
 class TrainedSteps:
     """What update replays: T stochastic steps of B samples.  ``steps`` are their indices into the grid.
 
-    ``unconditional_TBCHW`` is the old policy's other branch of guidance; T is 0 there without guidance.
+    ``unconditional_TBCHW`` is the old policy's other branch of guidance; T is 0 there without guidance.  ``mean_TBCHW``
+    is its mean of x_next; T is 0 there unless the objective asks for it.
     """
 
     steps: tuple[int, ...]
@@ -137,11 +138,12 @@ class TrainedSteps:
     x_next_TBCHW: Tensor
     log_prob_TB: Tensor
     unconditional_TBCHW: Tensor
+    mean_TBCHW: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All that is stored; dimension 1 is samples."""
-        return self.x_TBCHW, self.x_next_TBCHW, self.log_prob_TB, self.unconditional_TBCHW
+        return self.x_TBCHW, self.x_next_TBCHW, self.log_prob_TB, self.unconditional_TBCHW, self.mean_TBCHW
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TrainedSteps":
         """A function of each tensor."""

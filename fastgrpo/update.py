@@ -96,8 +96,9 @@ class Update:
             raise ValueError(f"train.max_grad_norm must be positive, got {self.max_grad_norm}; use .inf for none")
         if self.reweights and not self.replay.has_log_prob:
             raise ValueError(
-                "train.gradients=reweight takes the gradient of log_prob while steps are rolled out, and this "
-                "algorithm learns from images; use train.gradients=replay"
+                "train.gradients=reweight takes the gradient of each step's log_prob while it is rolled out, and this "
+                "algorithm learns from images, from chunks of steps, or from their means too; use "
+                "train.gradients=replay"
             )
         if self.reweights and (kl_coef := self.replay.objective.kl_coef) > 0:
             raise ValueError(

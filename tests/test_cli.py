@@ -131,7 +131,7 @@ def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
             ["train", "algorithm/objective=rwr", "algorithm.objective.beta=4"],
             ["algorithm.objective.beta is a key of the default choice of its group", "drop it"],
         ),
-        (["train", "algorithm.timesteps.per_imag=3"], ["algorithm.timesteps.per_imag", "algorithm.timesteps.per_image"]),
+        (["train", "algorithm.timesteps.shif=3"], ["algorithm.timesteps.shif", "algorithm.timesteps.shift"]),
         (["train", "noise=gaussian"], ["unknown key noise", "algorithm/noise"]),
         (["train", "+train.speed=3"], ["unknown key train.speed"]),
         (["train", "+model.speed=3"], ["unknown key model.speed", "StableDiffusion3 takes weights"]),

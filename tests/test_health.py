@@ -15,7 +15,7 @@ NOTHING = torch.zeros(0)
 TRAJECTORIES = Trajectories(
     images_BCHW=torch.ones(2, 3, 1, 1),
     start_BCHW=NOTHING,
-    trained=TrainedSteps((0,), NOTHING, NOTHING, torch.tensor([[-1.0, -2.0]]), NOTHING),
+    trained=TrainedSteps((0,), NOTHING, NOTHING, torch.tensor([[-1.0, -2.0]]), NOTHING, NOTHING),
 )
 
 

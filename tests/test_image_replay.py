@@ -451,7 +451,7 @@ def test_guidance_with_two_branches_is_refused(tiny_weights: Path) -> None:
 
 def test_what_steps_alone_can_do_is_refused(model: StableDiffusion3) -> None:
     with pytest.raises(
-        ValueError, match=r"^train\.gradients=reweight takes the gradient of log_prob.*learns from images"
+        ValueError, match=r"^train\.gradients=reweight takes the gradient of each step.*learns from images"
     ):
         make_update(model, Recorder(model), NFT(), DrawnTimes(), reweights=True)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
+from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import BatchSizes
@@ -68,9 +69,7 @@ class Iteration:
     conditions_B: Conditions
     trajectories: Trajectories[TrainedSteps]
 
-    def update(
-        self, optimizer: torch.optim.Optimizer, objective: ClippedSurrogate = OBJECTIVE, **settings: Any
-    ) -> Update:
+    def update(self, optimizer: torch.optim.Optimizer, objective: StepObjective = OBJECTIVE, **settings: Any) -> Update:
         update = Update(
             model=self.model,
             replay=StepReplay(model=self.model, grid=GRID, dynamics=self.dynamics, objective=objective),
@@ -118,6 +117,8 @@ def make_iteration(
     dynamics: Dynamics = SDE,
     guidance_scale: float = 1.0,
     adaptation: LoRA | FullFineTuning = ADAPTERS,
+    *,
+    keeps_means: bool = False,
 ) -> Iteration:
     model, moved = load(weights, adaptation, guidance_scale)
     set_weights(model, moved)
@@ -125,7 +126,9 @@ def make_iteration(
     samples = Samples.all_of(PROMPTS, GROUP_SIZE)
     conditions = model.encode(samples.texts)
     sampler = Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(2))
-    rollout = StepRollout(sampler=sampler, dynamics=dynamics, timesteps=lambda *_: STEPS, seed=3)
+    rollout = StepRollout(
+        sampler=sampler, dynamics=dynamics, timesteps=lambda *_: STEPS, seed=3, keeps_means=keeps_means
+    )
     trajectories = rollout(samples, conditions, Noise(start, metrics={}, num_scored=0), 0)
     reference = SD3Transformer2DModel.from_pretrained(weights / "transformer")
     return Iteration(model, dynamics, reference, conditions, trajectories)

@@ -77,8 +77,8 @@ class Algorithm:
         if self.learns_from_images:
             # x_0, and the old policy's velocity at each draw
             return 1 + num_updates * self.times.per_image
-        # x, x_next and the unconditional branch of each trained step
-        return 3 * len(self.steps(len(self.grid) - 1, 0, 0))
+        # x, x_next, the unconditional branch and perhaps the mean of each trained step
+        return (3 + self.step_objective.needs_distance) * len(self.steps(len(self.grid) - 1, 0, 0))
 
     def evaluation_grid(self, num_steps: int) -> tuple[float, ...]:
         """The same schedule in another number of steps."""

@@ -30,6 +30,11 @@ class StepCoefficients:
     kl_weight: float
     log_prob_kind: LogProb = "gaussian"
 
+    @property
+    def precision(self) -> float:
+        """log_prob is -precision (x_next - mean)^2, mean over elements, and what no policy moves."""
+        return 0.5 / self.std**2 if self.log_prob_kind == "gaussian" else 1.0
+
     def mean(self, x: Tensor, v: Tensor | GuidedVelocity) -> Tensor:
         """Where a deterministic step leads."""
         return ode_step(x, v, *_per_sample(x, self.c_x, self.c_v))

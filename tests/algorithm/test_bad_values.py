@@ -9,6 +9,8 @@ import pytest
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import CPS, DanceSDE, FlowSDE
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
+from fastgrpo.algorithm.objective.flow_dppo import FlowDPPO
+from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
 from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
@@ -108,12 +110,26 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     *((GroupAdvantage, {"clamp": clamp}, f"advantage.clamp must be positive, got {clamp}") for clamp in (0, math.nan)),
     *(
-        (ClippedSurrogate, {"clip_range": value}, f"objective.clip_range must lie in (0, 1), got {value}")
+        (piece, {"clip_range": value}, f"objective.clip_range must lie in (0, 1), got {value}")
+        for piece in (ClippedSurrogate, GRPOGuard)
         for value in (0.0, 1.0, math.nan)
     ),
     *(
-        (ClippedSurrogate, {"kl_coef": value}, f"objective.kl_coef must be finite and not negative, got {value}")
+        (piece, {"kl_coef": value}, f"objective.kl_coef must be finite and not negative, got {value}")
+        for piece in (ClippedSurrogate, GRPOGuard, FlowDPPO)
         for value in (-1, math.nan, math.inf)
+    ),
+    *(
+        (
+            ClippedSurrogate,
+            {"chunk_sizes": sizes},
+            f"objective.chunk_sizes must be positive numbers of steps, got {sizes}",
+        )
+        for sizes in ([], [0], [2, -1])
+    ),
+    *(
+        (FlowDPPO, {"max_divergence": value}, f"objective.max_divergence must be positive and finite, got {value}")
+        for value in (0.0, -1.0, math.nan, math.inf)
     ),
     *(
         (piece, {"candidates": 0}, "noise.candidates must be at least 1, got 0; use algorithm/noise=gaussian")

@@ -11,6 +11,8 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from fastgrpo.algorithm.noise import GaussianNoise, SharedNoise
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
+from fastgrpo.algorithm.objective.flow_dppo import FlowDPPO
+from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
 from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
@@ -30,6 +32,9 @@ PAPER = EliteSearch(rounds=3, candidates=8, elites=3, estimate_steps=1, start="m
 # a rollout in few steps that stores nothing, and images that are noised again
 IMAGES = (FewSteps(6), GaussianNoise(), ODE(), DrawnTimes(), GroupAdvantage("global"))
 PUBLISHED = {
+    "flow_grpo_guard": (*FLOW_GRPO[:5], GRPOGuard()),
+    "flow_dppo": (*FLOW_GRPO[:5], FlowDPPO()),
+    "chunk_grpo": (*FLOW_GRPO[:5], ClippedSurrogate(1e-4, 0.0, (2, 3, 4))),
     "nft": (*IMAGES, NFT()),
     "awm": (*IMAGES, MatchingRatio(clip_range=0.2, proximal_coef=1.0)),
     "v_grpo": (*IMAGES[:3], DrawnTimes(is_shared=True), IMAGES[4], MatchingRatio(clip_range=0.05)),
