@@ -154,7 +154,7 @@ def test_every_key_of_learning_from_images_reaches_its_piece(tiny_weights: Path,
     assert list(built.evaluation.grid) == list(SD3Schedule(2)())
 
 
-@pytest.mark.parametrize(("recipe", "updates"), [("nft", 4), ("flow_grpo", 1)])
+@pytest.mark.parametrize(("recipe", "updates"), [("nft", 6), ("flow_grpo", 1)])
 def test_updates_are_the_signals_where_nothing_is_said(
     recipe: str, updates: int, tiny_weights: Path, tmp_path: Path
 ) -> None:

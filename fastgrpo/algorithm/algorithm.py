@@ -70,7 +70,7 @@ class Algorithm:
     @property
     def usual_updates(self) -> int:
         """Passes over a rollout: of new draws each, images bear several; a second of the same steps is off-policy."""
-        return 4 if self.learns_from_images else 1
+        return 6 if self.learns_from_images else 1
 
     def kept_latents(self, num_updates: int) -> int:
         """Latents that an iteration keeps of each sample for its updates, counted as if all were float32."""

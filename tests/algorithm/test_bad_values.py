@@ -123,7 +123,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         (
             ClippedSurrogate,
             {"chunk_sizes": sizes},
-            f"objective.chunk_sizes must be positive numbers of steps, got {sizes}",
+            f"objective.chunk_sizes must be positive numbers, got {sizes}",
         )
         for sizes in ([], [0], [2, -1])
     ),

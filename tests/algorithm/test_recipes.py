@@ -36,9 +36,9 @@ PUBLISHED = {
     "flow_dppo": (*FLOW_GRPO[:5], FlowDPPO()),
     "chunk_grpo": (*FLOW_GRPO[:5], ClippedSurrogate(1e-4, 0.0, (2, 3, 4))),
     "nft": (*IMAGES, NFT()),
-    "awm": (*IMAGES, MatchingRatio(clip_range=0.2, proximal_coef=1.0)),
-    "v_grpo": (*IMAGES[:3], DrawnTimes(is_shared=True), IMAGES[4], MatchingRatio(clip_range=0.05)),
-    "rwr": (*IMAGES, WeightedRegression()),
+    "awm": (*IMAGES, MatchingRatio(clip_range=1.0, time_power=1.0, proximal_coef=2.0)),
+    "v_grpo": (*IMAGES[:3], DrawnTimes(is_shared=True), IMAGES[4], MatchingRatio(clip_range=0.05, proximal_coef=2.0)),
+    "rwr": (*IMAGES, WeightedRegression(proximal_coef=2.0)),
     "flow_grpo": FLOW_GRPO,
     "smart_grpo": (
         SD3Schedule(10), EliteSearch(mix=0.75), CPS(0.5), RandomWindow(3, 0, 5), GroupAdvantage("global"),
