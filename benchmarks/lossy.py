@@ -29,10 +29,10 @@ from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
-from fastgrpo.replay import make_replay
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
+from fastgrpo.signals import make_replay
 from fastgrpo.types import Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.timesteps import Timesteps
@@ -43,19 +42,6 @@ class Rollout(Protocol):
         ``hand_on`` is given the images of each batch as soon as they are decoded.  The first ``num_differentiated``
         samples leave the gradient of what was trained of them, where the signal has one.
         """
-
-
-def make_rollout(algorithm: Algorithm, sampler: Sampler, seed: int) -> Rollout:
-    """The rollout that gives what the algorithm's objective learns from."""
-    if algorithm.learns_from_images:
-        return ImageRollout(sampler=sampler)
-    return StepRollout(
-        sampler=sampler,
-        dynamics=algorithm.dynamics,
-        timesteps=algorithm.steps,
-        seed=seed,
-        keeps_means=algorithm.step_objective.needs_distance,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,13 @@ from fastgrpo.prompts import PromptSource
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
-from fastgrpo.replay import make_replay, rehearsal
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.source import Loaded
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.rollout import make_rollout
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime
+from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.update import Update

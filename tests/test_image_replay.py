@@ -20,15 +20,16 @@ from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.schedule import FewSteps
 from fastgrpo.algorithm.solver import AdamsBashforth, Euler, Solver
 from fastgrpo.algorithm.timesteps import DrawnTimes
+from fastgrpo.image_replay import ImageReplay, NoisedImages
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.old_policy import OldPolicy
-from fastgrpo.replay import ImageReplay, NoisedImages, make_replay
-from fastgrpo.rollout import ImageRollout, make_rollout
+from fastgrpo.rollout import ImageRollout
 from fastgrpo.sampler import Sampler
+from fastgrpo.signals import make_replay, make_rollout
 from fastgrpo.types import Conditions, Noise, Prompts, Samples, TrainedImages
 from fastgrpo.update import Update, UpdateStats
 from fastgrpo_kernels import philox_normal

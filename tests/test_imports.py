@@ -11,9 +11,9 @@ _PLAIN = {"files", "types", "settings", "learning_rate"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
-_LINE |= {"old_policy", "health"}
+_LINE |= {"old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
-_SEE_AN_ADAPTER = {"sampler", "rollout", "replay", "update"}
+_SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
 _FACE = {"config", "overrides", "pieces", "parts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
@@ -29,7 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("prompts", "ema"), _PLAIN),
     "old_policy": _PLAIN | {"ema"},
     "sampler": _CARRIED,
-    "replay": _CARRIED | {"old_policy"},
+    "replay": _PIECES,
+    **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
+    "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
     **dict.fromkeys(("start_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},
@@ -88,7 +90,7 @@ CONFINED = {
         "fastgrpo/rewards/",
         "fastgrpo/sampler.py",
         "fastgrpo/rollout.py",
-        "fastgrpo/replay.py",
+        "fastgrpo/image_replay.py",
     ),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "fastgrpo_kernels", *sys.stdlib_module_names}

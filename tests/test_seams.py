@@ -14,12 +14,13 @@ from torch import Tensor
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
+from fastgrpo.image_replay import ImageReplay
 from fastgrpo.learning_rate import LearningRate
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import RunParts
-from fastgrpo.replay import ImageReplay, StepReplay
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rollout import ImageRollout, StepRollout
+from fastgrpo.step_replay import StepReplay
 from fastgrpo.train import assemble, build_trainer
 from fastgrpo.trainer import Trainer
 from tests.test_trainer import release

@@ -13,7 +13,7 @@ from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.objective.flow_dppo import FlowDPPO
 from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.steps import StepObjective
-from fastgrpo.replay import StepReplay
+from fastgrpo.step_replay import StepReplay
 from fastgrpo.train import build_trainer
 from fastgrpo_kernels import philox_normal
 from tests.test_update import (
@@ -79,7 +79,7 @@ def losses(it: Iteration, objective: StepObjective, old: dict[tuple[int, int], T
                 is_off.append(is_far and advantage * log_ratio.item() > 0)
                 found.append(-advantage * log_ratio.exp() * (not is_off[-1]))
         if isinstance(objective, ClippedSurrogate):
-            ratio = (sum(log_ratios) / len(log_ratios)).exp()
+            ratio = torch.stack(log_ratios).mean().exp()
             found.append(clipped(ratio, advantage, objective.clip_range))
             is_off.append(abs(ratio.item() - 1) > objective.clip_range)
     return torch.stack(found), is_off
@@ -156,3 +156,21 @@ def test_what_is_not_of_one_steps_log_prob_cannot_be_reweighted(
     config = make_config(tiny_weights, tmp_path / "run", f"algorithm={recipe}", "train.gradients=reweight")
     with pytest.raises(ValueError, match=r"^train\.gradients=reweight takes .* use train\.gradients=replay"):
         build_trainer(config)
+
+
+def test_the_planner_is_shown_the_longest_chunk(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = make_iteration(tiny_weights)
+    seen: list[float] = []
+    run = type(it.model).velocity
+
+    def counting(self, x, t, *arguments):
+        seen.append(t)
+        return run(self, x, t, *arguments)
+
+    monkeypatch.setattr(type(it.model), "velocity", counting)
+    # of five steps a chunk of two, and one of three
+    replay = StepReplay(model=it.model, grid=GRID, dynamics=it.dynamics, objective=ClippedSurrogate(1e-4, 0.0, (2, 3)))
+    replay.rehearse(torch.zeros(2, 16, 4, 4), it.conditions_B[:2])
+    assert seen == list(GRID[2:5])
+    for weight in it.model.trainable.values():
+        weight.grad = None

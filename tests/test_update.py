@@ -21,9 +21,9 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.replay import StepReplay
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
+from fastgrpo.step_replay import StepReplay
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Conditions, Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update, UpdateStats

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.flow_grpo.ours import FastGRPO
 from benchmarks.flow_grpo.recipe import Job
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.replay import StepReplay
 from fastgrpo.rollout import StepRollout
+from fastgrpo.step_replay import StepReplay
 from fastgrpo.types import Conditions
 
 _OVERRIDES = ("model.dtype=float32", "runtime.attention=sdpa")

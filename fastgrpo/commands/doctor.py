@@ -27,10 +27,9 @@ from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import PromptSource, load_prompts
 from fastgrpo.records.summary import commit, hardware, versions
-from fastgrpo.replay import make_replay
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
-from fastgrpo.rollout import make_rollout
 from fastgrpo.sampler import Sampler
+from fastgrpo.signals import make_replay, make_rollout
 from fastgrpo.types import Noise, Samples
 from fastgrpo.update import Update, UpdateStats
 

@@ -19,7 +19,7 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_model
 from fastgrpo.pieces import build
 from fastgrpo.prompts import load_prompts
-from fastgrpo.replay import rehearsal
+from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 HERE = "here"

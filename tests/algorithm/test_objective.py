@@ -31,9 +31,8 @@ def test_loss_and_gradient_equal_the_case_distinction():
     kl_B = torch.linspace(0, 1, 15).requires_grad_()
     # samples have nothing to do with each other: one at a time, and all at once
     objective, samples = ClippedSurrogate(CLIP, KL_COEF), (log_prob_B, old_B, kl_B, torch.zeros(15))
-    loss_B = torch.stack(
-        [objective(Replayed(*(x[b : b + 1] for x in samples)), advantage_B[b : b + 1])[0] for b in range(15)]
-    )
+    alone = [Replayed(log_prob_B[b, None], old_B[b, None], kl_B[b, None], torch.zeros(1)) for b in range(15)]
+    loss_B = torch.stack([objective(one, advantage_B[b, None])[0] for b, one in enumerate(alone)])
     loss, _ = objective(Replayed(*samples), advantage_B)
     gradients = torch.autograd.grad(15 * loss, [log_prob_B, kl_B])
     rows = zip(log_prob_B.tolist(), old_B.tolist(), advantage_B.tolist(), kl_B.tolist(), strict=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastgrpo import trainer
 from fastgrpo.distributed.world import World
-from fastgrpo.replay import StepReplay, Term
+from fastgrpo.replay import Term
+from fastgrpo.step_replay import StepReplay
 from fastgrpo.types import Samples
 
 

@@ -15,8 +15,8 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_model, build_rewards
 from fastgrpo.pieces import build
-from fastgrpo.replay import rehearsal
 from fastgrpo.rollout import StepRollout
+from fastgrpo.signals import rehearsal
 from fastgrpo.train import build_trainer, train
 from tests.tiny_config import make_config
 

@@ -40,8 +40,8 @@ class ClippedSurrogate:
         check_kl_coef(self.kl_coef)
         if not self.chunk_sizes or min(self.chunk_sizes) < 1:
             raise ValueError(
-                f"algorithm.objective.chunk_sizes must be positive numbers, got {list(self.chunk_sizes)}; use [1] for a "
-                "ratio of each step"
+                f"algorithm.objective.chunk_sizes must be positive numbers, got {list(self.chunk_sizes)}; use [1] for "
+                "a ratio of each step"
             )
 
     def chunks(self, num_steps: int) -> Sequence[range]:
