@@ -22,6 +22,8 @@ from fastgrpo.records.json_lines import read_rows
 
 STAGES = ("encode", "search", "rollout", "reward", "update")
 _METRIC = "eval/shapes_strict"
+# of which a run has one
+_DEVIATIONS = ("ratio_deviation", "velocity_deviation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Run:
     seconds: dict[str, float]
     images: int
     iterations: int
-    max_ratio_deviation: float
+    max_deviation: float
     evaluations: list[dict[str, float]]
 
     @property
@@ -98,7 +100,7 @@ def read_run(seed: int, output: Path, wall_seconds: float) -> Run:
         seconds={key: sum(row[f"seconds/{key}"] for row in trained) for key in (*STAGES, "iteration", "checkpoint")},
         images=trained[-1]["images"],
         iterations=len(trained),
-        max_ratio_deviation=max(row["ratio_deviation"] for row in trained),
+        max_deviation=max(row[key] for row in trained for key in _DEVIATIONS if key in row),
         evaluations=[{key: row[key] for key in ("seconds", "eval/shapes", _METRIC)} for row in evaluations],
     )
 
@@ -151,7 +153,7 @@ def _facts(runs: Sequence[Run]) -> list[list[str]]:
         *(row(f"share of an iteration: {stage}", share_of(stage), ".0%") for stage in STAGES),
         row("outside of these stages", lambda run: run.outside_stages, ".1%"),
         row("start, end, logs and all else of the whole command", lambda run: run.outside_everything, ".1%"),
-        row("largest ratio_deviation", lambda run: run.max_ratio_deviation, "g"),
+        row("largest deviation of rollout and update", lambda run: run.max_deviation, ".1e"),
     ]
 
 

@@ -79,6 +79,6 @@ def test_of_two_seeds_in_the_middle_the_lower_is_shown() -> None:
     def run(after: float) -> Run:
         evaluations = [{"eval/shapes_strict": after}]
         values: dict[str, Any] = {"wall_seconds": 1, "evaluate_seconds": 1, "seconds": {}, "images": 1, "iterations": 1}
-        return Run(seed=round(100 * after), max_ratio_deviation=0, evaluations=evaluations, **values)
+        return Run(seed=round(100 * after), max_deviation=0, evaluations=evaluations, **values)
 
     assert median_run([run(0.7), run(0.5), run(0.9), run(0.6)]).seed == 60
