@@ -1,4 +1,4 @@
-"""The curves of a run: reward, evaluation, KL and speed over training time, as one PNG."""
+"""The curves of a run: reward, evaluation, distances and speed over training time, as one PNG."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _AXIS = {"seconds": "training time [s], without evaluation", "iteration": "itera
 _PANELS = (
     ("reward in training", "mean reward", ("reward/total",)),
     ("evaluation, plain noise", "mean score", ("eval/",)),
-    ("distance from the reference", "KL per latent element", ("kl",)),
+    ("distance from the reference: kl, from the old policy: drift", "per latent element", ("kl", "drift")),
     ("speed", "images/s", ("images_per_second",)),
 )
 
@@ -52,7 +52,7 @@ def _draw_panel(axes: Axes, rows: Sequence[dict[str, Any]], x: str, keys: Sequen
             drawn += 1
     if drawn == 0:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="gray")
-    elif names != list(keys):
+    elif drawn > 1 or names != [keys[0]]:
         axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
