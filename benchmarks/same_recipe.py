@@ -35,12 +35,22 @@ SETTINGS = (
     "runtime.threads=1",
     "runtime.micro_batch=4",
     "runtime.device=cpu",
+    # a leg that ends earlier is otherwise to fall earlier
+    "train.decay_share=0",
 )
 FLOAT64 = ("model.dtype=float64", "model.decode_dtype=float64")
 # the verifier of the shapes counts pixels, which in float32 are one more or less by rounding
 SMOOTH = ("reward=custom", "reward.path=benchmarks.same_recipe.contrast")
 LORA = ("algorithm=flow_grpo", "train.optimizer_steps=2")
 SEARCH = ("algorithm=smart_grpo", "algorithm.noise.candidates=6", "algorithm.noise.elites=3")
+# the reference, shares of the samples, and rollouts of an old policy that is saved too
+IMAGES = (
+    "algorithm=nft",
+    "algorithm.objective.kl_coef=0.1",
+    "train.updates=3",
+    "train.optimizer_steps=2",
+    "train.old_policy_growth=0.05",
+)
 FULL = ("algorithm=flow_grpo", "adaptation=full", "train.learning_rate=1e-5")
 
 
@@ -65,6 +75,9 @@ CASES = (
     Case("LoRA, Smart-GRPO", (*SEARCH, *FLOAT64)),
     Case("full fine-tuning, gathered for the rollout", (*FULL, *FLOAT64)),
     Case("full fine-tuning, sharded in the rollout", (*FULL, "adaptation.rollout_weights=sharded", *FLOAT64)),
+    Case("LoRA, NFT, 3 updates of 2 optimizer steps", (*IMAGES, *FLOAT64)),
+    Case("LoRA, NFT, saved on 4 and resumed on 1, 2 and 4", (*IMAGES, *FLOAT64), runs=RESUMED),
+    Case("full fine-tuning, NFT", (*IMAGES, *FULL[1:], *FLOAT64)),
     Case("LoRA, saved on 4 and resumed on 1, 2 and 4", (*LORA, *FLOAT64), runs=RESUMED),
     Case("full fine-tuning, saved on 4 and resumed on 1, 2 and 4", (*FULL, *FLOAT64), runs=RESUMED),
     Case("LoRA, Smart-GRPO, float32", (*SEARCH, *SMOOTH), "float32", SHORT),

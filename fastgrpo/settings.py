@@ -28,7 +28,7 @@ class Training:
     gradients: str
     learning_rate: float
     warmup_iterations: int
-    decay_iterations: int
+    decay_share: float
     decay_to: float
     weight_decay: float
     max_grad_norm: float
@@ -61,7 +61,11 @@ class Training:
                 f"train.learning_rate must be at most 1, got {self.learning_rate:g}; 1e-4 to 1e-3 suits most LoRA runs"
             )
         at_least("train.warmup_iterations", self.warmup_iterations, 0)
-        at_least("train.decay_iterations", self.decay_iterations, 0)
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(
+                f"train.decay_share must lie in [0, 1], got {self.decay_share}: the share of train.iterations in which "
+                "the learning rate falls; 0 keeps it"
+            )
         if not 0 <= self.decay_to <= 1:
             raise ValueError(
                 f"train.decay_to must lie in [0, 1], got {self.decay_to}: the share of the learning rate that is left "
@@ -95,7 +99,7 @@ class Training:
             peak=self.learning_rate,
             num_iterations=self.iterations,
             warmup_iterations=self.warmup_iterations,
-            decay_iterations=self.decay_iterations,
+            decay_iterations=round(self.decay_share * self.iterations),
             decay_to=self.decay_to,
         )
 

@@ -33,7 +33,7 @@ def test_after_the_end_it_stays_where_it_fell() -> None:
 def test_a_run_follows_it(tiny_weights: Path, tmp_path: Path) -> None:
     settings = ("train.iterations=3", "train.learning_rate=4e-3", "train.warmup_iterations=2")
     trainer = build_trainer(
-        make_config(tiny_weights, tmp_path / "run", *settings, "train.decay_iterations=1", "train.decay_to=0.25")
+        make_config(tiny_weights, tmp_path / "run", *settings, "train.decay_share=0.3", "train.decay_to=0.25")
     )
     seen = []
     trainer.update.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))

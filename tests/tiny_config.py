@@ -28,6 +28,8 @@ def make_overrides(weights: Path, output: Path, *overrides: str) -> list[str]:
         "runtime.threads=1",
         f"output={output}",
         "train.iterations=2",
+        # so that a run is the same however far it is to go
+        "train.decay_share=0",
         "train.prompts_per_iteration=2",
         "train.group_size=3",
         "evaluate.images_per_prompt=1",

@@ -38,7 +38,7 @@ class NFTCode:
     num_steps: int = 6
     solver: str = "flow"
     num_times: int = 1
-    inner_epochs: int = 4
+    inner_epochs: int = 6
     adv_clip_max: float = 2.0
     kl_coef: float = 0.0
     decay_type: int = 0

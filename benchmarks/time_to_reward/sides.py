@@ -17,13 +17,13 @@ class Side(Protocol):
     def __call__(self, run: Run) -> Learner: ...
 
 
-_FOUR = ("train.updates=4",)
 SIDES: dict[str, Side] = {
     "flow_grpo_code": FlowGRPOCode(kl_coef=0.04),
     "flow_grpo_code_no_kl": FlowGRPOCode(),
     # their average lags where steps are few, and it is what is judged
     "flow_grpo_code_no_kl_ema_1": FlowGRPOCode(ema_every=1),
     "flow_grpo_code_fast": FlowGRPOCode(is_fast=True),
+    # the settings of ours
     "nft_code": NFTCode(),
     "nft_code_published": NFTCode(
         num_steps=10, solver="dpm2", num_times=9, inner_epochs=1, adv_clip_max=5.0, kl_coef=1e-4, decay_type=1
@@ -31,9 +31,10 @@ SIDES: dict[str, Side] = {
     "flow_grpo": Ours(recipe="flow_grpo"),
     "flow_grpo_fast": Ours(recipe="flow_grpo_fast"),
     "smart_grpo": Ours(recipe="smart_grpo"),
-    "nft": Ours(recipe="nft", overrides=_FOUR),
-    "awm": Ours(recipe="awm", overrides=_FOUR),
-    "v_grpo": Ours(recipe="v_grpo", overrides=_FOUR),
+    "nft": Ours(recipe="nft"),
+    "nft_4_updates": Ours(recipe="nft", overrides=("train.updates=4",)),
+    "awm": Ours(recipe="awm"),
+    "v_grpo": Ours(recipe="v_grpo"),
     "flow_grpo_guard": Ours(recipe="flow_grpo_guard"),
     "flow_dppo": Ours(recipe="flow_dppo"),
     "chunk_grpo": Ours(recipe="chunk_grpo"),

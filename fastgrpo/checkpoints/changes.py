@@ -15,7 +15,7 @@ MAY_CHANGE = (
     "train.max_minutes",
     "train.learning_rate",
     "train.warmup_iterations",
-    "train.decay_iterations",
+    "train.decay_share",
     "train.decay_to",
     "train.max_drift",
     "evaluate",
