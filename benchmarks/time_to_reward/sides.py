@@ -23,6 +23,7 @@ SIDES: dict[str, Side] = {
     # their average lags where steps are few, and it is what is judged
     "flow_grpo_code_no_kl_ema_1": FlowGRPOCode(ema_every=1),
     "flow_grpo_code_fast": FlowGRPOCode(is_fast=True),
+    "flow_grpo_code_fast_ema_1": FlowGRPOCode(is_fast=True, ema_every=1),
     # the settings of ours
     "nft_code": NFTCode(),
     "nft_code_published": NFTCode(
