@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rollout import StepRollout
 from fastgrpo.train import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
@@ -30,9 +29,12 @@ def waits() -> Iterator[list[str]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["flow_grpo", "flow_grpo_fast", "smart_grpo_paper"])
+@pytest.mark.parametrize(
+    ("algorithm", "guidance_scale"),
+    [("flow_grpo", 2.0), ("flow_grpo_fast", 2.0), ("smart_grpo_paper", 2.0), ("flow_dppo", 2.0), ("nft", 1.0)],
+)
 def test_rollout_never_waits_for_the_gpu_and_update_once(
-    algorithm: str, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, guidance_scale: float, tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(
         tiny_weights,
@@ -40,7 +42,7 @@ def test_rollout_never_waits_for_the_gpu_and_update_once(
         "runtime.device=cuda",
         f"algorithm={algorithm}",
         "algorithm.schedule.num_steps=6",
-        "model.guidance_scale=2.0",
+        f"model.guidance_scale={guidance_scale}",
         "train.optimizer_steps=2",
     )
     trainer = build_trainer(config)
@@ -55,7 +57,8 @@ def test_rollout_never_waits_for_the_gpu_and_update_once(
 
     # constants are filled and kernels compiled in the first
     trainer.step()
-    monkeypatch.setattr(StepRollout, "__call__", watched("rollout", StepRollout.__call__))
+    rollout = type(trainer.rollout)
+    monkeypatch.setattr(rollout, "__call__", watched("rollout", rollout.__call__))
     monkeypatch.setattr(Update, "__call__", watched("update", Update.__call__))
     trainer.step()
     assert found["rollout"] == []
