@@ -75,7 +75,6 @@ class Training:
         above("train.max_grad_norm", self.max_grad_norm, 0, "use inf for none")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}; 0 evaluates the weights")
-
         if not 0 <= self.ema_share < 1:
             raise ValueError(
                 f"train.ema_share must lie in [0, 1), got {self.ema_share}: the share of all iterations so far that "
