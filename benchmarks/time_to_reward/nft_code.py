@@ -33,6 +33,7 @@ class NFTCode:
 
     solver: a name of theirs.  ``dpm2`` is in their config; in 6 steps it makes worse images here than ``flow``,
     which is Euler's.  decay_type: 0 samples with the newest weights, 1 with a mean of them and older ones.
+    ema_decay: of the average that is judged, an optimizer step; .9 is in their script.
     """
 
     num_steps: int = 6
@@ -42,6 +43,7 @@ class NFTCode:
     adv_clip_max: float = 2.0
     kl_coef: float = 0.0
     decay_type: int = 0
+    ema_decay: float = EMA_DECAY
     micro_batch: int = NUM_IMAGES // 2
 
     def missing(self, run: Run) -> str:
@@ -69,7 +71,7 @@ class NFTLearner:
         trained, old = self._adapt()
         self.names = [n for n, weight in self.pipeline.transformer.named_parameters() if weight.requires_grad]
         self.ema = checkout.module("ema").EMAModuleWrapper(
-            trained, decay=EMA_DECAY, update_step_interval=1, device=self.device
+            trained, decay=side.ema_decay, update_step_interval=1, device=self.device
         )
         self.iteration = 0
         # the variables of their main that the two statements read and write

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from benchmarks.flow_grpo.recipe import EMA_DECAY
 from benchmarks.time_to_reward.flow_grpo_code import FlowGRPOCode
 from benchmarks.time_to_reward.learner import Learner, Run
 from benchmarks.time_to_reward.nft_code import NFTCode
@@ -24,8 +25,11 @@ SIDES: dict[str, Side] = {
     "flow_grpo_code_no_kl_ema_1": FlowGRPOCode(ema_every=1),
     "flow_grpo_code_fast": FlowGRPOCode(is_fast=True),
     "flow_grpo_code_fast_ema_1": FlowGRPOCode(is_fast=True, ema_every=1),
-    # the settings of ours
+    # the settings of ours, as far as their script has them: of its 6 steps the last, from t = .009, does nothing, and its
+    # average is of ten optimizer steps
     "nft_code": NFTCode(),
+    # as many steps of use as ours, and an average of as many iterations
+    "nft_code_7_steps": NFTCode(num_steps=7, ema_decay=EMA_DECAY ** (1 / 6)),
     "nft_code_published": NFTCode(
         num_steps=10, solver="dpm2", num_times=9, inner_epochs=1, adv_clip_max=5.0, kl_coef=1e-4, decay_type=1
     ),
