@@ -3,9 +3,9 @@
     x_t = (1 - t) x_0 + t eps           at pairs (t, eps) that are drawn anew for each update
 
 eps is a function of its ids and never stored.  What the old policy says there, v_old, is computed before the first
-optimizer step, in one pass with adapters merged, in sampling's batches; that step itself needs none where the policy is
-the old one.  So v_old takes (updates - 1) * per_image latents a sample in the model's type: 128 KiB each for
-65,536 elements in bfloat16.  Source: DiffusionNFT, arXiv:2509.16117.
+optimizer step, in one pass with adapters merged, in sampling's batches.  It takes updates * per_image latents a sample
+in the model's type, 128 KiB each for 65,536 elements in bfloat16; those of the first update are not needed where the
+policy is the old one and an optimizer step is on all samples.  Source: DiffusionNFT, arXiv:2509.16117.
 Letters: B samples of this rank, A of all ranks, U updates, D draws of each, C H W of a latent.
 """
 
@@ -123,8 +123,9 @@ class ImageReplay:
         v_BCHW, reference_BCHW = self._velocities(x_t_BCHW, t_B, conditions)
         deviation = None
         if step == 0 and old_BCHW is not None and not self.old_policy.lags:
-            again = matching_loss(v_BCHW.detach(), old_BCHW, x_0_BCHW, noise)
-            deviation = (again.drift / again.old).sqrt()[: len(advantages_B)].max()
+            if len(advantages_B) > 0:
+                again = matching_loss(v_BCHW.detach(), old_BCHW, x_0_BCHW, noise)
+                deviation = (again.drift / again.old).sqrt()[: len(advantages_B)].max()
             old_BCHW = None
         errors = matching_loss(v_BCHW, old_BCHW, x_0_BCHW, noise, beta=self.objective.beta, v_reference=reference_BCHW)
         kept, count = slice(len(advantages_B)), max(1, len(advantages_B))

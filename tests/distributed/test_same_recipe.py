@@ -98,11 +98,19 @@ def test_full_fine_tuning_on_shards_is_that_of_one_rank(
     assert 0 < min(num_candidates) < 3
 
 
-@pytest.mark.parametrize(("rollout_weights", "num_ranks"), [("gathered", 3), ("sharded", 2)])
+@pytest.mark.parametrize(
+    ("rollout_weights", "num_ranks", "setting"),
+    [
+        ("gathered", 3, "train.old_policy_growth=0.3"),
+        ("sharded", 2, "train.old_policy_growth=0.3"),
+        # 8 samples, of which one rank has 2 and keeps step with an empty batch, velocities compared
+        ("sharded", 3, "runtime.micro_batch=1"),
+    ],
+)
 def test_full_fine_tuning_on_images_is_that_of_one_rank(
-    rollout_weights: str, num_ranks: int, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+    rollout_weights: str, num_ranks: int, setting: str, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
 ) -> None:
-    words = (*FLOAT64, *IMAGES, *FULL, f"adaptation.rollout_weights={rollout_weights}", "train.old_policy_growth=0.3")
+    words = (*FLOAT64, *IMAGES, *FULL, f"adaptation.rollout_weights={rollout_weights}", setting)
     config = make_config(tiny_weights, *words)
     alone = train(World(), config, tmp_path / "1")
     assert beyond(alone, on_ranks(num_ranks, train, config, tmp_path / "ranks")) == {}
