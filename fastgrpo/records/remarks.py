@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 IN_A_ROW = 2
 # rows that a remark is made of: the last ones, and those that these are compared with
 LOOKS_BACK = 50
-# runs of the embedded model that collapsed had such a rise of drift first, those that did not had none
+# runs of the embedded model that collapsed had such a rise of drift first, at one learning rate; others had none
 DRIFT_RISE = 3.0
 _LEAST_BEFORE = 5
 
@@ -78,17 +78,28 @@ def _why_not_learning(last: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _why_drifting(last: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> str:
-    known = [row["drift"] for row in before if not _is_missing(row.get("drift"))]
-    if len(known) < _LEAST_BEFORE or any(_is_missing(row.get("drift")) for row in last):
+    known = [rate for row in before if (rate := _drift_rate(row)) is not None]
+    seen = [rate for row in last if (rate := _drift_rate(row)) is not None]
+    if len(known) < _LEAST_BEFORE or len(seen) < len(last):
         return ""
-    usual, least = statistics.median(known), min(row["drift"] for row in last)
-    if least <= DRIFT_RISE * usual:
+    usual, least = statistics.median(known), min(seen)
+    if usual == 0 or least <= DRIFT_RISE * usual:
         return ""
+    # what the usual rate and the least one make of the newest learning rate
+    size = last[-1]["learning_rate"] ** 2
     return (
-        f"an iteration moves the policy {least / usual:.1f} times as far from itself as before (drift {least:.3g}, "
-        f"median {usual:.3g}), as runs do before they collapse: lower train.learning_rate or train.updates, or bound "
-        f"it with train.max_drift={2 * usual:.2g}"
+        f"at the same learning rate an iteration moves the policy {least / usual:.1f} times as far as before (drift "
+        f"{least * size:.3g}, usual {usual * size:.3g}), as runs do before they collapse: lower train.learning_rate or "
+        f"train.updates, or bound it with train.max_drift={2 * usual * size:.2g}"
     )
+
+
+def _drift_rate(row: Mapping[str, Any]) -> float | None:
+    """Drift of a learning rate of 1: a step is as long as its rate, and drift a squared distance.  None if unknown."""
+    drift, learning_rate = row.get("drift"), row.get("learning_rate")
+    if drift is None or _is_missing(drift) or not learning_rate:
+        return None
+    return float(drift / learning_rate**2)
 
 
 def _is_missing(value: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ def test_two_iterations_in_a_row_without_a_gradient_are_remarked_on(kinds: tuple
     assert remark is None or remark.state == "not learning"
 
 
-def drifts(*values: float | None) -> list[dict[str, Any]]:
-    return rows_of(*({**GOOD, "drift": value} for value in values))
+def drifts(*values: float | None, learning_rates: Sequence[float] = ()) -> list[dict[str, Any]]:
+    rates = learning_rates or [1e-3] * len(values)
+    return rows_of(
+        *({**GOOD, "drift": value, "learning_rate": rate} for value, rate in zip(values, rates, strict=True))
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def drifts(*values: float | None) -> list[dict[str, Any]]:
     [
         (
             (1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 3.1e-3, 4e-3),
-            "3.1 times as far from itself as before (drift 0.0031, median 0.001)",
+            "3.1 times as far as before (drift 0.0031, usual 0.001)",
         ),
         # exactly three times, one of two, a rise that is over, too few to compare with, and a share of numbers
         ((1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 3e-3, 4e-3), ""),
@@ -62,6 +66,8 @@ def drifts(*values: float | None) -> list[dict[str, Any]]:
         ((1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 9e-3, 1e-3), ""),
         ((1e-3, 1e-3, 1e-3, 1e-3, 9e-3, 9e-3), ""),
         ((1e-3, 1e-3, 1e-3, 1e-3, 1e-3, None, 9e-3), ""),
+        # sparse rewards, or train.max_drift, leave iterations without a way from the old policy
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 1e-4, 2e-4), ""),
     ],
 )
 def test_a_rise_of_drift_is_remarked_on_in_time(values: tuple[float | None, ...], says: str) -> None:
@@ -71,6 +77,20 @@ def test_a_rise_of_drift_is_remarked_on_in_time(values: tuple[float | None, ...]
         assert remark.state == "drifting"
         assert says in remark.why
         assert remark.why.endswith("bound it with train.max_drift=0.002")
+
+
+def test_drift_is_compared_at_one_learning_rate() -> None:
+    # of a warm-up it grows as the square of the rate
+    rates = [1e-4 * n for n in range(1, 11)]
+    assert remarks(drifts(*(1e3 * rate**2 for rate in rates), learning_rates=rates)) == []
+    # and when the rate has fallen, as much as before is too much
+    fallen = [1e-3] * 8 + [5e-4] * 2
+    remark = remark_on(drifts(*[1e-3] * 10, learning_rates=fallen))
+    assert remark is not None
+    assert "4.0 times as far as before (drift 0.001, usual 0.00025)" in remark.why
+    assert remark.why.endswith("bound it with train.max_drift=0.0005")
+    # a rate of 0 moves nothing
+    assert remarks(drifts(*[1e-3] * 8, 0.0, 0.0, learning_rates=[1e-3] * 8 + [0.0] * 2)) == []
 
 
 def test_drift_is_compared_with_the_last_fifty_rows_alone() -> None:
