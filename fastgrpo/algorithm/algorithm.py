@@ -8,7 +8,7 @@ import torch
 
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
-from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal
+from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal, SharedNoise
 from fastgrpo.algorithm.objective.images import ImageObjective
 from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
@@ -121,11 +121,23 @@ class Algorithm:
                 f"algorithm.timesteps is {type(self.timesteps).__name__}, but algorithm.objective {name} learns from "
                 "images, noised again at drawn times, and no step would be trained; use algorithm/timesteps=drawn"
             )
+        if self.learns_from_images and self._shares_starts:
+            raise ValueError(
+                f"algorithm.noise gives all samples of a group one start noise, but algorithm.objective {name} learns "
+                "from images, which are then all the same and none better than another; use algorithm/noise=gaussian"
+            )
         if draws and not self.learns_from_images:
             raise ValueError(
                 f"algorithm.timesteps draws times for images, but algorithm.objective {name} learns from stochastic "
                 "steps of the rollout; use algorithm/timesteps=all_but_last, or algorithm/objective=nft"
             )
+
+    @property
+    def _shares_starts(self) -> bool:
+        """Whether a group, or each that is searched, starts from one noise."""
+        if isinstance(self.noise, BestOfK | EliteSearch | RandomSearch):
+            return self.noise.start in ("mean", "shared")
+        return isinstance(self.noise, SharedNoise)
 
     def _check_search(self, group_size: int) -> None:
         if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch):

@@ -9,7 +9,7 @@ import pytest
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.dynamics import CPS, ODE, DanceSDE, FlowSDE, StepCoefficients
-from fastgrpo.algorithm.noise import GaussianNoise
+from fastgrpo.algorithm.noise import GaussianNoise, SharedNoise
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.schedule import FewSteps, LinearSchedule, SD3Schedule
@@ -100,6 +100,15 @@ def test_what_can_be_trained_passes(pieces: dict[str, Any]) -> None:
             {},
             "algorithm.timesteps is RandomWindow, but algorithm.objective NFT learns from images, noised again at "
             "drawn times, and no step would be trained; use algorithm/timesteps=drawn",
+        ),
+        *(
+            (
+                {**IMAGES, "noise": noise},
+                {},
+                "algorithm.noise gives all samples of a group one start noise, but algorithm.objective NFT learns from "
+                "images, which are then all the same and none better than another; use algorithm/noise=gaussian",
+            )
+            for noise in (SharedNoise(), EliteSearch(start="mean"), BestOfK(start="shared"))
         ),
         (
             {"timesteps": DrawnTimes()},
