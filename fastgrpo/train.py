@@ -187,6 +187,7 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         rewards=rewards,
         prompt=parts.texts[0],
         reweights=parts.training.reweights,
+        lags=parts.training.old_policy_growth > 0,
     )
 
 

@@ -27,10 +27,11 @@ HERE = "here"
 
 def show_plan(config: DictConfig, console: Console) -> None:
     """Print the plan of a checked ``doctor`` config for ``config.memory``; DoesNotFit if there is none."""
-    if min(config.num_prompts, config.group_size, config.optimizer_steps) < 1:
+    updates = 1 if config.updates is None else config.updates
+    if min(config.num_prompts, config.group_size, config.optimizer_steps, updates) < 1:
         raise ValueError(
-            "num_prompts, group_size and optimizer_steps must be at least 1: "
-            f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}"
+            "num_prompts, group_size, optimizer_steps and updates must be at least 1: "
+            f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}, {updates}"
         )
     plan = measured_plan(config) if config.memory == HERE else counted_plan(config, parse_bytes(config.memory))
     console.print(plan.table())
@@ -51,7 +52,7 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         make_replay=rehearsal(algorithm),
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
-        updates=algorithm.usual_updates,
+        updates=config.updates or algorithm.usual_updates,
         rewards=build_rewards(config, prompts)[0],
         prompt=prompts[0],
     )
@@ -71,7 +72,7 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
         make_replay=rehearsal(algorithm),
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
-        updates=algorithm.usual_updates,
+        updates=config.updates or algorithm.usual_updates,
     )
     # where it is counted is no matter, but CUDA tensors without a GPU cannot be made
     config.runtime.device = "cpu"

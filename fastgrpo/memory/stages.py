@@ -32,6 +32,8 @@ from fastgrpo.types import Conditions
 
 # AdamW's two moments and the average, in float32 as the trained weights are
 _BYTES_PER_TRAINED = 12
+# an old policy that is kept, and the policy while the model holds the old one
+_BYTES_PER_LAGGING = 8
 
 
 class Rehearsed(Protocol):
@@ -47,7 +49,7 @@ class MemoryPlanner:
 
     samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the
     plan.  prompt: one that they judge.  reweights: whether the rollout takes the gradients of single samples, which are
-    kept until the update.
+    kept until the update.  lags: whether the old policy is another than the policy.
     """
 
     algorithm: Algorithm
@@ -58,6 +60,7 @@ class MemoryPlanner:
     rewards: Rewards | None = None
     prompt: str = ""
     reweights: bool = False
+    lags: bool = False
 
     def __call__(
         self, build: Callable[[bool], FlowModel], meter: Callable[[], Meter], memory: int, checkpointing: bool
@@ -116,7 +119,8 @@ class MemoryPlanner:
         per_sample = 2 * (model.decode(x_1CHW).nbytes + self.algorithm.kept_latents(self.updates) * x_1CHW.nbytes)
         num_trained = sum(weight.numel() for weight in model.trainable.values())
         first_share = -(-self.samples // self.optimizer_steps) if self.reweights else 0
-        return self.samples * per_sample + (_BYTES_PER_TRAINED + 4 * first_share) * num_trained
+        per_trained = _BYTES_PER_TRAINED + 4 * first_share + _BYTES_PER_LAGGING * self.lags
+        return self.samples * per_sample + per_trained * num_trained
 
 
 def _latents(model: FlowModel, num_samples: int) -> Tensor:

@@ -74,6 +74,13 @@ def test_gradients_that_wait_for_the_update_are_in_the_plan(tiny_weights: Path, 
     assert waiting == 12 * sum(weight.nbytes for weight in planned.model.trainable.values())
 
 
+def test_an_old_policy_that_lags_is_in_the_plan(tiny_weights: Path, tmp_path: Path) -> None:
+    planned = Planned(tiny_weights, tmp_path / "run", PLENTY)
+    kept = replace(planned.planner, lags=True)._held(planned.model) - planned.planner._held(planned.model)
+    # it, and the policy while it is sampled
+    assert kept == 2 * sum(weight.nbytes for weight in planned.model.trainable.values())
+
+
 def batches_of(plan: MemoryPlan) -> dict[str, int]:
     return {name: plan.batch(name) for name in plan.choices}
 
