@@ -17,7 +17,8 @@ class EMA:
         decay_n = max(min(decay, (1 + n) / (10 + n)), 1 - 1 / (share n))        the second only where share n > 1
 
     So it ramps up at the start, and with a ``share`` the window of the average, 1 / (1 - decay_n) updates, grows with
-    the run: it stays that share of it.  arXiv:2312.02696, section 3.1, is a power of n in place of this.
+    the run: it stays that share of it.  With ``decay`` 0 the average is the weight, whatever the share.
+    arXiv:2312.02696, section 3.1, is a power of n in place of this.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter], decay: float, share: float = 0.0) -> None:
@@ -33,7 +34,7 @@ class EMA:
     def update(self) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        if (window := self.share * self.num_updates) > 1:
+        if self.decay > 0 and (window := self.share * self.num_updates) > 1:
             decay = max(decay, 1 - 1 / window)
         averages = [own_part(average) for average in self.averages.values()]
         torch._foreach_lerp_(averages, [own_part(weight.detach()) for weight in self._weights.values()], 1 - decay)

@@ -97,6 +97,15 @@ def test_no_decay_keeps_the_weights_themselves() -> None:
     assert torch.equal(ema.averages["a"], weights["a"])
 
 
+def test_no_decay_keeps_the_weights_themselves_whatever_the_share() -> None:
+    weights = make_weights()
+    ema = EMA(weights, decay=0.0, share=0.5)
+    for value in range(20):
+        move(weights, float(value))
+        ema.update()
+    assert torch.equal(ema.averages["a"], weights["a"])
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match=r"train\.ema_decay must be in \[0, 1\)"):
