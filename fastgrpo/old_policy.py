@@ -5,7 +5,7 @@ It is the policy itself as it is when an iteration begins, or one that follows i
     old <- decay old + (1 - decay) policy           after iteration n,      decay = min(growth n, limit)
 
 so that one iteration's mistake is not all that the next one samples.  Source: the authors' code of DiffusionNFT
-(arXiv:2509.16117), with growth .001 an optimizer step and limit .5, or .0075 and .999 after 75 of them.
+(arXiv:2509.16117), whose growth is .001 an optimizer step, of which an iteration may have several, and limit .5.
 """
 
 from collections.abc import Iterator

@@ -71,7 +71,8 @@ class UpdateStats:
 class Update:
     """``updates`` passes of ``optimizer_steps`` AdamW steps on one rollout, each step on its own share of the samples.
 
-    max_drift: the iteration's remaining steps are left out when the mean squared distance of v to v_old passes it.
+    max_drift: the iteration's remaining steps, but never the first, are left out when the mean squared distance of v to
+    v_old passes it.
     """
 
     model: FlowModel
@@ -108,7 +109,7 @@ class Update:
         if self.max_drift < math.inf and "drift" not in self.replay.names:
             raise ValueError(
                 f"train.max_drift={self.max_drift} bounds the distance of v to v_old, which an algorithm that learns "
-                "from steps does not measure; use .inf, and algorithm.objective.clip_range"
+                "from steps does not measure; use .inf, and the bound of its objective"
             )
 
     def __call__(

@@ -100,9 +100,11 @@ Accuracy: the strict one, of averaged weights, {NUM_STEPS} Euler steps of SD3's 
 {IMAGES_PER_PROMPT} images of each held-out prompt, the same noise for all sides, every {plan.every:g} seconds of
 training; in between a straight line.  Each side has the learning rate, of {rates}, that was best with
 seed {plan.tune_seed} in the later half of {plan.tune_seconds:g} seconds on one half of the held-out prompts; everything
-else here is of the other half.  Beside the learning rate, flow_grpo's own code has its published settings; those of ours,
-which `nft_code` has too, were chosen on this model before, in tries judged by prompts of both halves.  A cell is the median over seeds and their range, `-` where that is beyond the end of
-the run.  `reward rise`: of the training images, from the first evaluation to the last.  `images/s`: of training.
+else here is of the other half.  Beside the learning rate, flow_grpo's own code has its published settings; those of
+ours, which `nft_code` has too, were chosen on this model before, in tries judged by prompts of both halves.
+
+A cell is the median over seeds and their range, `-` where that is beyond the end of the run.  `reward rise`: of the
+training images, from the first evaluation to the last.  `images/s`: of training.
 
 Sides: {"; ".join(f"`{side}` is {SIDES[side]!r}" for side in plan.sides)}."""
 

@@ -25,8 +25,8 @@ SIDES: dict[str, Side] = {
     "flow_grpo_code_no_kl_ema_1": FlowGRPOCode(ema_every=1),
     "flow_grpo_code_fast": FlowGRPOCode(is_fast=True),
     "flow_grpo_code_fast_ema_1": FlowGRPOCode(is_fast=True, ema_every=1),
-    # the settings of ours, as far as their script has them: of its 6 steps the last, from t = .009, does nothing, and its
-    # average is of ten optimizer steps
+    # the settings of ours, as far as their script has them: of its 6 steps the last, from t = .009, does nothing, and
+    # its average is of ten optimizer steps
     "nft_code": NFTCode(),
     # as many steps of use as ours, and an average of as many iterations
     "nft_code_7_steps": NFTCode(num_steps=7, ema_decay=EMA_DECAY ** (1 / 6)),

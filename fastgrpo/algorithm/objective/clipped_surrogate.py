@@ -36,7 +36,7 @@ class ClippedSurrogate:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
-        check_clip_range(self.clip_range)
+        check_clip_range(self.clip_range, "1e-4 is Flow-GRPO's")
         check_kl_coef(self.kl_coef)
         if not self.chunk_sizes or min(self.chunk_sizes) < 1:
             raise ValueError(
@@ -65,10 +65,10 @@ class ClippedSurrogate:
         )
 
 
-def check_clip_range(clip_range: float) -> None:
+def check_clip_range(clip_range: float, remedy: str) -> None:
     """ValueError for one that clips nothing or everything."""
     if not 0 < clip_range < 1:
-        raise ValueError(f"algorithm.objective.clip_range must lie in (0, 1), got {clip_range}; 1e-4 is Flow-GRPO's")
+        raise ValueError(f"algorithm.objective.clip_range must lie in (0, 1), got {clip_range}; {remedy}")
 
 
 def check_kl_coef(kl_coef: float) -> None:

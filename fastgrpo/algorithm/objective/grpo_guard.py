@@ -31,7 +31,7 @@ class GRPOGuard:
     needs_distance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_clip_range(self.clip_range)
+        check_clip_range(self.clip_range, "2e-6 is GRPO-Guard's")
         check_kl_coef(self.kl_coef)
 
     def chunks(self, num_steps: int) -> Sequence[range]:

@@ -9,8 +9,9 @@ What a policy does there is judged by its errors, means over latent elements, on
     errors.drift        of v to v_old, squared
     errors.reference    of v to the reference policy's v, squared; 0 unless the objective has a kl_coef
 
-An error of the predicted image x_t - t v is t^2 times the squared one, and t times the absolute one.  v_old is the
-policy before the iteration's first optimizer step.  Letter: B samples at one (t, eps) each.
+An error of the predicted image x_t - t v is t^2 times the squared one, and t times the absolute one.  v_old is
+the old policy's: that before the iteration's first optimizer step, or one that lags behind it (old_policy.py).
+Letter: B samples at one (t, eps) each.
 """
 
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class ImageObjective(Protocol):
 
 
 def trained_alone(loss_B: Tensor, advantage_B: Tensor) -> Tensor:
-    """0, without gradient, where the advantage is 0: such a sample is neither better nor worse than its group."""
+    """0, penalties included, where the advantage is 0: such a sample is neither better nor worse than its group."""
     return torch.where(advantage_B == 0, torch.zeros_like(loss_B), loss_B)
 
 

@@ -6,7 +6,8 @@
             + proximal_coef mean |v - v_old|^2 + kl_coef mean |v - v_ref|^2
 
 At ratio 1 its gradient is that of A t^time_power l: advantage-weighted matching (AWM, arXiv:2509.25050).  V-GRPO is the
-same at (t, eps) that a group shares, without the proximal term.  Letter: B samples.
+same at (t, eps) that a group shares, without the proximal term.  Where A = 0 the loss is 0, penalties included.
+Letter: B samples.
 """
 
 import math

@@ -5,7 +5,8 @@
     w+-  = mean |x0(v+-) - x_0|, detached, at least 1e-5
     loss = max_advantage / beta * (r |x0(v+) - x_0|^2 / w+ + (1 - r) |x0(v-) - x_0|^2 / w-) + kl_coef |v - v_ref|^2
 
-x0(v) = x_t - t v.  The factor in front is that of the authors' code.  Letter: B samples.
+x0(v) = x_t - t v.  The factor in front is that of the authors' code.  Where A = 0 the loss is 0, penalty included;
+theirs is not, and draws such a sample back to v_old.  Letter: B samples.
 """
 
 import math

@@ -2,7 +2,8 @@
 
     loss = max(A, 0) mean |v - u|^2 + proximal_coef mean |v - v_old|^2 + kl_coef mean |v - v_ref|^2,   u = eps - x_0
 
-Peters and Schaal, "Reinforcement learning by reward-weighted regression" (ICML 2007).  Letter: B samples.
+Where A <= 0 the loss is 0, penalties included.  Peters and Schaal, "Reinforcement learning by reward-weighted
+regression" (ICML 2007).  Letter: B samples.
 """
 
 from collections.abc import Mapping
