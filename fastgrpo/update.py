@@ -72,7 +72,7 @@ class Update:
     """``updates`` passes of ``optimizer_steps`` AdamW steps on one rollout, each step on its own share of the samples.
 
     max_drift: the iteration's remaining steps, but never the first, are left out when the mean squared distance of v to
-    v_old passes it.
+    v_old passes it.  Below infinity the host waits for the device at each step to know it.
     """
 
     model: FlowModel
