@@ -9,7 +9,7 @@ import torch
 from fastgrpo.algorithm.advantage import GroupAdvantage
 from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal, SharedNoise
-from fastgrpo.algorithm.objective.images import ImageObjective
+from fastgrpo.algorithm.objective.images import ImageObjective, check_contract
 from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
@@ -111,11 +111,15 @@ class Algorithm:
 
     def _check_signal(self) -> None:
         name, draws = type(self.objective).__name__, isinstance(self.timesteps, DrawnTimes)
+        if (signal := getattr(self.objective, "signal", None)) not in ("steps", "images"):
+            raise ValueError(f"algorithm.objective {name} must have signal 'steps' or 'images', got {signal!r}")
         if self.learns_from_images and not isinstance(self.dynamics, ODE):
             raise ValueError(
                 f"algorithm.dynamics is {type(self.dynamics).__name__}, but algorithm.objective {name} learns from "
                 "images alone and needs no noise on the way to them; use algorithm/dynamics=ode"
             )
+        if self.learns_from_images:
+            check_contract(self.image_objective)
         if self.learns_from_images and not draws:
             raise ValueError(
                 f"algorithm.timesteps is {type(self.timesteps).__name__}, but algorithm.objective {name} learns from "

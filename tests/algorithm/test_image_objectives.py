@@ -1,12 +1,13 @@
 """Losses on images: their papers' formulas written out on tensors, and values computed by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.objective.images import ImageObjective
+from fastgrpo.algorithm.objective.images import ImageObjective, check_contract
 from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
 from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
@@ -153,3 +154,73 @@ def test_matching_at_ratio_one_is_advantage_weighted_regression() -> None:
     (gradient,) = torch.autograd.grad(loss_B.sum(), v)
     expected = (ADVANTAGES * T_B).double()[:, None, None, None] * 2 / 48 * (V_OLD - u)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+class OwnLoss:
+    """A loss of a user's own that keeps the contract; those below do not."""
+
+    signal = "images"
+    names: tuple[str, ...] = ("drift",)
+    kl_coef = 0.0
+    beta = 1.0
+
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B * errors.plus, {"drift": errors.drift}
+
+
+class MeanLoss(OwnLoss):
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return (advantage_B * errors.plus).mean(), {"drift": errors.drift}
+
+
+class ColumnLoss(OwnLoss):
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B[:, None] * errors.plus, {"drift": errors.drift}
+
+
+class LossAlone(OwnLoss):
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B * errors.plus
+
+
+class LossWithoutGradient(OwnLoss):
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B * errors.abs_plus, {"drift": errors.drift}
+
+
+class LogsTooLittle(OwnLoss):
+    names = ("drift", "gap")
+
+
+class LogsARunsOwn(OwnLoss):
+    names = ("drift", "loss")
+
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B * errors.plus, {"drift": errors.drift, "loss": errors.plus}
+
+
+class LogsAMean(OwnLoss):
+    def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> Any:
+        return advantage_B * errors.plus, {"drift": errors.drift.mean()}
+
+
+def test_what_keeps_the_contract_of_a_loss_passes() -> None:
+    for objective in (OwnLoss(), NFT(), MatchingRatio(proximal_coef=1.0), WeightedRegression()):
+        check_contract(objective)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        (MeanLoss, r"MeanLoss must give a number for each sample and its loss is \[\] for 4"),
+        (ColumnLoss, r"ColumnLoss .* its loss is \[4, 4\] for 4"),
+        (LossAlone, "LossAlone does not keep the contract of losses on images, .*: ValueError"),
+        (LossWithoutGradient, "LossWithoutGradient has a loss without gradient: it must depend on errors.plus"),
+        (LogsTooLittle, "LogsTooLittle does not keep the contract .*: KeyError"),
+        (LogsARunsOwn, "LogsARunsOwn logs 'loss', which a run logs itself"),
+        (LogsAMean, r"LogsAMean .* its 'drift' is \[\] for 4"),
+    ],
+)
+def test_a_loss_that_does_not_keep_the_contract_is_refused(objective: type[OwnLoss], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^algorithm.objective {says}"):
+        check_contract(objective())  # type: ignore[arg-type]

@@ -22,6 +22,11 @@ from torch import Tensor
 
 from fastgrpo_kernels import MatchingErrors
 
+# samples of a call that shows whether an objective keeps the contract
+_MADE_UP = 4
+# metrics that an iteration has whatever its objective
+_RESERVED = frozenset(("loss", "grad_norm", "learning_rate", "optimizer_steps", "skipped_steps", "seconds", "images"))
+
 
 class ImageObjective(Protocol):
     """A loss of one (t, eps) a sample."""
@@ -44,6 +49,36 @@ class ImageObjective(Protocol):
 
     def __call__(self, errors: MatchingErrors, t_B: Tensor, advantage_B: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss [B], differentiable in ``errors``, and what is logged of each sample [B]."""
+
+
+def check_contract(objective: ImageObjective) -> None:
+    """ValueError unless the objective, called on made-up errors, gives what the contract says."""
+    name = f"algorithm.objective {type(objective).__name__}"
+    errors = MatchingErrors(
+        *(torch.linspace(0.1 * e, 1.0, _MADE_UP) for e in range(1, len(MatchingErrors._fields) + 1))
+    )
+    for error_B in (errors.plus, errors.minus, errors.drift, errors.reference):
+        error_B.requires_grad_()
+    times_B, advantages_B = torch.linspace(0.2, 0.8, _MADE_UP), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    try:
+        names, _, _ = objective.names, objective.kl_coef, objective.beta
+        loss_B, logged_B = objective(errors, times_B, advantages_B)
+        shapes = {"its loss": loss_B.shape} | {f"its {logged!r}": logged_B[logged].shape for logged in names}
+    except Exception as error:
+        raise ValueError(
+            f"{name} does not keep the contract of losses on images, fastgrpo/algorithm/objective/images.py: {error!r}"
+        ) from error
+    if reserved := _RESERVED.intersection(names):
+        raise ValueError(f"{name} logs {min(reserved)!r}, which a run logs itself; give it another name in names")
+    for what, shape in shapes.items():
+        if shape != advantages_B.shape:
+            raise ValueError(
+                f"{name} must give a number for each sample and {what} is {list(shape)} for {_MADE_UP} of them"
+            )
+    if not loss_B.requires_grad:
+        raise ValueError(
+            f"{name} has a loss without gradient: it must depend on errors.plus, minus, drift or reference, undetached"
+        )
 
 
 def trained_alone(loss_B: Tensor, advantage_B: Tensor) -> Tensor:
