@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.solver import Solver
+from fastgrpo.algorithm.solver import CachedGuidance, Solver
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
@@ -72,6 +72,12 @@ class RunParts:
             seed=config.seed,
         )
         plain: Any = OmegaConf.to_container(config)
+        solver: Solver = build(config.solver)
+        if algorithm.learns_from_images and isinstance(solver, CachedGuidance):
+            raise ValueError(
+                "solver=cached_guidance reuses a branch of guidance, and an algorithm that learns from images has "
+                "none; use solver=euler"
+            )
         return cls(
             output=Path(config.output),
             resume=config.resume,
@@ -85,7 +91,7 @@ class RunParts:
             texts=texts,
             held_out=held_out,
             algorithm=algorithm,
-            solver=build(config.solver),
+            solver=solver,
             model=read_model(config, lossy=build(config.lossy)),
             dtype=getattr(torch, config.model.dtype),
             rewards=read_rewards(config),

@@ -46,6 +46,10 @@ class Training:
             )
         at_least("train.optimizer_steps", self.optimizer_steps, 1)
         if self.updates is not None:
+            if isinstance(self.updates, bool) or not isinstance(self.updates, int):
+                raise ValueError(
+                    f"train.updates must be a whole number, or null for the algorithm's usual one, got {self.updates}"
+                )
             at_least("train.updates", self.updates, 1)
         above("train.max_drift", self.max_drift, 0, "use inf for no bound")
         at_least("train.old_policy_growth", self.old_policy_growth, 0)

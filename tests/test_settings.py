@@ -45,6 +45,10 @@ def groups() -> dict[str, Any]:
         ("train.ema_share", 1.0),
         ("train.ema_share", -0.1),
         ("train.updates", 0),
+        ("train.updates", 1.5),
+        ("train.updates", float("inf")),
+        ("train.updates", "abc"),
+        ("train.updates", True),
         ("train.max_drift", 0.0),
         ("train.max_drift", float("nan")),
         ("train.old_policy_growth", -0.1),
@@ -95,6 +99,10 @@ def test_the_last_value_that_works_is_taken(key: str, value: object, groups: dic
         ("seed=99999999999999999999", "seed must lie in 0 to"),
         ("prompts.held_out=nowhere.txt", r"nowhere\.txt does not exist; check prompts\.held_out"),
         ("prompts.path=nowhere.txt", r"nowhere\.txt does not exist; check prompts\.path"),
+        (
+            "algorithm=nft solver=cached_guidance",
+            "solver=cached_guidance reuses a branch of guidance, and an algorithm that learns",
+        ),
         ("runtime.profile=true", r"runtime\.profile needs 4 iterations and train\.iterations is 2"),
     ],
 )
@@ -102,4 +110,4 @@ def test_what_can_be_known_is_known_before_anything_is_loaded(
     override: str, says: str, tiny_weights: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        RunParts.read(make_config(tiny_weights, tmp_path / "run", override))
+        RunParts.read(make_config(tiny_weights, tmp_path / "run", *override.split()))
