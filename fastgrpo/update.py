@@ -42,7 +42,7 @@ class RanksDiffer(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """``means`` are over the iteration, but ``drift``: that of its last optimizer step.
+    """``means`` are over the iteration, but ``drift``: of its last optimizer step, or of the one that was left out.
 
     ``deviation`` compares rollout and update before the first optimizer step, over all samples of its share and all of
     their ``num_terms``: the largest that was found, None where nothing was compared, NaN where a batch did not fit, so
@@ -143,6 +143,7 @@ class Update:
             else:
                 most = -(-len(share) // self.world.size)
                 terms = self._accumulate(samples, conditions_B[rows], advantages_B[rows], most, len(seen), update)
+            newest = terms
             if seen and self._has_drifted(terms):
                 self.optimizer.zero_grad(set_to_none=True)
                 break
@@ -150,7 +151,7 @@ class Update:
             if len(seen) == 1:
                 is_halved = self.batch_size.value != size
             grad_norms.append(self._optimizer_step(num_terms=len(share) * num_terms))
-        return self._summarize(seen, torch.stack(grad_norms), num_terms, is_halved)
+        return self._summarize(seen, newest, torch.stack(grad_norms), num_terms, is_halved)
 
     def shares(self, num_samples: int, iteration: int) -> Shares:
         """The samples of each optimizer step, of all ranks, drawn anew in each iteration."""
@@ -218,12 +219,17 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _summarize(self, seen: list[list[Term]], grad_norms: Tensor, num_terms: int, is_halved: bool) -> UpdateStats:
-        """Read everything at once, of all ranks: the only time that an update waits for the device."""
+    def _summarize(
+        self, seen: list[list[Term]], newest: list[Term], grad_norms: Tensor, num_terms: int, is_halved: bool
+    ) -> UpdateStats:
+        """Read everything at once, of all ranks: the only time that an update waits for the device.
+
+        ``newest`` are the terms of the last step, taken or not.
+        """
         # over all optimizer steps, and over the last one alone
         spans = [(tuple(name for name in ("loss", *self.replay.names) if name != "drift"), list(chain(*seen)))]
         if "drift" in self.replay.names:
-            spans.append((("drift",), seen[-1]))
+            spans.append((("drift",), newest))
         sums = [_sums(terms, names, grad_norms.device) for names, terms in spans]
         own = torch.cat([*sums, self._deviation(seen[0], grad_norms.device, is_halved)[None], grad_norms.double()])
         rows = self.world.table(own, "statistics").tolist()

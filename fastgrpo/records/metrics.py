@@ -34,13 +34,14 @@ METRICS = {
     "loss": "mean of the objective over the iteration's optimizer steps",
     "kl": "KL(policy, reference) per latent element, mean over trained steps, before kl_coef; where images are learned "
     "from, the mean squared distance of the two velocities; absent if kl_coef is 0",
-    "drift": "mean squared distance of the velocity from the old policy's in the iteration's last optimizer step, "
-    "where images are learned from",
+    "drift": "mean squared distance of the velocity from the old policy's in the iteration's last optimizer step, or "
+    "in the one that train.max_drift left out, where images are learned from",
     "approx_kl": "KL(old policy, policy) estimated from the ratios; 0 when an iteration has one optimizer step",
     "ratio_deviation": "largest distance of the ratio from 1 before the first optimizer step: 0 when rollout and "
     "update agree; null where batches did not fit and were halved in the update",
     "velocity_deviation": "the same where images are learned from: the largest distance of update's velocity from "
-    "sampling's, with adapters merged, as a share of its error; every tenth iteration, or all with optimizer_steps > 1",
+    "sampling's, with adapters merged, as a share of its error; every tenth iteration, or all with optimizer_steps > "
+    "1; not where train.old_policy_growth makes the old policy another one",
     "clip_fraction": "share of trained steps, or of images, whose ratio lies outside 1 ± clip_range",
     "grad_norm": "norm of the gradient before clipping, mean over optimizer steps",
     "skipped_steps": "optimizer steps skipped in this iteration because loss or gradient was not finite",
