@@ -28,7 +28,13 @@ class Allowed:
 # measured of the tests' model: rounding moves statistics, which are float32 even here, by up to 5e-8 and 1e-5 of their
 # size, and weights by 1e-13 and 3e-5 of their way.  A sum of gradients 0.1% too large moves grad_norm by 1e-3, and
 # weights in float64 by 7e-5; a lost gradient, or one of another rank's advantages, moves weights by 0.2 and more
-ALLOWED = {"float64": Allowed(metrics=1e-6, weights=1e-9), "float32": Allowed(metrics=2e-4, weights=1e-2)}
+ALLOWED = {
+    "float64": Allowed(metrics=1e-6, weights=1e-9),
+    # stored latents and errors are float32 in any model, and several updates of an image make much of one of them that
+    # rounds otherwise: in 20 iterations of NFT that happened once, in the eleventh, and moved weights by 8e-8
+    "float64, images": Allowed(metrics=1e-6, weights=1e-6),
+    "float32": Allowed(metrics=2e-4, weights=1e-2),
+}
 # by what else than itself a metric is measured: means of terms of about this size that cancel each other, and what is
 # rounding itself, a share of 1
 _SIZES = {"loss": 1.0, "search/rank_correlation": 1.0, "velocity_deviation": 1.0}

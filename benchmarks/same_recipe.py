@@ -56,7 +56,10 @@ FULL = ("algorithm=flow_grpo", "adaptation=full", "train.learning_rate=1e-5")
 
 @dataclass(frozen=True)
 class Case:
-    """Runs with the same ``overrides``: each a sequence of (ranks, iterations to end at), resumed from its second."""
+    """Runs with the same ``overrides``: each a sequence of (ranks, iterations to end at), resumed from its second.
+
+    dtype: whose rounding is allowed, a key of ``ALLOWED``.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -68,6 +71,7 @@ class Case:
         return self.runs[0][-1][1]
 
 
+LATENTS_ROUND = "float64, images"
 RESUMED = (((4, 5), (1, 10), (2, 15), (4, 20)),)
 SHORT = (((2, 5),), ((4, 5),))
 CASES = (
@@ -75,9 +79,9 @@ CASES = (
     Case("LoRA, Smart-GRPO", (*SEARCH, *FLOAT64)),
     Case("full fine-tuning, gathered for the rollout", (*FULL, *FLOAT64)),
     Case("full fine-tuning, sharded in the rollout", (*FULL, "adaptation.rollout_weights=sharded", *FLOAT64)),
-    Case("LoRA, NFT, 3 updates of 2 optimizer steps", (*IMAGES, *FLOAT64)),
-    Case("LoRA, NFT, saved on 4 and resumed on 1, 2 and 4", (*IMAGES, *FLOAT64), runs=RESUMED),
-    Case("full fine-tuning, NFT", (*IMAGES, *FULL[1:], *FLOAT64)),
+    Case("LoRA, NFT, 3 updates of 2 optimizer steps", (*IMAGES, *FLOAT64), LATENTS_ROUND),
+    Case("LoRA, NFT, saved on 4 and resumed on 1, 2 and 4", (*IMAGES, *FLOAT64), LATENTS_ROUND, runs=RESUMED),
+    Case("full fine-tuning, NFT", (*IMAGES, *FULL[1:], *FLOAT64), LATENTS_ROUND),
     Case("LoRA, saved on 4 and resumed on 1, 2 and 4", (*LORA, *FLOAT64), runs=RESUMED),
     Case("full fine-tuning, saved on 4 and resumed on 1, 2 and 4", (*FULL, *FLOAT64), runs=RESUMED),
     Case("LoRA, Smart-GRPO, float32", (*SEARCH, *SMOOTH), "float32", SHORT),
