@@ -17,11 +17,11 @@ from fastgrpo.distributed.world import World
 from fastgrpo.image_replay import ImageReplay
 from fastgrpo.learning_rate import LearningRate
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.parts import RunParts
+from fastgrpo.parts import RunParts, build_rewards
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rollout import ImageRollout, StepRollout
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.train import assemble, build_trainer
+from fastgrpo.train import _planner, assemble, build_trainer
 from fastgrpo.trainer import Trainer
 from tests.test_trainer import release
 from tests.tiny_config import make_config
@@ -153,6 +153,14 @@ def test_every_key_of_learning_from_images_reaches_its_piece(tiny_weights: Path,
     assert list(rollout.sampler.grid) == list(built.algorithm.grid)
     # two steps of SD3's own grid
     assert list(built.evaluation.grid) == list(SD3Schedule(2)())
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.2])
+def test_the_memory_plan_knows_what_an_iteration_keeps(growth: float, tiny_weights: Path, tmp_path: Path) -> None:
+    words = (*UNUSUAL_IMAGES, "train.optimizer_steps=2", f"train.old_policy_growth={growth}")
+    config = make_config(tiny_weights, tmp_path / "run", *words)
+    planner = _planner(RunParts.read(config), build_rewards(config)[0], World())
+    assert (planner.updates, planner.optimizer_steps, planner.lags, planner.reweights) == (3, 2, growth > 0, False)
 
 
 @pytest.mark.parametrize(("recipe", "updates"), [("nft", 6), ("flow_grpo", 1)])
