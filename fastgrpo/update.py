@@ -216,6 +216,8 @@ class Update:
         # a fused optimizer reads this on the device, so that nobody waits to know whether to step
         self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        # a fused step does not say that it changed them, and copies follow those who do
+        torch.autograd.graph.increment_version(parameters)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 

@@ -5,7 +5,7 @@ Letters: B samples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,6 +43,16 @@ class Adaptation(ABC):
     @abstractmethod
     def merged(self) -> AbstractContextManager[None]:
         """Inside, adapters are part of the frozen weights, and nothing is computed for them alone.  Re-entrant."""
+
+    def stack(self, groups: Iterable[Sequence[nn.Module]]) -> None:  # noqa: B027
+        """Told which layers read one input, before anything runs: they may be one product."""
+
+    def refresh(self) -> None:  # noqa: B027
+        """Called before passes in which nothing is merged: what is derived from the trained weights follows them.
+
+        They are seen to change by their version, which every operation in place counts up but a fused optimizer's:
+        after its step call ``torch.autograd.graph.increment_version``.
+        """
 
     def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
         """Inside, each of ``num_samples`` samples has trained weights of its own, in the order of ``trainable``."""

@@ -11,15 +11,26 @@ compiled once.  https://github.com/black-forest-labs/flux
 Letters: B samples, L image tokens, M text tokens, N = M + L, H heads, D width of a head, C width of a token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
+from fastgrpo.models.low_rank import projected
+from fastgrpo.models.mmdit import (
+    added_stack,
+    feed_forward,
+    heads,
+    joint_heads,
+    modulated,
+    normed,
+    parts,
+    run_block,
+    self_stack,
+)
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions, Time
 
@@ -53,6 +64,13 @@ class FluxNetwork:
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         modulations = self.modulations(transformer, t, conditions)
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
+
+    def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
+        for block in transformer.transformer_blocks:
+            yield self_stack(block.attn)
+            yield added_stack(block.attn)
+        for block in transformer.single_transformer_blocks:
+            yield self_stack(block.attn)
 
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, self._modulate)
@@ -127,7 +145,7 @@ def single_block(block: Any, x_BNC: Tensor, modulation_BE: Tensor, rotation: Rot
     """All tokens after a block that has the same weights for text and image."""
     shift, scale, gate = parts(modulation_BE, 3)
     attn, y_BNC = block.attn, modulated(normed(x_BNC), shift, scale)
-    q, k, v = heads((attn.to_q(y_BNC), attn.to_k(y_BNC), attn.to_v(y_BNC)), attn.heads, attn.norm_q, attn.norm_k)
+    q, k, v = heads(projected(self_stack(attn), y_BNC), attn.heads, attn.norm_q, attn.norm_k)
     seen_BNC = attention(_rotated(q, rotation), _rotated(k, rotation), v).flatten(2)
     hidden = F.gelu(block.proj_mlp(y_BNC), approximate="tanh")
     return _clipped(x_BNC + gate * block.proj_out(torch.cat([seen_BNC, hidden], dim=2)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.models.lora import LoRALinear
+from fastgrpo.models.low_rank import LoRALinear
 
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max

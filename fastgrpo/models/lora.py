@@ -1,21 +1,21 @@
 """Low-rank adaptation of a transformer's linear layers: y = W x + (alpha / rank) B A x.  arXiv:2106.09685.
 
 A starts from N(0, 1 / rank^2), B from zero, as Flow-GRPO's adapters do.  Both are float32, float64 over a base that is.
-For sampling, ``merged`` adds the product to W in place; W comes back bit for bit.
+For sampling, ``merged`` adds the product to W in place; W comes back bit for bit.  For how trained steps compute it
+see ``low_rank.py``.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from fastgrpo.models.adaptation import Adaptation, Forward, Inputs, join, split
+from fastgrpo.models.low_rank import LoRALinear, Mode, Projection, refresh
 
 # Flow-GRPO's targets in an MM-DiT: the joint attention of every block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -53,7 +53,6 @@ class LoRA:
     def __call__(self, transformer: nn.Module) -> "LoRAAdaptation":
         """Install the adapters in place; ValueError if no layer matches the targets."""
         transformer.requires_grad_(False)
-        mode = _Mode()
         generator = torch.Generator().manual_seed(self.seed)
         layers = [(name, module) for name, module in transformer.named_modules() if self._is_target(name, module)]
         if not layers:
@@ -63,10 +62,10 @@ class LoRA:
         adapted: dict[str, LoRALinear] = {}
         for name, base in layers:
             assert isinstance(base, nn.Linear)
-            adapted[name] = LoRALinear(base, self.rank, self.alpha / self.rank, mode, generator)
+            adapted[name] = LoRALinear(base, self.rank, self.alpha / self.rank, generator)
             parent, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(parent), child, adapted[name])
-        return LoRAAdaptation(transformer, adapted, mode, self)
+        return LoRAAdaptation(transformer, adapted, self)
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         parts = name.split(".")
@@ -74,58 +73,10 @@ class LoRA:
         return isinstance(module, nn.Linear) and inside is not None and ".".join(parts[inside + 1 :]) in self.targets
 
 
-@dataclass
-class _Mode:
-    """What all adapters of a transformer do: add their term, scaled by ``scale_B`` where it is given, or nothing."""
-
-    is_merged: bool = False
-    scale_B: Tensor | None = None
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank term."""
-
-    def __init__(
-        self, base: nn.Linear, rank: int, scale: float, mode: _Mode, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = scale
-        self.mode = mode
-        # over half precision an optimizer step would be lost in rounding
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        place: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
-        a_RI = torch.randn(rank, base.in_features, generator=generator) / rank
-        self.lora_A = nn.Parameter(a_RI.to(**place))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))
-        # A and B of each sample, where a gradient is wanted of each
-        self.of_samples: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        y_BLC = self.base(x_BLC)
-        if self.mode.is_merged:
-            return y_BLC
-        if self.of_samples is None:
-            low_BLR = F.linear(x_BLC, self.lora_A.to(x_BLC.dtype))
-            term_BLC = self.scale * F.linear(low_BLR, self.lora_B.to(x_BLC.dtype))
-        else:
-            a_BRI, b_BOR = (weight.to(x_BLC.dtype) for weight in self.of_samples)
-            term_BLC = self.scale * torch.bmm(torch.bmm(x_BLC, a_BRI.mT), b_BOR.mT)
-        if self.mode.scale_B is not None:
-            term_BLC = term_BLC * self.mode.scale_B.to(x_BLC.dtype)[:, None, None]
-        return y_BLC + term_BLC
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W <- W + scale * B A, rounded once, to the type of W."""
-        weight = self.base.weight
-        weight.copy_(torch.addmm(weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale))
-
-
 class LoRAAdaptation(Adaptation):
-    """A transformer with adapters; the reference policy is the same transformer with their terms scaled by 0."""
+    """A transformer with adapters; the reference policy is the same transformer without their terms."""
 
-    def __init__(self, transformer: nn.Module, layers: dict[str, LoRALinear], mode: _Mode, lora: LoRA) -> None:
+    def __init__(self, transformer: nn.Module, layers: dict[str, LoRALinear], lora: LoRA) -> None:
         self.transformer = transformer
         self.trainable = {
             f"{name}.lora_{letter}.weight": getattr(layer, f"lora_{letter}")
@@ -136,16 +87,27 @@ class LoRAAdaptation(Adaptation):
         self.lora_config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(layers)}
         self.is_frozen_outside_blocks = True
         self._layers = list(layers.values())
-        self._mode = mode
+        self._mode = Mode()
         self._backup = lora.backup
         self._frozen: list[Tensor] = []
+        self._projections = [Projection([layer], self._mode) for layer in self._layers]
+
+    def stack(self, groups: Iterable[Sequence[nn.Module]]) -> None:
+        for group in groups:
+            adapted = [layer for layer in group if isinstance(layer, LoRALinear)]
+            if len(adapted) == len(group):
+                self._projections = [one for one in self._projections if one.layers[0] not in adapted]
+                self._projections.append(Projection(adapted, self._mode))
+
+    def refresh(self) -> None:
+        refresh(self._projections)
 
     def shard(self, group: ProcessGroup | None) -> None:
         """Nothing to do: adapters are small, and each rank has all of them."""
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        if self._mode.is_merged:
+        if self._mode.is_off:
             yield
             return
         weights = [layer.base.weight.detach() for layer in self._layers]
@@ -154,11 +116,11 @@ class LoRAAdaptation(Adaptation):
             self._frozen = [self._set_aside(weight) for weight in weights]
         for layer in self._layers:
             layer.merge()
-        self._mode.is_merged = True
+        self._mode.is_off = True
         try:
             yield
         finally:
-            self._mode.is_merged = False
+            self._mode.is_off = False
             torch._foreach_copy_(weights, self._frozen, non_blocking=True)
 
     @contextmanager
@@ -175,23 +137,26 @@ class LoRAAdaptation(Adaptation):
     def policy_and_reference(
         self, forward: Forward, policy: Inputs | None, reference: Inputs
     ) -> tuple[Tensor | None, Tensor]:
-        assert not self._mode.is_merged, "a merged adapter cannot be scaled by sample"
-        inputs = reference if policy is None else join(policy, reference)
-        num_policy = 0 if policy is None else len(policy[0])
-        scale_B = torch.zeros(len(inputs[0]), device=inputs[0].device)
-        scale_B[:num_policy].fill_(1.0)
-        self._mode.scale_B = scale_B
+        assert not self._mode.is_off, "merged adapters are in the reference too"
+        if policy is None:
+            self._mode.is_off = True
+        else:
+            gain_B = torch.zeros(len(policy[0]) + len(reference[0]), device=reference[0].device)
+            gain_B[: len(policy[0])].fill_(1.0)
+            self._mode.gain_B = gain_B
         try:
-            v = forward(self.transformer, *inputs)
+            v = forward(self.transformer, *(reference if policy is None else join(policy, reference)))
         finally:
-            self._mode.scale_B = None
-        return split(v, num_policy)
+            self._mode.is_off, self._mode.gain_B = False, None
+        return split(v, 0 if policy is None else len(policy[0]))
 
     def merge_for_good(self) -> nn.Module:
         """Replace every adapted layer by one linear layer with W + scale * B A, in place: what ``export`` writes."""
         for name, module in list(self.transformer.named_modules()):
             if isinstance(module, LoRALinear):
                 module.merge()
+                # a view of what is stacked until now
+                module.base.weight = nn.Parameter(module.base.weight.detach().contiguous(), requires_grad=False)
                 parent, _, child = name.rpartition(".")
                 setattr(self.transformer.get_submodule(parent), child, module.base)
         return self.transformer

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgrpo.models.low_rank import projected
 from fastgrpo.models.sharding import over
 
 _EPS = 1e-6
@@ -27,7 +28,17 @@ def run_block(function: Any, checkpointing: bool, block: Any, *inputs: Any) -> A
     return over(block, function, *inputs)
 
 
-def heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
+def self_stack(attn: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The layers of queries, keys and values, which read one input."""
+    return attn.to_q, attn.to_k, attn.to_v
+
+
+def added_stack(attn: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The same of the text's tokens, in an attention that has weights for both."""
+    return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+
+
+def heads(qkv: tuple[Tensor, ...], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
     """Queries, keys and values as [B, L, H, D], the first two normalized where the model does so."""
     parts_BLHD = [part.unflatten(2, (num_heads, -1)) for part in qkv]
     return [
@@ -38,8 +49,8 @@ def heads(qkv: tuple[Tensor, Tensor, Tensor], num_heads: int, norm_q: Any, norm_
 
 def joint_heads(attn: Any, x_BLC: Tensor, context_BMC: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Queries, keys and values, the image's and the text's of each, of an attention that has weights for both."""
-    image = (attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC))
-    text = (attn.add_q_proj(context_BMC), attn.add_k_proj(context_BMC), attn.add_v_proj(context_BMC))
+    image = projected(self_stack(attn), x_BLC)
+    text = projected(added_stack(attn), context_BMC)
     image_heads = heads(image, attn.heads, attn.norm_q, attn.norm_k)
     return list(zip(image_heads, heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k), strict=True))
 

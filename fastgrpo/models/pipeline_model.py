@@ -124,7 +124,6 @@ class PipelineModel(Policy):
             network=network,
             guidance_scale=guidance_scale,
             compile=compile,
-            is_compiled=self._decode is not _decode,
             lossy=lossy,
         )
 

@@ -30,6 +30,9 @@ class Network(Protocol):
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         """v [B, C, H, W] in the type of the conditions."""
 
+    def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
+        """Layers that read one input, and that it runs by ``projected``."""
+
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         """What depends on (t, prompt) alone."""
 
@@ -70,13 +73,12 @@ class Policy(ABC):
         network: Network,
         guidance_scale: float,
         compile: Compile,
-        is_compiled: bool,
         lossy: Lossy | None,
     ) -> None:
         self.adaptation = adaptation
         self.guidance_scale = guidance_scale
         self._network = network
-        self._is_compiled = is_compiled
+        adaptation.stack(network.stacks(adaptation.transformer))
         self._lossy = (lossy or Exact())(adaptation.transformer)
         self._can_be_lossy = lossy is not None and not isinstance(lossy, Exact)
         forward = partial(network.forward, adaptation.transformer)
@@ -184,8 +186,11 @@ class Policy(ABC):
         return self.adaptation.by_sample(num_samples)
 
     def _conditional(self, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
-        """The branch that is differentiated; by one compiled graph in rollout and update, so that they round alike."""
-        with torch.enable_grad() if self._is_compiled and not self._is_sampling else nullcontext():
+        """The branch that is differentiated; by the same kernels in rollout and update, so that they round alike.
+
+        Without gradient attention and products run others, and what is compiled is another graph.
+        """
+        with torch.enable_grad() if not self._is_sampling else nullcontext():
             v_BCHW = self._run(self.adaptation.transformer, t, x_BCHW, conditions)
         return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
 
@@ -202,6 +207,8 @@ class Policy(ABC):
         return x_BCHW, self._empty[count]
 
     def _run(self, transformer: nn.Module, t: Time, x_BCHW: Tensor, conditions: Conditions) -> Tensor:
+        if not self._is_sampling:
+            self.adaptation.refresh()
         if not self._is_sampling or isinstance(transformer, FSDPModule):
             return over(transformer, self._network, x_BCHW, t, conditions)
         modulations = self._network.modulations(transformer, t, conditions)

@@ -10,15 +10,26 @@ frozen transformer are computed once a (t, prompt).  arXiv:2403.03206.
 Letters: B samples, L image tokens, M text tokens, H heads, D width of a head, C width of a token, E of a modulation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.mmdit import feed_forward, heads, joint_heads, modulated, normed, parts, run_block
+from fastgrpo.models.low_rank import projected
+from fastgrpo.models.mmdit import (
+    added_stack,
+    feed_forward,
+    heads,
+    joint_heads,
+    modulated,
+    normed,
+    parts,
+    run_block,
+    self_stack,
+)
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions, Time
 
@@ -37,6 +48,13 @@ class SD3Network:
     def __call__(self, transformer: Any, x_BCHW: Tensor, t: Time, conditions: Conditions) -> Tensor:
         modulations = self.modulations(transformer, t, conditions)
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
+
+    def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
+        for block in transformer.transformer_blocks:
+            yield self_stack(block.attn)
+            yield added_stack(block.attn)
+            if block.use_dual_attention:
+                yield self_stack(block.attn2)
 
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, modulate)
@@ -102,7 +120,7 @@ def _joint_attention(
 
 
 def _self_attention(attn: Any, x_BLC: Tensor, attention: Attention) -> Tensor:
-    q, k, v = heads((attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC)), attn.heads, attn.norm_q, attn.norm_k)
+    q, k, v = heads(projected(self_stack(attn), x_BLC), attn.heads, attn.norm_q, attn.norm_k)
     return attn.to_out[0](attention(q, k, v).flatten(2))
 
 

@@ -178,6 +178,7 @@ def test_each_kind_of_block_is_compiled_once_and_computes_the_same(backend: str)
             assert torch.equal(compiled(transformer, x, t, conditions), eager(transformer, x, t, conditions))
     # double and single blocks
     assert num_compilations() - before == 2
+    adaptation.refresh()
     weights = list(adaptation.trainable.values())
     ours, theirs = (
         torch.autograd.grad(network(transformer, x, T, conditions).sum(), weights) for network in (compiled, eager)
