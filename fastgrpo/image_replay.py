@@ -145,7 +145,7 @@ class ImageReplay:
         t_UDB = x_BCHW.new_full((1, 1, len(x_BCHW)), 0.5)
         old_UDBCHW = x_BCHW.to(conditions.embeds_BLC.dtype)[None, None]
         images = NoisedImages(ids_B, ids_B, x_BCHW, t_UDB, old_UDBCHW)
-        self.term(images, 0, conditions, x_BCHW.new_ones(len(x_BCHW)), 1, 0).loss.backward()
+        self.model.backward(self.term(images, 0, conditions, x_BCHW.new_ones(len(x_BCHW)), 1, 0).loss)
 
     def _velocities(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
         """v, and the reference policy's where a penalty asks for it."""

@@ -96,7 +96,7 @@ class StepReplay:
         trained = TrainedSteps(tuple(range(count)), x_TBCHW, x_TBCHW, none_TB, x_TBCHW[:0], x_TBCHW)
         chunks = self.objective.chunks(count)
         longest = max(range(len(chunks)), key=lambda place: len(chunks[place]))
-        self.term(trained, longest, conditions, none_B, 1, 0).loss.backward()
+        self.model.backward(self.term(trained, longest, conditions, none_B, 1, 0).loss)
 
     def _replayed(
         self, rows: TrainedSteps, place: int, conditions: Conditions, unconditional: Tensor | None, kept: slice

@@ -184,7 +184,7 @@ class Update:
                 with nullcontext() if is_last and place == num_terms - 1 else self.model.accumulating():
                     term = self.replay.term(rows, place, own, advantages, step, update)
                     # a sum, whose terms do not depend on how many others there are
-                    (term.loss * batch.count).backward()
+                    self.model.backward(term.loss * batch.count)
                 yield replace(term, loss=term.loss.detach())
 
         while True:

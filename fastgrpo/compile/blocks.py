@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
@@ -72,7 +73,7 @@ class CompiledBlocks:
         # inductor and triton read it whenever they look something up; their own default is a guessable place in /tmp
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_options(self.mode))
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -89,6 +90,12 @@ class CompiledBlocks:
     def forward(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """What runs ``function`` of tensors alone, the blocks and all around them, without gradient."""
         return function
+
+
+def _options(mode: str) -> dict[str, Any]:
+    """Inductor's of a mode, and ours: what is concatenated is written to its place by the kernels that compute it."""
+    limits = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
+    return torch._inductor.list_mode_options(mode) | {limit: 0 for limit in limits if hasattr(inductor, limit)}
 
 
 def _remove_unfinished(directory: Path) -> None:

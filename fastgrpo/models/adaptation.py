@@ -75,6 +75,10 @@ class Adaptation(ABC):
         """Inside, ranks sum gradients no more than memory asks for: others come before ``sum_gradients``."""
         return nullcontext()
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to that of each trained weight."""
+        loss.backward()
+
     def sum_gradients(self, sum_: Sum) -> None:
         """Replace each gradient by its sum over the ranks; one that is not there counts, and is left, as zeros."""
         for weight in self.trainable.values():

@@ -84,6 +84,9 @@ class FlowModel(Protocol):
     def accumulating(self) -> AbstractContextManager[None]:
         """For each backward pass but the last before ``sum_gradients``: inside, ranks tell each other less."""
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to that of each trained weight."""
+
     def sum_gradients(self, sum_: Callable[[list[Tensor]], None]) -> None:
         """Replace the gradient of each trained weight by its sum over the ranks, zeros where there is none.
 

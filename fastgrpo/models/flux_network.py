@@ -23,6 +23,7 @@ from fastgrpo.models.low_rank import projected
 from fastgrpo.models.mmdit import (
     added_stack,
     feed_forward,
+    gelu_projected,
     heads,
     joint_heads,
     modulated,
@@ -147,7 +148,7 @@ def single_block(block: Any, x_BNC: Tensor, modulation_BE: Tensor, rotation: Rot
     attn, y_BNC = block.attn, modulated(normed(x_BNC), shift, scale)
     q, k, v = heads(projected(self_stack(attn), y_BNC), attn.heads, attn.norm_q, attn.norm_k)
     seen_BNC = attention(_rotated(q, rotation), _rotated(k, rotation), v).flatten(2)
-    hidden = F.gelu(block.proj_mlp(y_BNC), approximate="tanh")
+    hidden = gelu_projected(block.proj_mlp, y_BNC)
     return _clipped(x_BNC + gate * block.proj_out(torch.cat([seen_BNC, hidden], dim=2)))
 
 

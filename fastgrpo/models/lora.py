@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastgrpo.models.adaptation import Adaptation, Forward, Inputs, join, split
-from fastgrpo.models.low_rank import LoRALinear, Mode, Projection, refresh
+from fastgrpo.models.low_rank import LoRALinear, Mode, Projection, refresh, stack_frozen, unstack
 
 # Flow-GRPO's targets in an MM-DiT: the joint attention of every block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -94,6 +94,10 @@ class LoRAAdaptation(Adaptation):
 
     def stack(self, groups: Iterable[Sequence[nn.Module]]) -> None:
         for group in groups:
+            if frozen := [layer for layer in group if type(layer) is nn.Linear]:
+                if len(frozen) == len(group):
+                    stack_frozen(frozen)
+                continue
             adapted = [layer for layer in group if isinstance(layer, LoRALinear)]
             if len(adapted) == len(group):
                 self._projections = [one for one in self._projections if one.layers[0] not in adapted]
@@ -104,6 +108,20 @@ class LoRAAdaptation(Adaptation):
 
     def shard(self, group: ProcessGroup | None) -> None:
         """Nothing to do: adapters are small, and each rank has all of them."""
+
+    def backward(self, loss: Tensor) -> None:
+        # autograd would add hundreds of small gradients one by one
+        weights = list(self.trainable.values())
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        sums, added = [], []
+        for weight, gradient in zip(weights, found, strict=True):
+            if weight.grad is None:
+                weight.grad = gradient
+            elif gradient is not None:
+                sums.append(weight.grad)
+                added.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, added)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -155,10 +173,9 @@ class LoRAAdaptation(Adaptation):
         for name, module in list(self.transformer.named_modules()):
             if isinstance(module, LoRALinear):
                 module.merge()
-                # a view of what is stacked until now
-                module.base.weight = nn.Parameter(module.base.weight.detach().contiguous(), requires_grad=False)
                 parent, _, child = name.rpartition(".")
                 setattr(self.transformer.get_submodule(parent), child, module.base)
+        unstack(self.transformer)
         return self.transformer
 
     def _set_aside(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers with a trained low-rank term, as one product for all that read the same input.
+"""Linear layers that read the same input as one product, those with a trained low-rank term too.
 
     y_p = W_p x + s B_p A_p x           of each part p, such as queries, keys and values
     y   = [W, s B] [x, A x]             W and A are stacked, B is block-diagonal: a part's rank is its own
@@ -28,9 +28,9 @@ class Mode:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank term; ``projection`` computes it."""
+    """A frozen linear layer with a trained low-rank term; ``stack`` computes it."""
 
-    projection: "Projection"
+    stack: "Projection"
     place: int
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator | None = None) -> None:
@@ -53,7 +53,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x_BLI: Tensor) -> Tensor:
         # by itself it costs what all that it is stacked with cost: those who know of these call ``projected``
-        return self.projection(x_BLI)[self.place]
+        return self.stack(x_BLI)[self.place]
+
+    @property
+    def plain(self) -> nn.Linear | None:
+        """The linear layer that it is now: the frozen or the merged one, None while it adds its term."""
+        return self.base if self.stack.mode.is_off else None
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -64,49 +69,76 @@ class LoRALinear(nn.Module):
 
 def projected(layers: Sequence[nn.Module], x_BLI: Tensor) -> tuple[Tensor, ...]:
     """What each of some layers makes of one input: by one product where they are stacked."""
-    first = layers[0]
-    if isinstance(first, LoRALinear) and len(first.projection.layers) == len(layers):
-        return first.projection(x_BLI)
+    stack = getattr(layers[0], "stack", None)
+    if isinstance(stack, Stack) and len(stack.widths) == len(layers):
+        return stack(x_BLI)
     return tuple(layer(x_BLI) for layer in layers)
 
 
-class Projection:
-    """Adapted layers of one input; the weights of their bases become views of one tensor."""
+class Stack:
+    """Frozen linear layers of one input, as one product: their weights become views of one tensor.
+
+    ``extra`` columns beside the weights are zeros.
+    """
+
+    def __init__(self, bases: Sequence[nn.Linear], extra: int = 0) -> None:
+        self.widths = [base.out_features for base in bases]
+        weight, biases = bases[0].weight, [base.bias for base in bases]
+        self._num_inputs = bases[0].in_features
+        self._joined_OK = weight.new_zeros(sum(self.widths), self._num_inputs + extra, requires_grad=False)
+        self._weight_OI = self._joined_OK[:, : self._num_inputs]
+        self._bias_O = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        for base, rows_OI in zip(bases, self._weight_OI.split(self.widths), strict=True):
+            rows_OI.copy_(base.weight.detach())
+            base.weight = nn.Parameter(rows_OI, requires_grad=False)
+
+    def __call__(self, x_BLI: Tensor) -> tuple[Tensor, ...]:
+        """The outputs [B, L, O of the layer] of the layers, views of one tensor."""
+        return F.linear(x_BLI, self._weight_OI, self._bias_O).split(self.widths, dim=-1)
+
+
+def stack_frozen(layers: Sequence[nn.Linear]) -> None:
+    """Stack layers that nobody trains."""
+    stack = Stack(layers)
+    for layer in layers:
+        layer.stack = stack  # type: ignore[assignment]
+
+
+def unstack(module: nn.Module) -> None:
+    """Give each linear layer of a module memory of its own again."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__dict__.pop("stack", None)
+            layer.weight = nn.Parameter(layer.weight.detach().contiguous().clone(), requires_grad=False)
+
+
+class Projection(Stack):
+    """The same of adapted layers, with their terms."""
 
     def __init__(self, layers: Sequence[LoRALinear], mode: Mode) -> None:
         self.layers = list(layers)
         self.mode = mode
-        bases = [layer.base for layer in layers]
-        self.widths = [base.out_features for base in bases]
         self._ranks = [len(layer.lora_A) for layer in layers]
-        self._num_inputs = bases[0].in_features
-        weight = bases[0].weight
-        self.joined_OK = weight.new_zeros(sum(self.widths), self._num_inputs + sum(self._ranks), requires_grad=False)
-        self.a_RI = weight.new_empty(sum(self._ranks), self._num_inputs, requires_grad=False)
-        self.bias_O = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
-        self._weight_OI = self.joined_OK[:, : self._num_inputs]
+        super().__init__([layer.base for layer in layers], extra=sum(self._ranks))
+        self._a_RI = self._weight_OI.new_empty(sum(self._ranks), self._num_inputs)
         # of the factors, when they were copied
         self._version = -1
-        for place, rows_OI in enumerate(self._weight_OI.split(self.widths)):
-            layer = self.layers[place]
-            rows_OI.copy_(layer.base.weight.detach())
-            layer.base.weight = nn.Parameter(rows_OI, requires_grad=False)
-            layer.projection, layer.place = self, place
+        for place, layer in enumerate(layers):
+            layer.stack, layer.place = self, place
 
     def __call__(self, x_BLI: Tensor) -> tuple[Tensor, ...]:
-        """The outputs [B, L, O of the part] of the parts, views of one tensor."""
         # compiled code cannot look at versions: who runs it has called refresh
         if not torch.compiler.is_compiling():
             refresh([self])
         if self.mode.is_off:
-            y_BLO = F.linear(x_BLI, self._weight_OI, self.bias_O)
-        elif torch.is_grad_enabled():
+            return super().__call__(x_BLI)
+        if torch.is_grad_enabled():
             assert self.mode.gain_B is None, "the reference is computed without gradient"
             factors = chain(*(layer.factors for layer in self.layers))
-            y_BLO = _Product.apply(x_BLI, self.joined_OK, self.bias_O, self.a_RI, self.layers[0].scale, *factors)
+            y_BLO = _Product.apply(x_BLI, self._joined_OK, self._bias_O, self._a_RI, self.layers[0].scale, *factors)
         else:
-            x_BLK = _with_low(x_BLI, self.a_RI, self.mode.gain_B)
-            y_BLO = F.linear(x_BLK, self.joined_OK, self.bias_O)
+            _, x_BLK = _terms(x_BLI, self._a_RI, self.mode.gain_B)
+            y_BLO = F.linear(x_BLK, self._joined_OK, self._bias_O)
         return y_BLO.split(self.widths, dim=-1)
 
     def take_stale(self) -> list[tuple[Tensor, Tensor, float]]:
@@ -116,8 +148,8 @@ class Projection:
         if version == self._version:
             return []
         self._version = version
-        places_RI = self.a_RI.split(self._ranks)
-        columns_OR = self.joined_OK[:, self._num_inputs :].split(self._ranks, dim=1)
+        places_RI = self._a_RI.split(self._ranks)
+        columns_OR = self._joined_OK[:, self._num_inputs :].split(self._ranks, dim=1)
         places_OR = [own_OR.split(self.widths)[place] for place, own_OR in enumerate(columns_OR)]
         return [
             *((place, layer.lora_A, 1.0) for place, layer in zip(places_RI, self.layers, strict=True)),
@@ -134,12 +166,12 @@ def refresh(projections: Iterable[Projection]) -> None:
         torch._foreach_copy_(list(places), torch._foreach_mul(list(factors), list(scales)))
 
 
-def _with_low(x_BLI: Tensor, a_RI: Tensor, gain_B: Tensor | None = None) -> Tensor:
-    """[x, gain A x], in one tensor."""
+def _terms(x_BLI: Tensor, a_RI: Tensor, gain_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(gain A x, [x, gain A x] in one tensor)."""
     low_BLR = F.linear(x_BLI, a_RI)
     if gain_B is not None:
         low_BLR = low_BLR * gain_B.to(low_BLR.dtype)[:, None, None]
-    return torch.cat([x_BLI, low_BLR], dim=-1)
+    return low_BLR, torch.cat([x_BLI, low_BLR], dim=-1)
 
 
 class _Product(torch.autograd.Function):
@@ -149,8 +181,9 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x_BLI: Tensor, joined_OK: Tensor, bias_O: Tensor | None, a_RI: Tensor, scale: float, *factors: Tensor
     ) -> Tensor:
-        x_BLK = _with_low(x_BLI, a_RI)
-        ctx.save_for_backward(x_BLK, joined_OK, a_RI)
+        low_BLR, x_BLK = _terms(x_BLI, a_RI)
+        # not what they are in one tensor, since attention keeps its output, which is x, as well
+        ctx.save_for_backward(x_BLI, low_BLR, joined_OK, a_RI)
         ctx.scale, ctx.dtype, ctx.is_of_samples = scale, factors[0].dtype, factors[0].ndim == 3
         ctx.ranks = [factor.shape[-2] for factor in factors[::2]]
         ctx.widths = [factor.shape[-2] for factor in factors[1::2]]
@@ -158,17 +191,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BLO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_BLK, joined_OK, a_RI = ctx.saved_tensors
+        x_BLI, low_BLR, joined_OK, a_RI = ctx.saved_tensors
         num_inputs = a_RI.shape[1]
         grad_BLK = grad_BLO @ joined_OK
         low_grad_BLR = grad_BLK[..., num_inputs:]
         x_grad = grad_BLK[..., :num_inputs] + low_grad_BLR @ a_RI if ctx.needs_input_grad[0] else None
-        # summed over tokens, and over samples unless each has factors of its own
-        grad, low_grad, x = grad_BLO, low_grad_BLR, x_BLK
+        # of each sample: x may be a part of a longer sequence, whose rows are not one matrix
+        a_grads = [(low_grad_BLR.mT @ x_BLI).to(ctx.dtype)]
+        parts = zip(grad_BLO.split(ctx.widths, dim=-1), low_BLR.split(ctx.ranks, dim=-1), strict=True)
+        b_grads = [ctx.scale * (own_BLO.mT @ own_BLR).to(ctx.dtype) for own_BLO, own_BLR in parts]
         if not ctx.is_of_samples:
-            grad, low_grad, x = (rows.flatten(0, -2) for rows in (grad, low_grad, x))
-        a_grads = (low_grad.mT @ x[..., :num_inputs]).to(ctx.dtype).split(ctx.ranks, dim=-2)
-        lows = x[..., num_inputs:].split(ctx.ranks, dim=-1)
-        grads = grad.split(ctx.widths, dim=-1)
-        b_grads = [ctx.scale * (own.mT @ low).to(ctx.dtype) for own, low in zip(grads, lows, strict=True)]
-        return x_grad, None, None, None, None, *chain(*zip(a_grads, b_grads, strict=True))
+            a_grads, b_grads = ([gradient.sum(dim=0) for gradient in gradients] for gradients in (a_grads, b_grads))
+        factors = chain(*zip(a_grads[0].split(ctx.ranks, dim=-2), b_grads, strict=True))
+        return x_grad, None, None, None, None, *factors

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgrpo.models.gelu_product import frozen_feed_forward, has_epilogues
 from fastgrpo.models.low_rank import projected
 from fastgrpo.models.sharding import over
 
@@ -56,8 +57,25 @@ def joint_heads(attn: Any, x_BLC: Tensor, context_BMC: Tensor) -> list[tuple[Ten
 
 
 def feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = F.gelu(ff.net[0].proj(modulated(normed(x_BLC), shift, scale)), approximate="tanh")
-    return x_BLC + gate * ff.net[2](hidden)
+    y_BLC, first, second = modulated(normed(x_BLC), shift, scale), ff.net[0].proj, ff.net[2]
+    is_frozen = _is_frozen(first) and _is_frozen(second)
+    if torch.is_grad_enabled() and is_frozen and has_epilogues(y_BLC.device, y_BLC.dtype):
+        return x_BLC + gate * frozen_feed_forward(first, second, y_BLC)
+    return x_BLC + gate * second(gelu_projected(first, y_BLC))
+
+
+def _is_frozen(layer: Any) -> bool:
+    return type(layer) is nn.Linear and not layer.weight.requires_grad
+
+
+def gelu_projected(layer: Any, x_BLI: Tensor) -> Tensor:
+    """gelu(W x + b) in its tanh form; on a GPU without gradient, the product applies it to what it has summed up."""
+    plain = layer if type(layer) is nn.Linear else getattr(layer, "plain", None)
+    # PyTorch's operator computes another form on a CPU
+    if plain is None or plain.bias is None or torch.is_grad_enabled() or not x_BLI.is_cuda:
+        return F.gelu(layer(x_BLI), approximate="tanh")
+    rows_MO = torch.ops.aten._addmm_activation(plain.bias, x_BLI.flatten(0, -2), plain.weight.t(), use_gelu=True)
+    return rows_MO.unflatten(0, x_BLI.shape[:-1])
 
 
 def parts(modulation_BE: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -131,6 +131,9 @@ class Policy(ABC):
     def accumulating(self) -> AbstractContextManager[None]:
         return self.adaptation.accumulating()
 
+    def backward(self, loss: Tensor) -> None:
+        self.adaptation.backward(loss)
+
     def sum_gradients(self, sum_: Sum) -> None:
         self.adaptation.sum_gradients(sum_)
 

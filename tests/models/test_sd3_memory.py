@@ -66,9 +66,9 @@ def test_diffusers_forward_of_nine_sequences_keeps_eighteen_gigabytes() -> None:
     assert saved_bytes(diffusers_forward, 9) == pytest.approx(18.2e9, rel=0.02)
 
 
-def test_ours_keeps_an_eighth_less() -> None:
-    """16.0 GB, as counted: where a saved tensor comes back, so do these bytes."""
-    assert saved_bytes(our_forward(checkpointing=False), 9) == pytest.approx(16.0e9, rel=0.02)
+def test_ours_keeps_a_sixth_less() -> None:
+    """15.1 GB, as counted: where a saved tensor comes back, so do these bytes."""
+    assert saved_bytes(our_forward(checkpointing=False), 9) == pytest.approx(15.1e9, rel=0.02)
 
 
 @pytest.mark.slow
