@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fastgrpo.compile.blocks import CompiledBlocks, Uncompiled, num_compilations
+from fastgrpo.compile.blocks import MODES, CompiledBlocks, Uncompiled, _options, num_compilations
 from fastgrpo_kernels import ode_step
 
 
@@ -145,3 +145,11 @@ def test_what_a_killed_process_left_half_linked_is_removed_once_it_is_old(tmp_pa
         os.utime(library, (0, 0))
     CompiledBlocks(cache=str(cache))(lambda x: x)
     assert sorted(path.name for path in cache.iterdir()) == ["linking.so", "whole.so"]
+
+
+def test_a_mode_is_its_options_with_concatenations_written_in_place() -> None:
+    plain, tuned = (_options(mode) for mode in MODES)
+    assert not plain.get("max_autotune")
+    assert tuned["max_autotune"]
+    assert not tuned.get("triton.cudagraphs")
+    assert plain["max_complex_pointwise_cat_inputs"] == plain["max_pointwise_cat_inputs"] == 0

@@ -153,6 +153,11 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     weights = list(adaptation.trainable.values())
     network = make_network(checkpointing=checkpointing)
+    adaptation.stack(network.stacks(transformer))
+    stacks = [getattr(block.attn.to_v, "stack", None) for block in transformer.single_transformer_blocks]
+    # of queries, keys and values, each block's own
+    assert [len(stack.widths) for stack in stacks] == [3, 3]
+    assert stacks[0] is not stacks[1]
     ours = torch.autograd.grad(network(transformer, x, T, conditions), weights, cotangent)
     # diffusers' blocks take the same layers, adapters and all
     theirs = torch.autograd.grad(diffusers_velocity(transformer, x, conditions), weights, cotangent)

@@ -255,3 +255,25 @@ def test_without_a_kept_reference_there_is_none(tiny_weights: Path) -> None:
 def test_wrong_adapters_are_refused(settings: dict, message: str, tiny_weights: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(tiny_weights, LoRA(**settings))
+
+
+def test_rollout_and_update_compute_the_trained_branch_alike_and_sampling_without_gradient(tiny_weights: Path) -> None:
+    model = make_model(tiny_weights, LoRA(rank=4))
+    network, modes = model._network, []
+
+    def watched(*inputs: object) -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        return network(*inputs)  # type: ignore[arg-type]
+
+    watched.modulations, watched.forward = network.modulations, network.forward  # type: ignore[attr-defined]
+    model._network = watched  # type: ignore[assignment]
+    x, conditions = make_latents(), model.encode(TEXTS)
+    with torch.no_grad():
+        assert not combined(model.velocity(x, T, conditions)).requires_grad
+    assert combined(model.velocity(x, T, conditions)).requires_grad
+    assert modes == [True, True]
+    with torch.no_grad(), model.sampling():
+        forward, seen = model._sampled, []
+        model._sampled = [lambda *inputs: seen.append(torch.is_grad_enabled()) or forward[0](*inputs)]  # type: ignore[func-returns-value]
+        model.velocity(x, T, conditions)
+    assert seen == [False]

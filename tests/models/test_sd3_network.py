@@ -96,6 +96,7 @@ def test_the_gradient_is_that_of_diffusers(kind: dict[str, Any], checkpointing: 
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
     cotangent = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     network = make_network(checkpointing=checkpointing)
+    adaptation.stack(network.stacks(transformer))
     weights = list(adaptation.trainable.values())
     ours = torch.autograd.grad(network(transformer, x, T, conditions), weights, cotangent)
     # diffusers' attention takes the same layers, adapters and all
@@ -104,6 +105,19 @@ def test_the_gradient_is_that_of_diffusers(kind: dict[str, Any], checkpointing: 
         assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
         # what the last block's text tokens ask is thrown away
         assert their.any() == ("2.attn.add_q_proj" not in name)
+
+
+def test_queries_keys_and_values_of_each_attention_are_one_product() -> None:
+    transformer = make_transformer({"dual_attention_layers": (1,)})
+    LoRA(rank=2)(transformer).stack(make_network().stacks(transformer))
+    blocks = transformer.transformer_blocks
+    for block in blocks:
+        assert len({id(getattr(block.attn, name).stack) for name in ("to_q", "to_k", "to_v")}) == 1
+        assert len({id(getattr(block.attn, f"add_{name}_proj").stack) for name in "qkv"}) == 1
+    # nobody trains these
+    assert len({id(getattr(blocks[1].attn2, name).stack) for name in ("to_q", "to_k", "to_v")}) == 1
+    # each block has stacks of its own
+    assert len({id(block.attn.to_q.stack) for block in blocks}) == len(blocks)
 
 
 @torch.no_grad()
