@@ -7,7 +7,7 @@ One scale for each token and one for each output, as torch._scaled_mm takes them
 Letters: B samples, L tokens, M = B * L rows, I inputs, O outputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ class Fp8:
         """ValueError if the device cannot multiply fp8, or if no layer is wide enough."""
         _try_out(next(transformer.parameters()).device)
         layers = [_Swap(parent, name, linear) for parent, name, linear in block_layers(transformer)]
+        _stack([swap for swap in layers if hasattr(swap.exact, "stack")])
         if not layers:
             raise ValueError(
                 f"lossy=fp8 found no linear layer in {' or '.join(_BLOCKS)} with widths that {_MULTIPLE} divides; "
@@ -47,6 +48,7 @@ class Fp8Linear(nn.Module):
     weight_OI: Tensor
     scale_O: Tensor
     bias: Tensor | None
+    stack: "Fp8Stack"
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -66,6 +68,26 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         return fp8_linear(x_BLC, self.weight_OI, self.scale_O, self.bias)
+
+
+class Fp8Stack:
+    """Layers of one input as one product, as ``low_rank.Stack`` is in full precision: the input is rounded once."""
+
+    def __init__(self, layers: Sequence[Fp8Linear]) -> None:
+        self.widths = [len(layer.scale_O) for layer in layers]
+        self._weight_OI = torch.cat([layer.weight_OI for layer in layers])
+        self._scale_O = torch.cat([layer.scale_O for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias_O = torch.cat(biases) if biases else None
+        for name, joined in (("weight_OI", self._weight_OI), ("scale_O", self._scale_O), ("bias", self._bias_O)):
+            for layer, rows in zip(layers, joined.split(self.widths) if joined is not None else (), strict=False):
+                setattr(layer, name, rows)
+        for layer in layers:
+            layer.stack = self
+
+    def __call__(self, x_BLI: Tensor) -> tuple[Tensor, ...]:
+        y_BLO = fp8_linear(x_BLI, self._weight_OI, self._scale_O, self._bias_O)
+        return y_BLO.split(self.widths, dim=-1)
 
 
 def fp8_linear(x_BLI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -119,6 +141,16 @@ class _Swap:
         self.linear = linear
         self.exact = getattr(parent, name)
         self.fp8 = Fp8Linear(linear)
+
+
+def _stack(swaps: list[_Swap]) -> None:
+    """What is one product in full precision is one here, if all of it is in fp8."""
+    stacks: dict[int, list[_Swap]] = {}
+    for swap in swaps:
+        stacks.setdefault(id(swap.exact.stack), []).append(swap)
+    for group in stacks.values():
+        if len(group) == len(group[0].exact.stack.widths) > 1:
+            Fp8Stack([swap.fp8 for swap in sorted(group, key=lambda swap: swap.exact.place)])
 
 
 class _Fp8Layers:

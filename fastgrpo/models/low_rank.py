@@ -70,7 +70,7 @@ class LoRALinear(nn.Module):
 def projected(layers: Sequence[nn.Module], x_BLI: Tensor) -> tuple[Tensor, ...]:
     """What each of some layers makes of one input: by one product where they are stacked."""
     stack = getattr(layers[0], "stack", None)
-    if isinstance(stack, Stack) and len(stack.widths) == len(layers):
+    if stack is not None and len(stack.widths) == len(layers):
         return stack(x_BLI)
     return tuple(layer(x_BLI) for layer in layers)
 
@@ -100,8 +100,8 @@ class Stack:
 def stack_frozen(layers: Sequence[nn.Linear]) -> None:
     """Stack layers that nobody trains."""
     stack = Stack(layers)
-    for layer in layers:
-        layer.stack = stack  # type: ignore[assignment]
+    for place, layer in enumerate(layers):
+        layer.__dict__ |= {"stack": stack, "place": place}
 
 
 def unstack(module: nn.Module) -> None:
@@ -109,6 +109,7 @@ def unstack(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             layer.__dict__.pop("stack", None)
+            layer.__dict__.pop("place", None)
             layer.weight = nn.Parameter(layer.weight.detach().contiguous().clone(), requires_grad=False)
 
 

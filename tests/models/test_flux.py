@@ -154,7 +154,7 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
     weights = list(adaptation.trainable.values())
     network = make_network(checkpointing=checkpointing)
     adaptation.stack(network.stacks(transformer))
-    stacks = [getattr(block.attn.to_v, "stack", None) for block in transformer.single_transformer_blocks]
+    stacks: list[Any] = [getattr(block.attn.to_v, "stack", None) for block in transformer.single_transformer_blocks]
     # of queries, keys and values, each block's own
     assert [len(stack.widths) for stack in stacks] == [3, 3]
     assert stacks[0] is not stacks[1]

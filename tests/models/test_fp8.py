@@ -1,15 +1,19 @@
 """fp8 layers against their formula in float64, against torch's own product, and in a model against its exact self."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.compile.blocks import Uncompiled
+from fastgrpo.models import fp8
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.fp8 import Fp8, block_layers, fp8_linear, fp8_product_reference, quantize_rows
 from fastgrpo.models.lora import LoRA
+from fastgrpo.models.low_rank import projected
+from fastgrpo.models.mmdit import added_stack, self_stack
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo_kernels import combined
 
@@ -218,3 +222,27 @@ def test_a_compiled_block_has_one_graph_for_all_fp8_layers_and_its_exact_one_bac
 def test_a_transformer_without_layers_that_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lossy=fp8 found no linear layer.*use lossy=none"):
         Fp8()(nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_what_is_one_product_in_full_precision_is_one_in_fp8_and_rounds_its_input_once(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tiny_weights)
+    rounded = []
+
+    def quantize(a_RI: Tensor) -> tuple[Tensor, Tensor]:
+        rounded.append(a_RI.shape)
+        return quantize_rows(a_RI)
+
+    with model.sampling(lossy=True):
+        attn = model.transformer.transformer_blocks[0].attn
+        groups: list[Any] = [self_stack(attn), added_stack(attn)]
+        for layers in groups:
+            x = torch.randn(2, 5, layers[0].weight_OI.shape[1], generator=torch.Generator().manual_seed(4))
+            alone = [layer(x) for layer in layers]
+            with monkeypatch.context() as patched:
+                patched.setattr(fp8, "quantize_rows", quantize)
+                together = projected(layers, x)
+            assert len({one.std().item() for one in alone}) == 3
+            assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert len(rounded) == 2
