@@ -1,7 +1,7 @@
 """What a transformer with trained weights computes: velocities of the policy and of its frozen start.
 
-Under gradient adapters are terms of their own and only the conditional branch of guidance is differentiated; for
-sampling they are merged into the weights and both branches are one batch.
+Under gradient adapters are columns of the layers' products and only the conditional branch of guidance is
+differentiated; for sampling they are merged into the weights and both branches are one batch.
 Letters: B samples, C H W latent channels, height and width, M text tokens, E width of a modulation.
 """
 
