@@ -37,6 +37,7 @@ from fastgrpo.checkpoints.train_state import (
     read_averages,
     read_state,
 )
+from fastgrpo.device_error import is_device_error
 from fastgrpo.distributed.world import RankFailure, World
 from fastgrpo.files.sealed import (
     MANIFEST,
@@ -92,6 +93,9 @@ class Checkpoint:
             temporary = Path(self.world.on_first(lambda: str(begin_sealed(path)), "the directory of a checkpoint"))
             files = self.world.together(lambda: self._files(tensors, text), "the copy of a checkpoint")
         except (OSError, RuntimeError) as error:
+            # the copy from the GPU is no matter of disks
+            if is_device_error(error):
+                raise
             raise self._failure(path, error) from error
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = thread.submit(self._write, path, temporary, files, state.iteration)

@@ -28,7 +28,10 @@ UVICORN: dict[str, Any] = {
 
 
 def serve_reward(config: DictConfig) -> None:
-    """Serve every reward of a checked ``serve-reward`` config, tried on golden pairs, until SIGTERM or SIGINT."""
+    """Serve every reward of a checked ``serve-reward`` config, tried on golden pairs, until SIGTERM or SIGINT.
+
+    A failure of the GPU ends it, by that, so that what started it may start it anew.
+    """
     try:
         import uvicorn
 
@@ -42,6 +45,12 @@ def serve_reward(config: DictConfig) -> None:
     # who asks while weights are loaded waits
     with _listen(config.host, config.port, has_token=bool(token)) as listener:
         rewards, _ = build_rewards(config)
+        failures: list[Exception] = []
+
+        def give_up(error: Exception) -> None:
+            failures.append(error)
+            runner.should_exit = True
+
         server = RewardServer(
             rewards=rewards.all,
             # a client asks again by itself
@@ -49,6 +58,7 @@ def serve_reward(config: DictConfig) -> None:
             limits=limits,
             device=device_of(read_runtime(config)),
             token=token,
+            on_device_error=give_up,
         )
         runner = uvicorn.Server(uvicorn.Config(server.app(), **UVICORN))
         print(f"serving {', '.join(rewards.all)} on {_address(listener)}, {_who(config.token_env)}", flush=True)
@@ -58,6 +68,8 @@ def serve_reward(config: DictConfig) -> None:
             runner.run(sockets=[listener])
         finally:
             signal.signal(signal.SIGTERM, before)
+    if failures:
+        raise failures[0]
 
 
 def _listen(host: str, port: int, *, has_token: bool) -> socket.socket:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrpo.device_error import is_device_error
 from fastgrpo.distributed.meeting import meet
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.profiling.timing import waiting
@@ -35,6 +36,8 @@ class World:
     """One rank of ``size``.  ``group`` carries tensors on ``device``, ``control`` what is on the host.
 
     ``waiting_in`` is what this rank waits for the others in, while it does; ``num_exchanges`` counts how often it has.
+    NCCL's calls return before the others have come, so an exchange lasts until its result is on the host, which it is
+    wanted on anyway; only ``sum_`` is read by nobody, and is waited for in the next exchange.
     """
 
     rank: int = 0
@@ -53,7 +56,8 @@ class World:
     def gather(self, compute: Callable[[], Tensor], spread: Spread, num_columns: int, what: str) -> Tensor:
         """All rows [B, C] in order, on every rank, of which ``compute`` returns this rank's [b, C] in float32.
 
-        Where it raises on some rank, RankFailure is raised on all; a world of one rank raises what was raised.
+        Where it raises on some rank, RankFailure is raised on all; a world of one rank raises what was raised, and so
+        does a rank whose GPU has failed, which can tell the others nothing.
         """
         order_B = torch.tensor(spread.order)
         if self.size == 1:
@@ -67,16 +71,24 @@ class World:
             padded[: len(values_bC)] = values_bC
             padded[-1] = 1.0
         except Exception as raised:
+            if is_device_error(raised):
+                raise
             error = raised
-        everyone = self._all_gather(padded, what)
-        if not bool(everyone[:, -1].all()):
+        with self._exchange(what):
+            everyone = self._all_gather(padded)
+            # NCCL returns at once: this is where other ranks are waited for
+            all_are_well = bool(everyone[:, -1].all())
+        if not all_are_well:
             self._raise_together(error)
         kept = [everyone[rank, : len(rows)] for rank, rows in enumerate(spread.rows)]
         return torch.cat(kept)[order_B.argsort().to(self.device, non_blocking=True)]
 
     def table(self, values_C: Tensor, what: str) -> Tensor:
-        """The numbers of every rank, [ranks, C]."""
-        return values_C[None] if self.size == 1 else self._all_gather(values_C, what)
+        """The numbers of every rank, [ranks, C], on the host: on a GPU this waits for them, and for the other ranks."""
+        if self.size == 1:
+            return values_C[None].cpu()
+        with self._exchange(what):
+            return self._all_gather(values_C).cpu()
 
     def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Replace tensors by their sums over the ranks, equal to the bit on all of them: one call, however many."""
@@ -159,10 +171,9 @@ class World:
         dist.all_gather(list(everyone.split(1)), torch.tensor([len(own)]), group=self.control)
         return everyone.tolist()
 
-    def _all_gather(self, tensor: Tensor, what: str) -> Tensor:
+    def _all_gather(self, tensor: Tensor) -> Tensor:
         everyone = tensor.new_empty(self.size, *tensor.shape)
-        with self._exchange(what):
-            dist.all_gather(list(everyone.unbind()), tensor.contiguous(), group=self.group)
+        dist.all_gather(list(everyone.unbind()), tensor.contiguous(), group=self.group)
         return everyone
 
     def _raise_together(self, error: Exception | None) -> None:

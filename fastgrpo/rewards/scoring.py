@@ -5,6 +5,7 @@ What a reward raises decides what is done about it:
     OSError, HTTPException, RewardUnavailable
                            what happens to connections, disks and other machines may pass: it is asked again
     RewardError            the reward's own last word: the run ends
+    a failure of the GPU   nobody's mistake, and nothing computes in this process any more: it ends by that
     anything else          a mistake in a program, which no waiting mends: the run ends with the line of the user's file
 
 Letters: B images, C H W of an image.
@@ -18,6 +19,7 @@ from http.client import HTTPException
 import torch
 from torch import OutOfMemoryError, Tensor
 
+from fastgrpo.device_error import is_device_error
 from fastgrpo.rewards.answers import as_rewards
 from fastgrpo.rewards.raised_at import raised_at
 from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable
@@ -48,7 +50,10 @@ class Scoring:
 
     @torch.no_grad()
     def __call__(self, name: str, reward: Reward, images_BCHW: Tensor, texts: list[str]) -> Tensor:
-        """The reward's answer as float32 [B] where the images are.  RewardError if there is none to train on."""
+        """The reward's answer as float32 [B] where the images are.  RewardError if there is none to train on.
+
+        A failure of the GPU comes through as it was raised.
+        """
         size = self._fitting.get(name, self.micro_batch)
         parts = [slice(first, first + size) for first in range(0, len(texts), size)]
         try:
@@ -76,6 +81,8 @@ class Scoring:
             except (OutOfMemoryError, RewardError):
                 raise
             except Exception as error:
+                if is_device_error(error):
+                    raise
                 raise RewardError(_mistake(name, error)) from error
         raise AssertionError("the last attempt returns or raises")
 

@@ -279,6 +279,17 @@ def test_a_full_disk_that_safetensors_reports_is_named_too(
     assert names(checkpoint) == []
 
 
+def test_a_gpu_that_fails_as_it_is_copied_from_is_no_full_disk(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(Checkpoint, "_files", fail)
+    with pytest.raises(torch.AcceleratorError, match="ECC"):
+        checkpoint.save(make_state(2))
+
+
 def test_an_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*file/checkpoints/step_000001"):

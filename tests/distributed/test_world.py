@@ -1,11 +1,15 @@
 """What ranks tell each other, on 2, 3 and 4 processes: rows in order, sums, and failures that reach everybody."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import RankFailure, World
@@ -165,3 +169,41 @@ def test_a_rank_that_ends_badly_fails_its_test_and_the_next_test_has_new_ranks(o
             on_ranks(2, end_badly, how)
         processes, before = set(on_ranks(2, end_badly, "")), processes
         assert processes.isdisjoint(before)
+
+
+_READS = (Tensor.cpu, Tensor.tolist, Tensor.item, Tensor.__bool__)
+
+
+class Reads(TorchFunctionMode):
+    """What a world said that it waits in, whenever the host read a tensor: on a GPU it is there that it waits."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.waiting_in = world, list[str]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _READS:
+            self.waiting_in.append(self.world.waiting_in)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_rank_says_what_it_waits_in_while_it_reads_what_nccl_only_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as NCCL's: it returns before the others have come
+    monkeypatch.setattr(dist, "all_gather", lambda rooms, own, group: [room.copy_(own) for room in rooms])
+    world = World(rank=0, size=2)
+    with Reads(world) as reads:
+        table = world.table(torch.tensor([1.0, 2.0]), "statistics")
+        assert reads.waiting_in == ["statistics"]
+        world.gather(lambda: torch.ones(1, 1), Spread.evenly(2, 2), 1, "rewards")
+        assert reads.waiting_in == ["statistics", "rewards"]
+    assert table.tolist() == [[1.0, 2.0]] * 2
+    assert (world.waiting_in, world.num_exchanges) == ("", 2)
+
+
+def test_a_rank_whose_gpu_has_failed_raises_that_and_asks_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(dist, "all_gather", lambda *_, **__: pytest.fail("a broken GPU was used"))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        World(rank=0, size=2).gather(fail, Spread.evenly(2, 2), 1, "rewards")

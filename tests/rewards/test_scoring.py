@@ -9,6 +9,7 @@ import requests
 import torch
 from torch import Tensor
 
+from fastgrpo.device_error import is_device_error
 from fastgrpo.rewards.jpeg import JpegSize
 from fastgrpo.rewards.reward import RewardError, RewardUnavailable
 from fastgrpo.rewards.scoring import Scoring
@@ -35,6 +36,13 @@ MISTAKES = [
     NotImplementedError("later"),
     RuntimeError("The size of tensor a (3) must match"),
     RecursionError("too deep"),
+]
+
+
+DEVICE_ERRORS = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
 ]
 
 
@@ -89,6 +97,30 @@ def test_a_mistake_is_told_at_once_with_the_line_of_the_users_file(error: Except
     assert str(raised.value).startswith(f"reward 'mine' raised {type(error).__name__}: {error}, at ")
     assert f"test_scoring.py, line {line}; correct it there" in str(raised.value)
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS, ids=str)
+def test_a_gpu_that_has_failed_is_not_asked_again_and_no_reward_is_blamed(error: Exception) -> None:
+    reward = Raises(error, times=9)
+    with pytest.raises(type(error)) as raised:
+        ask(reward, retries=5, retry_seconds=10.0)
+    assert raised.value is error
+    assert reward.calls == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("The size of tensor a (3) must match"),
+        ConnectionResetError("CUDA error: said by another machine"),
+    ],
+    ids=str,
+)
+def test_what_is_too_large_or_a_mistake_is_no_failure_of_a_gpu(error: Exception) -> None:
+    assert not is_device_error(error)
 
 
 def test_the_line_is_the_users_also_where_a_library_raises() -> None:

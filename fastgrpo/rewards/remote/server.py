@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
+from fastgrpo.device_error import is_device_error
 from fastgrpo.rewards.remote.limits import Limits, TooLarge
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scoring import Scoring
@@ -28,13 +29,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RewardServer:
-    """``rewards`` by name, for whoever knows ``token``; anyone if there is none."""
+    """``rewards`` by name, for whoever knows ``token``; anyone if there is none.
+
+    on_device_error: is told that the GPU has failed, after which no request of this process will be answered.
+    """
 
     rewards: Mapping[str, Reward]
     scoring: Scoring
     limits: Limits
     device: str
     token: str = field(default="", repr=False)
+    on_device_error: Callable[[Exception], None] = lambda _: None
     _in_flight: set[int] = field(default_factory=set, init=False, repr=False)
     _unpacked: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2), init=False, repr=False)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
@@ -119,5 +124,7 @@ class RewardServer:
             scores = self.scoring(name, self.rewards[name], images_BCHW, prompts).tolist()
         except Exception as error:
             _log.exception("reward %r failed", name)
+            if is_device_error(error):
+                self.on_device_error(error)
             raise HTTPException(500, type(error).__name__) from error
         return [score if math.isfinite(score) else None for score in scores]

@@ -1,5 +1,6 @@
 """The command ``fastgrpo serve-reward``: a process that serves, and what it refuses before it does."""
 
+import base64
 import os
 import re
 import signal
@@ -19,8 +20,9 @@ import torch
 from fastgrpo import cli
 from fastgrpo.rewards.golden import golden_set
 from fastgrpo.rewards.remote.http_reward import HttpReward
+from fastgrpo.rewards.remote.wire import to_pixels, to_png
 from fastgrpo.rewards.shapes import ShapesReward
-from tests.rewards.remote.scripted import free_port
+from tests.rewards.remote.scripted import free_port, some_images
 
 
 @contextmanager
@@ -84,6 +86,28 @@ def test_it_serves_a_reward_of_the_users_own_beyond_loopback_to_who_has_the_toke
     said = capsys.readouterr()
     assert f"serving custom on http://0.0.0.0:{port}, to who has the token in OWN_TOKEN" in said.out
     assert "t0ken-of-mine" not in said.out + said.err
+
+
+def test_a_server_whose_gpu_has_failed_ends_by_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_broken.py").write_text(
+        "import torch\n\n\ndef broken(images, prompts):\n"
+        '    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    port, found = free_port(), Queue[int]()
+    url = f"http://127.0.0.1:{port}"
+
+    def visit() -> None:
+        HttpReward(endpoints=[url], name="custom").greet()
+        body = {"images": [base64.b64encode(to_png(to_pixels(some_images(1))[0])).decode()], "prompts": ["a"]}
+        found.put(requests.post(f"{url}/v1/rewards/custom/score", json=body, timeout=5).status_code)
+
+    threading.Thread(target=visit, daemon=True).start()
+    words = ["reward=custom", "reward.path=own_broken.broken", "reward.golden=false", f"port={port}"]
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        cli.main(["serve-reward", "runtime.device=cpu", *words])
+    assert found.get(timeout=5) == 500
 
 
 def fails(capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:

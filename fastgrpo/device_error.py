@@ -1,0 +1,20 @@
+"""Whether what was raised says that the GPU has failed under this process, and not that the program asked for too much.
+
+After such an error (an illegal address, an ECC error, a bus that fell off) every further call of CUDA fails alike until
+the process ends, and the call that it is raised by need not be the one to blame.
+"""
+
+import torch
+
+# what a library could not allocate is no failure of the GPU
+_MAY_PASS = ("out of memory", "ALLOC_FAILED")
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Of a GPU, NCCL's included: to be neither retried nor put down to who happened to meet it."""
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MAY_PASS):
+        return False
+    if isinstance(error, torch.AcceleratorError | torch.distributed.DistBackendError):
+        return True
+    # libraries raise theirs as plain RuntimeErrors: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling ...
+    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error:", "cuDNN error:"))
