@@ -1,7 +1,8 @@
 """What a trace of one iteration says of each stage: seconds by class of kernel, launches, host syncs.
 
-On a GPU kernels are counted in the stage that launched them; on a CPU an operator is its own kernel, and its time is
-without that of the operators it calls.  Only the thread of the stages is counted: rewards in threads are not.
+On a GPU kernels are counted in the stage that launched them, each by its launch, also those that no operator of PyTorch
+launched: a replayed graph's and compiled code's.  On a CPU an operator is its own kernel, and its time is without that
+of the operators it calls.  Only the thread of the stages is counted: rewards in threads are not.
 """
 
 from bisect import bisect_right
@@ -31,7 +32,9 @@ _OTHER = (
 )  # fmt: skip
 _CPU_KERNELS = ("aten::", "fastgrpo::", "fastgrpo_kernels::", "cpp_fused", "graph_", "mkldnn")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+# what would wait on a GPU; there it calls one of the above
+_SYNCS_ON_CPU = ("aten::_local_scalar_dense",)
 
 
 def kernel_class(name: str) -> str:
@@ -77,7 +80,7 @@ def read_trace(events: Iterable[Any], *, is_cuda: bool) -> Trace:
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name.removeprefix(STAGE), e.thread)
         for e in events
-        if e.name.startswith(STAGE) and "CPU" in str(e.device_type)
+        if e.name.startswith(STAGE) and _is_on_cpu(e)
     )
     if not spans:
         raise ValueError("the trace has no stage; was it taken around Trainer.step?")
@@ -86,20 +89,40 @@ def read_trace(events: Iterable[Any], *, is_cuda: bool) -> Trace:
         trace.stages.setdefault(name, StageTrace()).wall_seconds += (end - start) / 1e6
     threads = {thread for *_, thread in spans}
     starts = [start for start, *_ in spans]
+
+    def stage_at(time: float) -> StageTrace:
+        place = bisect_right(starts, time) - 1
+        inside = place >= 0 and time < spans[place][1]
+        return trace.stages.setdefault(spans[place][2] if inside else NO_STAGE, StageTrace())
+
+    calls = {event.id: event.time_range.start for event in events if _is_call_of_cuda(event)}
     for event in events:
-        if "CPU" not in str(event.device_type) or event.name.startswith(STAGE):
+        # spans of the GPU's own time, stages among them, hold kernels that are counted anyway
+        if event.name.startswith(STAGE) or (not _is_on_cpu(event) and event.is_user_annotation):
             continue
-        place = bisect_right(starts, event.time_range.start) - 1
-        inside = place >= 0 and event.time_range.start < spans[place][1]
-        stage = trace.stages.setdefault(spans[place][2] if inside else NO_STAGE, StageTrace())
-        stage.host_syncs += int(event.name in _SYNCS)
+        if not _is_on_cpu(event):
+            span = event.time_range
+            # what was launched before the trace began is counted when it ran
+            stage = stage_at(calls.get(event.id, span.start))
+            _add(trace, stage, [(event.name, (span.end - span.start) / 1e6)])
+            continue
+        stage = stage_at(event.time_range.start)
+        stage.host_syncs += int(event.name in (_SYNCS if is_cuda else _SYNCS_ON_CPU))
         if is_cuda:
             stage.launches += int(event.name.startswith(_LAUNCHES))
-            _add(trace, stage, [(kernel.name, kernel.duration / 1e6) for kernel in event.kernels])
         elif event.thread in threads and event.name.startswith(_CPU_KERNELS):
             stage.launches += int(_computes(event) and not any(map(_computes, event.cpu_children)))
             _add(trace, stage, [(event.name, event.self_cpu_time_total / 1e6)])
     return trace
+
+
+def _is_on_cpu(event: Any) -> bool:
+    return "CPU" in str(event.device_type)
+
+
+def _is_call_of_cuda(event: Any) -> bool:
+    """Of its runtime or driver, whose number its kernels and copies carry; operators are numbered apart."""
+    return _is_on_cpu(event) and event.name.startswith(("cuda", "cu"))
 
 
 def _computes(event: Any) -> bool:

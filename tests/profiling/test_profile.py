@@ -117,31 +117,65 @@ def test_a_trace_on_the_cpu_knows_stages_classes_and_syncs() -> None:
         assert all(0 <= share <= 1 for share in stage.shares().values())
 
 
-def event(name: str, start: float, end: float, kernels: Any = ()) -> Any:
-    times = SimpleNamespace(start=start, end=end)
-    made = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels]
-    return SimpleNamespace(name=name, time_range=times, kernels=made, device_type="DeviceType.CPU", thread=1)
+def event(name: str, start: float, end: float, id: int = 0, device: str = "CPU", is_span: bool = False) -> Any:
+    """As PyTorch's profiler has it: a kernel has the number of the call that launched it; operators count apart."""
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        id=id,
+        device_type=f"DeviceType.{device}",
+        thread=1,
+        is_user_annotation=is_span,
+    )
 
 
 def test_kernels_of_a_gpu_belong_to_the_stage_that_launched_them() -> None:
     events = [
-        event("stage/rollout", 0, 1e6),
-        event("stage/update", 1e6, 3e6),
-        event("cudaLaunchKernel", 10, 20, [("nvjet_tst", 0.6e6)]),
-        event("cudaLaunchKernelExC", 30, 40, [("triton_poi_fused_add", 0.3e6)]),
-        event("cudaGraphLaunch", 1.1e6, 1.2e6, [("nvjet_tst", 1.0e6), ("triton_red_fused", 0.5e6)]),
-        event("cudaStreamSynchronize", 1.3e6, 1.4e6),
-        event("cudaLaunchKernel", 5e6, 5.1e6, [("triton_poi_fused_add", 0.1e6)]),
+        event("stage/rollout", 0, 1e6, 1, is_span=True),
+        event("stage/update", 1e6, 3e6, 2, is_span=True),
+        # an operator with the number of another stage's launch
+        event("aten::mm", 5, 25, 12),
+        event("cudaLaunchKernel", 10, 20, 10),
+        event("cuLaunchKernelEx", 30, 40, 11),
+        event("cudaGraphLaunch", 1.1e6, 1.2e6, 12),
+        # one wait, however it is called
+        event("aten::_local_scalar_dense", 1.29e6, 1.41e6, 3),
+        event("cudaStreamSynchronize", 1.3e6, 1.4e6, 13),
+        event("cudaLaunchKernel", 5e6, 5.1e6, 14),
+        # the GPU is behind: it runs the rollout's kernels when the host is in update
+        event("nvjet_tst", 1.0e6, 1.6e6, 10, "CUDA"),
+        event("triton_poi_fused_add", 1.6e6, 1.9e6, 11, "CUDA"),
+        # both of one replay, which no operator launched
+        event("nvjet_tst", 1.9e6, 2.9e6, 12, "CUDA"),
+        event("triton_red_fused", 2.9e6, 3.4e6, 12, "CUDA"),
+        event("triton_poi_fused_add", 5.1e6, 5.2e6, 14, "CUDA"),
+        # spans as the GPU sees them are no kernels
+        event("stage/rollout", 1.0e6, 1.9e6, 1, "CUDA", is_span=True),
+        event("## Call CompiledFxGraph", 1.6e6, 1.9e6, 2, "CUDA", is_span=True),
+        # launched before the trace began
+        event("Memset (Device)", 0.5e6, 0.6e6, 9, "CUDA"),
     ]
     trace = read_trace(events, is_cuda=True)
     rollout, update, between = (trace.stages[name] for name in ("rollout", "update", NO_STAGE))
-    assert rollout.shares() == pytest.approx({MATRIX: 0.6, MEMORY: 0.3, OTHER: 0.1})
+    assert rollout.shares() == pytest.approx({MATRIX: 0.6, MEMORY: 0.4, OTHER: 0.0})
     assert update.shares() == pytest.approx({MATRIX: 0.5, MEMORY: 0.25, OTHER: 0.25})
     assert (rollout.launches, rollout.host_syncs, update.launches, update.host_syncs) == (2, 0, 1, 1)
     assert between.launches == 1
     assert trace.kernel_seconds["nvjet_tst"] == pytest.approx(1.6)
+    assert trace.kernel_calls == {
+        "nvjet_tst": 2, "triton_poi_fused_add": 2, "triton_red_fused": 1, "Memset (Device)": 1
+    }  # fmt: skip
     with pytest.raises(ValueError, match="no stage"):
-        read_trace(events[2:], is_cuda=True)
+        read_trace(events[2:9], is_cuda=True)
+
+
+def test_pytorch_tells_of_an_event_what_a_trace_of_a_gpu_reads() -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, StageTimer(CPU)("rollout"):
+        torch.ones(3) + 1
+    events = {one.name: one for one in profiler.events()}
+    assert events["stage/rollout"].is_user_annotation
+    assert not events["aten::add"].is_user_annotation
+    assert isinstance(events["aten::add"].id, int)
 
 
 def test_the_page_by_hand() -> None:
