@@ -1,6 +1,7 @@
 """Settings of every test: one thread, no network, kernels in Triton's interpreter where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # oversubscribed threads make a small forward 15 times slower; both must be set before torch is imported
@@ -32,6 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def float32_is_exact() -> Iterator[None]:
+    """No TF32 on a GPU.  monkeypatch cannot do this: PyTorch's flags are no attributes that could be deleted again."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.allow_tf32 = value
 
 
 @pytest.fixture(scope="session")

@@ -63,12 +63,10 @@ def test_sdpa_on_a_cpu_is_attention_forward_and_backward(shape: tuple[int, ...],
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_backends_agree_at_full_size(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, float32_is_exact: None
 ) -> None:
     if why := why_not(name, torch.device("cuda"), dtype):
         pytest.skip(why)
-    # float32 is to be float32, not tf32
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     attend = attention_backend(name, device="cuda", dtype=dtype)
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiled else attend
     assert_is_attention(attend, make_qkv(shape, dtype, "cuda"))
