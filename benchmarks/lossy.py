@@ -52,7 +52,7 @@ CASES: tuple[tuple[str, float, tuple[int, ...]], ...] = (
     ("mix_grpo", 2.5, (4, 5, 6, 7)),
 )
 FULL_CASES: tuple[tuple[str, float, tuple[int, ...]], ...] = (("flow_grpo_fast", 4.5, (1, 2, 3)),)
-EMBEDDED = ("reward.golden=false", "runtime.micro_batch=32", "runtime.threads=1")
+EMBEDDED = ("reward.golden=false", "runtime.device=cpu", "runtime.micro_batch=32", "runtime.threads=1")
 # SD3.5's autoencoder at a quarter of its width, as much as a CPU decodes in a second
 RANDOM_AUTOENCODER = (
     "model=sd35_miniature",
@@ -195,7 +195,7 @@ def _body(data: dict[str, Any]) -> str:
         f"{data['rounds']} rounds.  3 of 10 steps are trained in flow_grpo_fast, 4 of 25 in mix_grpo.  Speed is of "
         "rollout and decoding together."
     ]
-    if not torch.cuda.is_available():
+    if not data["full"]:
         parts.append(
             "Speed is in seconds of one thread of the CPU, which has no fp8: products are computed in float32, so the "
             "speed of lossy=fp8 says nothing of a GPU."

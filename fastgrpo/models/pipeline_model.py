@@ -21,6 +21,7 @@ from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import Attention, attention_backend
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import encoder_identity
+from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.modulation import Modulations
@@ -88,6 +89,9 @@ class PipelineModel(Policy):
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
         self.device = torch.device(device)
+        self._decode = compile(_decode)
+        is_compiled = self._decode is not _decode
+        _check_lossy(lossy, self.device, is_compiled)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
         self._random = _architecture_of(weights, architecture)
         self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
@@ -118,7 +122,6 @@ class PipelineModel(Policy):
             for weight in self.pipeline.vae.parameters():
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        self._decode = compile(_decode)
         super().__init__(
             adaptation=adapted,
             network=network,
@@ -245,6 +248,15 @@ def _check_settings(dtype: str, decode_dtype: str, guidance_scale: float, max_se
         raise ValueError(
             f"model.max_sequence_length must lie in 0 to {_MAX_TOKENS}, the most that these models were trained with, "
             f"got {max_sequence_length}"
+        )
+
+
+def _check_lossy(lossy: Lossy | None, device: torch.device, is_compiled: bool) -> None:
+    # four times the launches of bfloat16: finding a scale, dividing and rounding are kernels of their own in each layer
+    if isinstance(lossy, Fp8) and device.type == "cuda" and not is_compiled:
+        raise ValueError(
+            "lossy=fp8 is slower than bfloat16 on a GPU unless the kernels that quantize are compiled into one; use "
+            "compile=blocks, or lossy=none"
         )
 
 

@@ -60,6 +60,15 @@ def operands(rows: int = 33, width: int = 64, outputs: int = 48) -> tuple[Tensor
     return x_MI, weight_OI, torch.randn(outputs, generator=generator)
 
 
+def test_fp8_that_is_not_compiled_is_refused_on_a_gpu_before_anything_is_loaded() -> None:
+    nowhere = Path("nowhere")
+    with pytest.raises(ValueError, match=r"lossy=fp8 is slower than bfloat16 .*; use compile=blocks, or lossy=none"):
+        make_model(nowhere, device="cuda", compile=Uncompiled())
+    # a CPU measures what it changes, and loads
+    with pytest.raises(ValueError, match="nowhere"):
+        make_model(nowhere, device="cpu", compile=Uncompiled())
+
+
 def test_a_row_is_scaled_to_448_and_rounded_to_three_bits() -> None:
     # by hand: 0.3 = 1.2 / 4 lies between 1.125 / 4 and 1.25 / 4; 17 between 16 and 18, a tie, goes to the even 16
     a8_RI, scale_R = quantize_rows(torch.tensor([[-448.0, 0.3, 17.0], [2.0, 4.0, -1.0], [0.0, 0.0, 0.0]]))
