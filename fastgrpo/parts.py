@@ -19,6 +19,7 @@ from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.lossy import Lossy
+from fastgrpo.numerics import set_numerics
 from fastgrpo.pieces import build, build_partial
 from fastgrpo.profiling.profile import check_iterations
 from fastgrpo.prompts import load_prompts
@@ -140,4 +141,5 @@ def build_rewards(config: DictConfig, prompts: Sequence[str] = ()) -> Loaded:
     """The rewards of a config, which can judge ``prompts``, and their golden scores."""
     runtime = read_runtime(config)
     set_threads(runtime)
+    set_numerics(deterministic=runtime.deterministic)
     return read_rewards(config).load(prompts, device_of(runtime))

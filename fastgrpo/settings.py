@@ -176,6 +176,7 @@ class Runtime:
     attention: str
     profile: bool
     threads: int
+    deterministic: bool
 
     def __post_init__(self) -> None:
         kind, _, number = self.device.partition(":")

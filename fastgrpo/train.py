@@ -22,6 +22,7 @@ from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
@@ -174,6 +175,7 @@ def _find_run(parts: RunParts, world: World) -> SameRun:
 
 def _load_rewards(parts: RunParts) -> Loaded:
     set_threads(parts.runtime)
+    set_numerics(deterministic=parts.runtime.deterministic)
     return parts.rewards.load(parts.texts + parts.held_out, device_of(parts.runtime))
 
 

@@ -47,6 +47,18 @@ def float32_is_exact() -> Iterator[None]:
         flag.allow_tf32 = value
 
 
+@pytest.fixture
+def numerics_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``fastgrpo.numerics`` and a test of it set for the process is as before afterwards."""
+    # put back also where the code under test sets it
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    cudnn, filling = torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory = cudnn, filling
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a pipeline in miniature with random weights."""

@@ -1,4 +1,7 @@
-"""Checkpoints: the whole state of a training run, so that a killed run goes on exactly as if nothing had happened.
+"""Checkpoints: the whole state of a training run, so that a killed run goes on from it as if nothing had happened.
+
+What follows is the same to the bit where kernels compute the same twice: on a CPU, and on a GPU only as far as
+runtime.deterministic=true makes them.  Else it differs by rounding, as any two runs do there.
 
     checkpoints/step_000040/
         weights.safetensors     what is trained

@@ -22,6 +22,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
+from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build
@@ -54,6 +55,7 @@ def doctor(config: DictConfig) -> None:
     console = Console()
     if config.memory:
         return show_plan(config, console)
+    set_numerics(deterministic=config.runtime.deterministic)
     console.print(_machine())
     console.print(_backends())
     console.print(_golden_scores(config))

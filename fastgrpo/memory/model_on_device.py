@@ -14,6 +14,7 @@ from fastgrpo.models.adaptation import Adaptation
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.policy import Compile
+from fastgrpo.numerics import set_numerics
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.settings import Runtime
 
@@ -34,6 +35,7 @@ class ModelSource:
 
     def __call__(self) -> FlowModel:
         set_threads(self.runtime)
+        set_numerics(deterministic=self.runtime.deterministic)
         return self.make(
             adaptation=self.adaptation,
             device=device_of(self.runtime),

@@ -30,7 +30,10 @@ _MIN_CUDNN = 91501
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """What a backend needs: a package and how to get it, types, and CUDA devices from one capability to another."""
+    """What a backend needs: a package and how to get it, types, and CUDA devices from one capability to another.
+
+    is_deterministic: whether it can be told to compute the same gradient twice.
+    """
 
     load: Callable[[], Attention]
     package: str = ""
@@ -38,6 +41,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = _HALF
     capabilities: tuple[tuple[int, int], tuple[int, int]] = ((8, 0), (99, 0))
     runs_on_cpu: bool = False
+    is_deterministic: bool = True
 
 
 def attention_backend(
@@ -55,6 +59,11 @@ def attention_backend(
             _announce(name)
     if name not in BACKENDS:
         raise ValueError(f"runtime.attention must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    if torch.are_deterministic_algorithms_enabled() and not BACKENDS[name].is_deterministic:
+        raise ValueError(
+            f"runtime.attention={name} may add up gradients in another order each time, which "
+            "runtime.deterministic=true excludes; use runtime.attention=auto, sdpa, flash or flash3"
+        )
     if why := why_not(name, device, dtype):
         raise ValueError(f"runtime.attention={name} {why}, or use runtime.attention=auto")
     try:
@@ -208,6 +217,12 @@ BACKENDS = {
         install="build the hopper folder of Dao-AILab/flash-attention",
         capabilities=((9, 0), (9, 0)),
     ),
-    "cudnn": Backend(load=lambda: _cudnn),
-    "xformers": Backend(load=_load_xformers, package="xformers", install="pip install 'fastgrpo[xformers]'"),
+    # PyTorch itself leaves cuDNN out where it is to be deterministic, and xformers says nothing of it
+    "cudnn": Backend(load=lambda: _cudnn, is_deterministic=False),
+    "xformers": Backend(
+        load=_load_xformers,
+        package="xformers",
+        install="pip install 'fastgrpo[xformers]'",
+        is_deterministic=False,
+    ),
 }

@@ -213,7 +213,7 @@ def test_the_chosen_package_runs_and_is_called_as_it_wants(
 
 
 @pytest.mark.parametrize("name", ["flash", "flash3"])
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("hopper", "numerics_are_restored")
 def test_flash_attention_is_deterministic_when_torch_is_told_to_be(
     name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,11 +222,16 @@ def test_flash_attention_is_deterministic_when_torch_is_told_to_be(
     qkv = make_qkv((1, 2, 1, 8), torch.bfloat16)
     attend(*qkv)
     torch.use_deterministic_algorithms(True)
-    try:
-        attend(*qkv)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    attend(*qkv)
     assert [call["deterministic"] for call in calls] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["cudnn", "xformers"])
+@pytest.mark.usefixtures("hopper", "numerics_are_restored")
+def test_attention_that_cannot_be_deterministic_is_refused_where_it_has_to_be(name: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(ValueError, match=rf"runtime.attention={name} may add up .*use runtime.attention=auto, sdpa"):
+        attention_backend(name, device="cuda", dtype=torch.bfloat16)
 
 
 @pytest.mark.usefixtures("hopper")
