@@ -14,9 +14,9 @@ def set_numerics(*, deterministic: bool) -> None:
     cuBLAS may cut a long sum, as those over all tokens of a batch in the gradients of adapters are, and by PyTorch's
     default adds the pieces up in bfloat16 or float16.  Here they are added in float32.
 
-    ``deterministic``: kernels that add by atomics, as attention's backward pass does, are replaced by others where there
-    are such, and raise where not, from here to the end of the process.  To be called before it first multiplies on a
-    GPU.  ValueError if the environment forbids it.
+    ``deterministic``: kernels that add by atomics, as attention's backward pass does, are replaced by others where
+    there are such, and raise where not, from here to the end of the process.  To be called before it first multiplies
+    on a GPU.  ValueError if the environment forbids it.
     """
     matmul = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False

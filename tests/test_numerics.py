@@ -47,7 +47,9 @@ def test_deterministic_is_said_to_pytorch_cudnn_and_cublas(monkeypatch: pytest.M
     set_numerics(deterministic=True)
     assert os.environ[WORKSPACE] == ":16:8"
     monkeypatch.setenv(WORKSPACE, ":0:0")
-    with pytest.raises(ValueError, match=r"needs CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, .*has ':0:0'; unset it"):
+    with pytest.raises(
+        ValueError, match=r"needs CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, .*has ':0:0'; unset it"
+    ):
         set_numerics(deterministic=True)
 
 
@@ -72,7 +74,10 @@ def test_no_operation_of_a_run_is_one_that_pytorch_refuses_then(tiny_weights: Pa
     runs = {
         deterministic: train(
             make_config(
-                tiny_weights, tmp_path / deterministic / "run", f"runtime.deterministic={deterministic}", "train.iterations=1"
+                tiny_weights,
+                tmp_path / deterministic / "run",
+                f"runtime.deterministic={deterministic}",
+                "train.iterations=1",
             )
         )
         for deterministic in ("false", "true")

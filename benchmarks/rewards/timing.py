@@ -78,7 +78,9 @@ def run_case(case: Case, clock: Clock, repeats: int) -> Result:
 def _difference(name: str, reward: Reward, score_B: Tensor, expected_B: Tensor) -> float:
     """The largest, of the baseline's largest score; ValueError if it is too large."""
     difference = ((score_B - expected_B).abs().max() / expected_B.abs().max().clamp_min(1e-6)).item()
-    tolerance = _TOLERANCES[reward.backend.dtype if isinstance(reward, NetworkReward) else torch.float32]
+    tolerance = _TOLERANCES[
+        reward.backend.dtype_on(score_B.device) if isinstance(reward, NetworkReward) else torch.float32
+    ]
     if not difference <= tolerance:
         raise ValueError(f"{name} differs by {difference:.2%} of the largest score, more than {tolerance:.0%}")
     return difference
@@ -91,7 +93,9 @@ def _time(
     for name, reward in rewards.items():
         runs[name, "whole"] = partial(reward, case.images_BCHW, case.prompts)
         if isinstance(reward, NetworkReward):
-            runs[name, "preprocessing"] = partial(reward.preprocess, case.images_BCHW, reward.backend.dtype)
+            runs[name, "preprocessing"] = partial(
+                reward.preprocess, case.images_BCHW, reward.backend.dtype_on(case.images_BCHW.device)
+            )
     # the second call: the first compiled
     for run in runs.values():
         run()

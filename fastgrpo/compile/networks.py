@@ -1,15 +1,17 @@
 """How a reward network runs: each backend is a function of a network and golden inputs that returns what runs it.
 
-``Eager`` is PyTorch as it is, ``Inductor`` is torch.compile; engines are in ``fastgrpo.tensorrt.backend``.  What was
-compiled runs only if it scores the golden inputs as eager float32 does:
+``Eager`` is PyTorch as it is, ``Inductor`` is torch.compile, ``Auto`` is one of them by the device; engines are in
+``fastgrpo.tensorrt.backend``.  What was compiled runs only if it scores the golden inputs as eager float32 does:
 
     drift = max |compiled - eager| / (max eager - min eager)  <=  tolerance of the precision
 
 Letters: B images.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -64,6 +66,9 @@ class Eager:
     def dtype(self) -> torch.dtype:
         return as_dtype(self.precision)
 
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.dtype
+
     def __call__(self, network: Network, golden: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         return network.copy_to(golden[0].device, self.dtype)
 
@@ -93,6 +98,9 @@ class Inductor:
     def dtype(self) -> torch.dtype:
         return as_dtype(self.precision)
 
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.dtype
+
     def __call__(self, network: Network, golden: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         compiled = torch.compile(network.copy_to(golden[0].device, self.dtype), fullgraph=True, mode=self.mode)
         examples = tuple(part.clone() for part in cast_pixels(golden, self.dtype))
@@ -103,6 +111,29 @@ class Inductor:
         run = _AnyBatch(compiled)
         check_drift(f"torch.compile's {self.precision} code", run, self.dtype, network, golden, self.tolerances)
         return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Inductor):
+    """``Inductor`` with these fields where images are on a GPU, and ``Eager`` in float32 where they are on the CPU.
+
+    A CPU has no fast float16, and compiling gains nothing there that would pay for a C++ compiler.
+    """
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.dtype if device.type == "cuda" else torch.float32
+
+    def __call__(self, network: Network, golden: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        if golden[0].device.type != "cuda":
+            return Eager()(network, golden)
+        _announce(self.precision)
+        return super().__call__(network, golden)
+
+
+@cache
+def _announce(precision: str) -> None:
+    """Once a process: what ``auto`` took."""
+    print(f"fastgrpo: reward_backend=auto takes inductor in {precision}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

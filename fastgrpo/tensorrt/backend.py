@@ -75,6 +75,9 @@ class TensorRT:
     def dtype(self) -> torch.dtype:
         return as_dtype(self.precision)
 
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.dtype
+
     @property
     def profile(self) -> Profile:
         return Profile(opt_batch=self.opt_batch, max_batch=self.max_batch)

@@ -2,13 +2,14 @@
 
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from fastgrpo.compile.networks import TOLERANCES, DriftError, Eager, Inductor, check_drift
+from fastgrpo.compile.networks import TOLERANCES, Auto, DriftError, Eager, Inductor, check_drift
 from fastgrpo.config import compose_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
@@ -122,7 +123,30 @@ def test_equal_golden_scores_cannot_vouch_for_anything() -> None:
         check_drift("it", network, torch.float32, network, blip_inputs(), {"float32": 0.1})
 
 
-@pytest.mark.parametrize("option", ["inductor", "tensorrt"])
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def test_auto_is_eager_float32_on_a_cpu_and_inductor_in_its_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, auto = clip(), Auto(precision="bfloat16")
+    assert (auto.dtype_on(CPU), auto.dtype_on(CUDA)) == (torch.float32, torch.bfloat16)
+    with torch.no_grad():
+        expected_B = network(*clip_inputs())
+        assert torch.equal(auto(network, clip_inputs())(*clip_inputs()), expected_B)
+    compiled = []
+    monkeypatch.setattr(Inductor, "__call__", lambda *asked: compiled.append(asked))
+    on_gpu = (SimpleNamespace(device=CUDA),)
+    auto(network, on_gpu)
+    assert compiled == [(auto, network, on_gpu)]
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "evaluate", "sample", "serve-reward"])
+def test_rewards_are_compiled_on_a_gpu_unless_told_otherwise(command: str) -> None:
+    config = compose_config(command)
+    assert config.reward_backend._target_ == "fastgrpo.compile.networks.Auto"
+    assert config.reward_backend.precision == "float16"
+
+
+@pytest.mark.parametrize("option", ["auto", "inductor", "tensorrt"])
 def test_the_configs_accept_what_the_code_does(option: str) -> None:
     assert compose_config("train", [f"reward_backend={option}"]).reward_backend.tolerances == TOLERANCES
 

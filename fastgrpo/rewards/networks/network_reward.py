@@ -54,9 +54,8 @@ class RewardNetwork(nn.Module):
 class Backend(Protocol):
     """What runs a network: the pieces of ``fastgrpo.compile.networks`` and ``fastgrpo.tensorrt.backend``."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the trunk computes in, and the dtype that it wants its pixels in."""
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """What the trunk computes in there, and the dtype that it wants its pixels in."""
         ...
 
     def __call__(self, network: RewardNetwork, golden: tuple[Tensor, ...], /) -> Callable[..., Tensor]:
@@ -99,15 +98,19 @@ class NetworkReward:
 
     @property
     def golden_tolerance(self) -> float:
-        """How far golden scores may lie from recorded ones: half precision on another GPU is another number."""
-        return 1e-3 if self.backend.dtype == torch.float32 else 0.05
+        """How far golden scores may lie from recorded ones: half precision on another GPU is another number.
+
+        Of the devices that it has scored on.
+        """
+        is_exact = all(self.backend.dtype_on(device) == torch.float32 for device in self._compiled)
+        return 1e-3 if is_exact else 0.05
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         device = images_BCHW.device
         if device not in self._compiled:
             self._compiled[device] = self._compile(device)
-        pixels_BCHW = self.preprocess(images_BCHW, self.backend.dtype)
+        pixels_BCHW = self.preprocess(images_BCHW, self.backend.dtype_on(device))
         return self._compiled[device](pixels_BCHW, *self._text_rows(prompts, device))
 
     def _compile(self, device: torch.device) -> Callable[..., Tensor]:
