@@ -16,6 +16,7 @@ from rich.table import Table
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
+from fastgrpo.commands.toolchain import what_triton_needs
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.health import TrainingError
 from fastgrpo.memory.batches import BatchSizes
@@ -146,6 +147,8 @@ def _backends() -> Table:
     for name in BACKENDS:
         why = why_not(name, torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
         table.add_row(f"attention={name}", f"no: {escape(why)}" if why else "yes", "runtime.attention")
+    for name, (where, remedy) in what_triton_needs().items():
+        table.add_row(name, escape(where) if where else f"no: {remedy}", "kernels on a GPU")
     for module, purpose, extra in _BACKENDS:
         # asked of the finder alone: importing some of these takes seconds or fails without a GPU
         is_there = find_spec(module) is not None
