@@ -23,6 +23,7 @@ from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, in_batches
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.old_policy import OldPolicy
+from fastgrpo.on_device import on_device
 from fastgrpo.replay import Select, Term
 from fastgrpo.types import Conditions, SampleGradients, TrainedImages
 from fastgrpo_kernels import GuidedVelocity, MatchingErrors, PhiloxNoise, add_noise, matching_loss
@@ -99,10 +100,8 @@ class ImageReplay:
         samples, device = trained.samples, self.model.device
         t_UDA = self.times(len(samples.prompts), samples.group_size, num_updates, iteration, self.seed)
         places = [0] * len(samples) if self.times.is_shared else samples.places
-        prompt_ids_B, places_B = (
-            torch.tensor(ids).to(device, non_blocking=True) for ids in (samples.prompt_ids, places)
-        )
-        t_UDB = t_UDA[:, :, list(samples.rows)].to(device, non_blocking=True)
+        prompt_ids_B, places_B = (on_device(ids, device) for ids in (samples.prompt_ids, places))
+        t_UDB = on_device(t_UDA[:, :, list(samples.rows)], device)
         nothing = trained.x_0_BCHW.new_empty(0, self.times.per_image, *trained.x_0_BCHW.shape)
         images = NoisedImages(prompt_ids_B, places_B, trained.x_0_BCHW, t_UDB, nothing)
         is_checked = iteration % CHECKED_EVERY == 0

@@ -19,6 +19,7 @@ from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import STEP_STREAM
 from fastgrpo.algorithm.timesteps import Timesteps
 from fastgrpo.memory.batches import Batch
+from fastgrpo.on_device import on_device
 from fastgrpo.sampler import Sampler, handed_to_nobody
 from fastgrpo.types import Conditions, Noise, SampleGradients, Samples, TrainedImages, TrainedSteps, Trajectories
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
@@ -237,7 +238,6 @@ class StepRollout:
     def _step_noise(self, samples: Samples, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
         """The noise of each step: a function of the global prompt index and the place in the group."""
         prompt_ids_B, places_B = (
-            torch.tensor(ids).to(self.sampler.model.device, non_blocking=True)
-            for ids in (samples.prompt_ids, samples.places)
+            on_device(ids, self.sampler.model.device) for ids in (samples.prompt_ids, samples.places)
         )
         return {step: PhiloxNoise(self.seed, STEP_STREAM + step, prompt_ids_B, places_B) for step in steps}

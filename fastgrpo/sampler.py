@@ -15,6 +15,7 @@ from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, BatchSizes, in_batches
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions, Samples
 from fastgrpo_kernels import GuidedVelocity
 
@@ -73,7 +74,7 @@ class Sampler:
         rows = list(first_of.values())
         number = {prompt_id: p for p, prompt_id in enumerate(first_of)}
         rows_P, prompts_B = (
-            torch.tensor(index).to(start_BCHW.device, non_blocking=True)
+            on_device(index, start_BCHW.device)
             for index in (rows, [number[prompt_id] for prompt_id in samples.prompt_ids])
         )
         return self.latents(start_BCHW[rows_P], conditions.take(rows), steps)[prompts_B]

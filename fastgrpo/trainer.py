@@ -24,6 +24,7 @@ from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.old_policy import OldPolicy
+from fastgrpo.on_device import on_device
 from fastgrpo.profiling.profile import Step, unprofiled
 from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
@@ -173,15 +174,19 @@ class Trainer:
         self.seconds += seconds["iteration"]
         num_images = rewards.total_PG.numel()
         std_P = rewards.total_PG.std(dim=1, correction=0)
+        # read at once: each reading waits for the device
+        means = {
+            **{f"reward/{name}": reward_PG.mean() for name, reward_PG in rewards.named.items()},
+            "reward/total": rewards.total_PG.mean(),
+            "reward/group_std": std_P.mean(),
+            "zero_variance_groups": (std_P == 0).float().mean(),
+        }
         if noise.estimates_PG is not None:
             noise.metrics["search/rank_correlation"] = rank_correlation(noise.estimates_PG, rewards.total_PG)
         return {
             "images": self.iteration * num_images,
             "seconds": self.seconds,
-            **{f"reward/{name}": reward_PG.mean().item() for name, reward_PG in rewards.named.items()},
-            "reward/total": rewards.total_PG.mean().item(),
-            "reward/group_std": std_P.mean().item(),
-            "zero_variance_groups": (std_P == 0).float().mean().item(),
+            **dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)),
             **stats.metrics,
             **noise.metrics,
             "images_per_second": num_images / seconds["iteration"],
@@ -245,4 +250,4 @@ class Trainer:
 
 def _of(samples: Samples, values_PG: Tensor) -> Tensor:
     """The values of this rank's samples."""
-    return values_PG.flatten()[torch.tensor(samples.rows).to(values_PG.device, non_blocking=True)]
+    return values_PG.flatten()[on_device(samples.rows, values_PG.device)]

@@ -274,8 +274,8 @@ def _slices(rows: Sequence[Sequence[int]]) -> list[slice]:
 def _sums(terms: Sequence[Term], names: Sequence[str], device: torch.device) -> Tensor:
     """Of the means over samples, and the number of these."""
     terms = [term for term in terms if term.num_samples]
-    count = torch.tensor([sum(term.num_samples for term in terms)], dtype=torch.float64)
-    count = count.to(device, non_blocking=True)
+    # filled there: nothing is copied
+    count = torch.full((1,), sum(term.num_samples for term in terms), dtype=torch.float64, device=device)
     if not terms:
         return torch.cat([count.new_zeros(len(names)), count])
     sums = [torch.stack([{"loss": t.loss, **t.means}[name] for name in names]).double() * t.num_samples for t in terms]

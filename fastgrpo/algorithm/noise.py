@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Noise
 from fastgrpo_kernels import philox_normal, refit_moments, sample_candidates
 
@@ -66,7 +67,7 @@ class NoiseDraw:
 
     @cached_property
     def _rows_B(self) -> Tensor:
-        return torch.tensor(self.own_rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device(torch.tensor(self.own_rows, dtype=torch.int64), self.device)
 
     @property
     def own_rows(self) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ class NoiseDraw:
     @cached_property
     def ids_P(self) -> Tensor:
         """The global ids of the prompts."""
-        return torch.tensor(self.prompt_ids, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device(torch.tensor(self.prompt_ids, dtype=torch.int64), self.device)
 
     def uniform(self, stream: int) -> list[float]:
         """One number in (0, 1) for each prompt, a function of (seed, stream, prompt id, iteration)."""
@@ -113,7 +114,7 @@ class Candidates:
         """Candidate ``ids_B[b]`` of the prompt ``prompts_B[b]``, counted among ``prompts``: float32 [B, C, H, W]."""
         if len(prompts_B) == 0:
             return torch.empty(0, *self.draw.latent_shape, device=self.draw.device)
-        places_B = self._prompts_P[prompts_B]
+        places_B = self.prompts_P[prompts_B]
         if self.moments is None:
             return self.draw.of_pairs(self.stream, places_B, ids_B)
         mean_PCHW, std_PCHW = self.moments
@@ -129,7 +130,7 @@ class Candidates:
 
     def rows(self, rows: Sequence[int]) -> Tensor:
         """Some of the P * K, prompt by prompt."""
-        rows_B = torch.tensor(list(rows), dtype=torch.int64).to(self.draw.device, non_blocking=True)
+        rows_B = on_device(torch.tensor(list(rows), dtype=torch.int64), self.draw.device)
         return self.at(rows_B // self.num, rows_B % self.num)
 
     def all(self) -> Tensor:
@@ -145,7 +146,7 @@ class Candidates:
             *self.moments,
             self.draw.seed,
             self.stream,
-            self.draw.ids_P[self._prompts_P],
+            self.draw.ids_P[self.prompts_P],
             elites_PT,
             weights_PT,
             momentum=momentum,
@@ -154,8 +155,9 @@ class Candidates:
         )
 
     @cached_property
-    def _prompts_P(self) -> Tensor:
-        return torch.tensor(list(self.prompts), dtype=torch.int64).to(self.draw.device, non_blocking=True)
+    def prompts_P(self) -> Tensor:
+        """``prompts``, on the device."""
+        return on_device(torch.tensor(list(self.prompts), dtype=torch.int64), self.draw.device)
 
 
 # (candidates, estimate_steps) -> rewards_PK
@@ -194,7 +196,7 @@ def rank_correlation(a_PG: Tensor, b_PG: Tensor) -> float:
     ranks_a, ranks_b = _ranks(a_PG), _ranks(b_PG)
     correlation_P = (ranks_a * ranks_b).sum(dim=1) / (ranks_a.norm(dim=1) * ranks_b.norm(dim=1))
     finite_P = torch.isfinite(a_PG).all(dim=1) & torch.isfinite(b_PG).all(dim=1) & torch.isfinite(correlation_P)
-    return correlation_P[finite_P].mean().item()
+    return torch.where(finite_P, correlation_P, torch.nan).nanmean().item()
 
 
 def _ranks(values_PG: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fastgrpo.algorithm.noise import (
     NoiseDraw,
     Score,
 )
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Noise
 from fastgrpo_kernels import elite_weights
 
@@ -117,7 +118,7 @@ class EliteSearch:
             picked_SG = self._pick(_best_first(seen_SK), draw.group_size)
             found_BCHW = samples.picked(picked_SG)
             estimates_PG = seen_SK.new_full((num_prompts, draw.group_size), math.nan)
-            estimates_PG[searched] = seen_SK.gather(1, picked_SG)
+            estimates_PG[rounds[0].prompts_P] = seen_SK.gather(1, picked_SG)
         start_BCHW[rows_B] = found_BCHW
         num_scored = len(searched) * self.rounds * self.candidates
         is_shared = self.start == "mean" and len(searched) == num_prompts
@@ -248,7 +249,7 @@ class _Searched:
             for b, row in enumerate(self.draw.own_rows)
             if row // self.draw.group_size in place
         ]
-        table = torch.tensor(found, dtype=torch.int64).view(-1, 3).to(self.draw.device, non_blocking=True)
+        table = on_device(torch.tensor(found, dtype=torch.int64).view(-1, 3), self.draw.device)
         return table[:, 0], table[:, 1], table[:, 2]
 
     def picked(self, picked_SG: Tensor) -> Tensor:

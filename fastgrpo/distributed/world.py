@@ -22,6 +22,7 @@ from torch import Tensor
 from fastgrpo.device_error import is_device_error
 from fastgrpo.distributed.meeting import meet
 from fastgrpo.distributed.spread import Spread
+from fastgrpo.on_device import on_device
 from fastgrpo.profiling.timing import waiting
 
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ class World:
         order_B = torch.tensor(spread.order)
         if self.size == 1:
             values_BC = compute()
-            return values_BC[order_B.argsort().to(values_BC.device, non_blocking=True)]
+            return values_BC[on_device(order_B.argsort(), values_BC.device)]
         # a last row says whether the others are to be believed
         padded = torch.zeros(spread.most + 1, num_columns, device=self.device)
         error = None
@@ -81,7 +82,7 @@ class World:
         if not all_are_well:
             self._raise_together(error)
         kept = [everyone[rank, : len(rows)] for rank, rows in enumerate(spread.rows)]
-        return torch.cat(kept)[order_B.argsort().to(self.device, non_blocking=True)]
+        return torch.cat(kept)[on_device(order_B.argsort(), self.device)]
 
     def table(self, values_C: Tensor, what: str) -> Tensor:
         """The numbers of every rank, [ranks, C], on the host: on a GPU this waits for them, and for the other ranks."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.on_device import on_device
+
 
 def random_module(make: Callable[[], Any], *, device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
     """What ``make`` makes, with random weights: equal in every process for one kind of device, type and seed."""
@@ -41,7 +43,7 @@ def random_embedding(text: str, *shape: int, seed: int, dtype: torch.dtype, devi
     """N(0, 1) of a shape, a pure function of text and seed: equal in every process and on every device."""
     digest = hashlib.sha256(f"{seed} {shape} {text}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    return on_device(torch.randn(shape, generator=generator).to(dtype), device)
 
 
 def _fill(name: str, weight: Tensor, generator: torch.Generator) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
+from fastgrpo.on_device import on_device
 from fastgrpo.rewards.networks.blip import BlipTower, blip_configs, blip_large
 from fastgrpo.rewards.networks.checkpoints import (
     checkpoint_directory,
@@ -28,7 +29,7 @@ from fastgrpo.rewards.networks.checkpoints import (
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward, RewardNetwork
 from fastgrpo.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from fastgrpo.rewards.networks.score_head import ScoreHead
-from fastgrpo.rewards.networks.tokens import load_blip_tokenizer, to_device
+from fastgrpo.rewards.networks.tokens import load_blip_tokenizer
 
 _OPTION = "reward.terms.image_reward"
 _NUM_TOKENS = 35
@@ -96,7 +97,7 @@ class BlipTokens:
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=_NUM_TOKENS, return_tensors="pt"
         )
-        return to_device(tokens.input_ids, device), to_device(tokens.attention_mask, device)
+        return on_device(tokens.input_ids, device), on_device(tokens.attention_mask, device)
 
 
 def full_size() -> ImageRewardNetwork:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from fastgrpo.on_device import on_device
 from fastgrpo.rewards.networks.network_reward import RewardNetwork
-from fastgrpo.rewards.networks.tokens import to_device
 
 
 class ClipImageTower(nn.Module):
@@ -58,7 +58,7 @@ class ClipTexts:
         tokens = self.tokenizer(cleaned, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         encoder, projection = self.model.text_model.to(device), self.model.text_projection.to(device)
         # no mask: attention is causal, and the embedding is that of the first end-of-text, which sees no padding
-        pooled_UD = encoder(to_device(tokens.input_ids, device)).pooler_output
+        pooled_UD = encoder(on_device(tokens.input_ids, device)).pooler_output
         return (F.normalize(projection(pooled_UD), dim=-1),)
 
 

@@ -1,10 +1,8 @@
-"""Tokenizers of reward models, and their token ids on the way to a device."""
+"""Tokenizers of reward models."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import BertTokenizer, CLIPTokenizer
 
 # either the first file, or the two after it
@@ -53,8 +51,3 @@ def _load(tokenizer_class: Any, directory: Path) -> Any:
         raise ValueError(
             f"the tokenizer in {directory} cannot be read ({type(error).__name__}: {error}); download its files again"
         ) from error
-
-
-def to_device(ids: Tensor, device: torch.device) -> Tensor:
-    """Host tensors on ``device``; the host does not wait for a GPU."""
-    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
