@@ -30,4 +30,4 @@ def set_numerics(*, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     # every output of our kernels is written: filling memory first would find nothing, and takes a kernel each time
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # oversubscribed threads make a small forward 15 times slower; both must be set before torch is imported
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -38,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def float32_is_exact() -> Iterator[None]:
     """No TF32 on a GPU.  monkeypatch cannot do this: PyTorch's flags are no attributes that could be deleted again."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
         flag.allow_tf32 = False
@@ -53,10 +54,11 @@ def numerics_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # put back also where the code under test sets it
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    cudnn, filling = torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    flags: Any = torch.utils.deterministic
+    cudnn, filling = torch.backends.cudnn.deterministic, flags.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory = cudnn, filling
+    torch.backends.cudnn.deterministic, flags.fill_uninitialized_memory = cudnn, filling
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,17 @@ def test_values_keep_their_type_and_shape() -> None:
 
 def test_a_gpu_is_sent_pinned_memory_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
-    monkeypatch.setattr(Tensor, "to", lambda tensor, *where, **how: calls.append((where, how)) or tensor)
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        calls.append("pinned")
+        return tensor
+
+    def to(tensor: Tensor, *where: object, **how: object) -> Tensor:
+        calls.append((where, how))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", to)
     device = torch.device("cuda", 1)
     assert on_device([5], device).tolist() == [5]
     assert calls == ["pinned", ((device,), {"non_blocking": True})]

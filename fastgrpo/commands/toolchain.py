@@ -27,9 +27,11 @@ def python_header() -> Path | None:
 def what_triton_needs() -> dict[str, tuple[str | None, str]]:
     """By name: where each thing is, or None, and how to come by it."""
     version = sysconfig.get_python_version()
-    compiler = c_compiler()
     header = python_header()
     return {
-        "C compiler": (compiler, "apt install gcc, or set CC to one"),
-        "Python.h": (header and str(header), f"apt install python{version}-dev, or take a Python that brings it"),
+        "C compiler": (c_compiler(), "apt install gcc, or set CC to one"),
+        "Python.h": (
+            str(header) if header else None,
+            f"apt install python{version}-dev, or take a Python that brings it",
+        ),
     }

@@ -81,7 +81,7 @@ def test_speeds_and_shares_by_hand() -> None:
 
 def test_every_backend_has_a_name_that_says_its_dtype() -> None:
     for name in BACKENDS.keys() - {"tensorrt_float16"}:
-        assert str(BACKENDS[name](4).dtype) == f"torch.{name.split('_')[1]}"
+        assert str(BACKENDS[name](4).dtype_on(torch.device("cpu"))) == f"torch.{name.split('_')[1]}"
 
 
 def test_expected_ocr_rewards_are_those_of_the_spelling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -132,9 +133,9 @@ def test_auto_is_eager_float32_on_a_cpu_and_inductor_in_its_precision_on_a_gpu(m
     with torch.no_grad():
         expected_B = network(*clip_inputs())
         assert torch.equal(auto(network, clip_inputs())(*clip_inputs()), expected_B)
-    compiled = []
+    compiled: list[Any] = []
     monkeypatch.setattr(Inductor, "__call__", lambda *asked: compiled.append(asked))
-    on_gpu = (SimpleNamespace(device=CUDA),)
+    on_gpu: Any = (SimpleNamespace(device=CUDA),)
     auto(network, on_gpu)
     assert compiled == [(auto, network, on_gpu)]
 
