@@ -89,9 +89,9 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     prompts = PromptSource(parts.texts, training.prompts_per_iteration, parts.seed)
     rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
     source = replace(parts.model, runtime=run.sizes(parts.runtime))
-    model, rewards, runtime = planned_model(source, _planner(parts, rewards, world))
-    runtime = run.agree(runtime, model)
-    model.shard(world.group)
+    on_device = planned_model(source, _planner(parts, rewards, world), world.group)
+    model, rewards = on_device.model, on_device.rewards
+    runtime = run.agree(on_device.runtime, model)
     batch_sizes = BatchSizes.of_runtime(runtime, *_most_samples(parts, world))
     sampler = Sampler(model=model, grid=algorithm.grid, batch_sizes=batch_sizes, solver=parts.solver)
     start_noise = StartNoise(
@@ -142,6 +142,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         max_seconds=60 * training.max_minutes,
         seed=parts.seed,
         world=world,
+        plan=on_device.plan,
         profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
 

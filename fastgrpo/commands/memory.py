@@ -83,6 +83,7 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
         nonlocal meter
         meter, built = CountingMeter(), []
         meter.peak(lambda: built.append(source.with_checkpointing(checkpointing)()))
+        meter.peak(lambda: built[0].shard(None))
         return built[0]
 
     with WithoutData():

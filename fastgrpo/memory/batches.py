@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.memory.batch_size import BatchSize, DoesNotFit
+from fastgrpo.out_of_memory import is_out_of_memory
 from fastgrpo.settings import Runtime
 from fastgrpo.types import Conditions
 
@@ -92,7 +93,9 @@ def in_batches(
         batch = _batch(first, total, most, size.value)
         try:
             result = run(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if in_step:
                 raise out_of_step(size, error) from error
             size.halve(error)
@@ -106,7 +109,7 @@ def even(rows: int, size: int) -> int:
     return -(-rows // -(-rows // size))
 
 
-def out_of_step(size: BatchSize, error: torch.OutOfMemoryError) -> DoesNotFit:
+def out_of_step(size: BatchSize, error: RuntimeError) -> DoesNotFit:
     """What to raise where ranks share their weights, so that none can halve its batches alone."""
     return DoesNotFit(
         f"out of memory with {size.key}={size.value}: {error}; lower {size.key}, which is not halved by itself where "
