@@ -29,14 +29,19 @@ class Batch:
     def of(self, x_BX: Tensor, dim: int = 0) -> Tensor:
         """The batch's rows of a tensor, ``size`` of them."""
         rows = x_BX.narrow(dim, self.first, self.count)
-        missing = self.size - self.count
-        return torch.cat([rows, x_BX.narrow(dim, 0, missing)], dim=dim) if missing else rows
+        fillers = [x_BX.narrow(dim, 0, count) for count in self._fillers(x_BX.shape[dim])]
+        return torch.cat([rows, *fillers], dim=dim) if fillers else rows
 
     def conditions(self, conditions: Conditions) -> Conditions:
         """The same rows of conditions."""
         rows = conditions[self.first : self.first + self.count]
-        missing = self.size - self.count
-        return rows.cat(conditions[:missing]) if missing else rows
+        fillers = [conditions[:count] for count in self._fillers(len(conditions))]
+        return rows.cat(*fillers) if fillers else rows
+
+    def _fillers(self, total: int) -> list[int]:
+        """How many of the first rows fill it up: all ``total``, as often as they are needed, and then some."""
+        times, rest = divmod(self.size - self.count, total)
+        return [total] * times + [rest] * (rest > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +78,8 @@ class BatchSizes:
 def batches(total: int, size: int, most: int = 0, *, in_step: bool = False) -> Iterator[Batch]:
     """``total`` rows in batches of ``size``, or in one if they are less.
 
-    ``most`` rows, as many or one more, are those of the rank that has most: its shape is everybody's.  Ranks
-    ``in_step`` run as many batches as it does, of which the last may have no row.
+    ``most`` rows, as many or more, are those of the rank that has most: its shape is everybody's.  Ranks ``in_step``
+    run as many batches as it does, of which the last may have no row.
     """
     most = max(total, most)
     for first in range(0, most if in_step else total, min(size, most)):
