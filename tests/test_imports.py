@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
-_PLAIN = {"files", "types", "settings", "learning_rate"}
+_PLAIN = {"files", "types", "settings", "learning_rate", "out_of_memory"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "types": set(),
     "learning_rate": set(),
+    "out_of_memory": set(),
     "settings": {"learning_rate"},
     "shapes": set(),
     **dict.fromkeys(("algorithm", "models", "compile"), _PLAIN),

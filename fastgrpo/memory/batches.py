@@ -17,6 +17,9 @@ from fastgrpo.types import Conditions
 
 Result = TypeVar("Result")
 
+# where sizes are asked to be planned and nothing is trained: as many 512x512 images as keep a large GPU busy
+_UNPLANNED = 16
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -58,9 +61,9 @@ class BatchSizes:
 
         ``most_in_share``, those of an optimizer step, decide in training, so that rollout cuts as the update does.
         """
-        training, sampling = runtime.micro_batch, runtime.sampling_batch or runtime.micro_batch
-        decoding = runtime.decode_batch or runtime.micro_batch
-        if training > 0 and most > 0:
+        training = runtime.micro_batch or _UNPLANNED
+        sampling, decoding = runtime.sampling_batch or training, runtime.decode_batch or training
+        if most > 0:
             training, sampling = even(most_in_share, training), even(most, sampling)
             decoding = even(sampling, decoding)
         return cls.of(training, sampling, decoding)
