@@ -3,7 +3,7 @@
     python -m benchmarks.memory_plan                         all cases, compiled and not, a result in results/
     python -m benchmarks.memory_plan nft flux --compile eager    some of them
     python -m benchmarks.memory_plan --check                 prints, and writes nothing
-    python -m benchmarks.memory_plan --counted               the device is a stand-in that allocates and computes nothing
+    python -m benchmarks.memory_plan --counted               the device is a stand-in that computes nothing
 
 Each case is a run of two iterations with random weights, whose batches are planned from the device's memory.
 planned: the largest peak that the plan expects of any stage.  allocated: torch.cuda.max_memory_allocated over both
@@ -76,7 +76,9 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     for case in arguments.cases or CASES:
         for compile in arguments.compile:
             rows.append(measure(case, compile))
-            print(f"{case} {compile}: planned {_gib(rows[-1].planned)}, allocated {_gib(rows[-1].allocated)}", flush=True)
+            print(
+                f"{case} {compile}: planned {_gib(rows[-1].planned)}, allocated {_gib(rows[-1].allocated)}", flush=True
+            )
     text = f"{_legend(rows[0].memory, counted=arguments.counted)}\n\n{_table(rows)}"
     print(text)
     if not arguments.check:

@@ -39,7 +39,8 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any], cou
     arguments = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     command = f"python -m benchmarks.{theme} {shlex.join(arguments)}".strip()
     body = f"{body.strip()}\n\nCommand: `{command}`"
-    text = f"# {title}\n\n{body}\n\n{'Counted' if counted else 'Measured'} on {where}; commit {revision[:9]}{dirty}; {used}.\n"
+    how = "Counted" if counted else "Measured"
+    text = f"# {title}\n\n{body}\n\n{how} on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"
     path.write_text(text)
     return path

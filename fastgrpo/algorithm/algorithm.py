@@ -73,7 +73,7 @@ class Algorithm:
         return 6 if self.learns_from_images else 1
 
     def kept(self, num_updates: int, *, two_branches: bool) -> tuple[int, int]:
-        """Latents, in float32, and velocities, in the model's type, that an iteration keeps of a sample for its updates.
+        """Latents, in float32, and velocities, in the model's type, that an iteration keeps of a sample for updates.
 
         two_branches: whether guidance has a branch without text.
         """

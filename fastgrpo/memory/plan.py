@@ -5,8 +5,8 @@
     batch           = of fits / 2 < n <= fits, the one that computes the fewest rows in whole batches, then the largest
 
 ``held`` is what an iteration keeps beside a stage: images, conditions, trained steps, the optimizer's state, the
-average.  CUDA graphs keep the memory of a batch of sampling beside all other stages.  Where ``enough`` samples at a time
-keep the device busy, batches are no larger, unless more rows would be computed: rewards begin with the first batch.
+average.  CUDA graphs keep the memory of a batch of sampling beside all other stages.  Where ``enough`` samples keep the
+device busy, batches of sampling are no larger, unless more rows would be computed: rewards begin with the first one.
 Checkpointing computes each forward pass twice (SD3.5-medium: 1.47 times the operations of an update), while smaller
 batches compute what larger ones do: so it is on only where fewer than ``SMALL`` samples fit without it.
 """
@@ -174,8 +174,8 @@ def plan_memory(
 
     Rewards come first: they run beside the rollout, so what they use is not there for sampling and decoding.  What is
     decoded is a batch of sampling.
-    enough: of sampling.  most_decoded: at a time.  keeps_sampling: whether what a batch of sampling takes is never given
-    back, as by CUDA graphs.
+    enough: of sampling.  most_decoded: at a time.  keeps_sampling: whether what a batch of sampling takes stays in use,
+    as by CUDA graphs.
     """
     budget, scored, kept = int(SHARE * memory), 0, 0
     choices: dict[str, Choice] = {}
