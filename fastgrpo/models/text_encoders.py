@@ -19,8 +19,8 @@ class TextEncoders:
     """(texts) -> one row of conditions each.
 
     load: makes the encoders, and puts them where ``run`` finds them.  run: text -> [1, L, C] and [1, C].
-    is_often: whether they are wanted again and again.  Their pages are then locked, which takes its time once, and a GPU
-        reads them at the speed of the bus.
+    is_often: whether they are wanted again and again.  Their pages are then locked, which takes its time once, so that
+        a GPU reads them at the speed of the bus.
     """
 
     def __init__(
