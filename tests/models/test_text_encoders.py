@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.distributed.world import World
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.prompts import PromptSource
-from fastgrpo.train import _texts_to_come, train
+from fastgrpo.train import _encode_ahead, _texts_to_come, train
 from fastgrpo.trainer import Trainer
+from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config
+
+on_ranks = ranks_of_module()
 
 
 def make_encoders(device: str) -> tuple[TextEncoders, nn.Linear]:
@@ -102,3 +106,44 @@ def test_texts_come_in_the_order_of_the_run_and_no_more_than_it_asks_for(monkeyp
     assert set(to_come(1000)) == {"kept", *texts}
     monkeypatch.setattr("fastgrpo.train._MOST_AHEAD", 4)
     assert to_come(1000) == to_come(2)[:4]
+
+
+class OnDisk:
+    """A model that keeps the conditions of a text as an empty file."""
+
+    has_two_branches = False
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.encoded = directory, 0
+
+    def encode_ahead(self, texts: Sequence[str], *, is_shown: bool) -> int:
+        absent = [text for text in texts if not (self.directory / text).exists()]
+        for text in absent:
+            (self.directory / text).touch()
+        self.encoded += len(absent)
+        return len(absent)
+
+
+def encoded_by(world: World, directories: list[Path], texts: list[str]) -> tuple[int, int]:
+    """What a rank encoded, and what its disk has in the end."""
+    model = OnDisk(directories[world.rank])
+    trainer: Any = SimpleNamespace(
+        model=model, world=world, prompts=PromptSource(texts, len(texts), seed=0), num_iterations=1
+    )
+    parts: Any = SimpleNamespace(texts=texts, held_out=[], training=SimpleNamespace(prompts_per_iteration=len(texts)))
+    with pytest.MonkeyPatch.context() as patch:
+        # a rank a node where each has a disk of its own
+        is_shared = len(set(directories)) == 1
+        patch.setenv("LOCAL_RANK", str(world.rank if is_shared else 0))
+        patch.setenv("LOCAL_WORLD_SIZE", str(world.size if is_shared else 1))
+        _encode_ahead(parts, trainer)
+    return model.encoded, len(list(model.directory.iterdir()))
+
+
+def test_ranks_share_the_texts_and_each_disk_has_all_of_them_in_the_end(on_ranks: Ranks, tmp_path: Path) -> None:
+    texts = [f"prompt {number}" for number in range(7)]
+    shared, first, second = (tmp_path / name for name in ("shared", "first", "second"))
+    for directory in (shared, first, second):
+        directory.mkdir()
+    assert on_ranks(2, encoded_by, [shared, shared], texts) == [(4, 7), (3, 7)]
+    assert on_ranks(2, encoded_by, [first, second], texts) == [(7, 7), (7, 7)]
