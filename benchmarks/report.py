@@ -14,8 +14,10 @@ from fastgrpo.records.summary import commit, hardware, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> Path:
+def write_report(theme: str, *, title: str, body: str, data: dict[str, Any], counted: bool = False) -> Path:
     """Write .md and .json; ``body`` is Markdown, ``theme`` the module that measured, without ``benchmarks.``.
+
+    counted: whether the device is a stand-in that computes nothing, so that nothing was measured on it.
 
     Returns the path of the .md.
     """
@@ -23,6 +25,7 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     if revision is None:
         raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout")
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
+    device = "counted" if counted else device
     dirty = "-dirty" if revision.endswith("-dirty") else ""
     stem = f"{theme.replace('.', '_')}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"
     machine = hardware()
@@ -31,12 +34,13 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     (RESULTS / f"{stem}.json").write_text(json.dumps({"theme": theme, **origin, **data}, indent=1) + "\n")
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     where = f"{machine['cpu_cores']} cores of {machine['cpu']}"
-    where = where if device == "cpu" else f"{device}, {where}"
+    where = where if device in ("cpu", "counted") else f"{device}, {where}"
     # where something lies on this machine says nothing on another one
     arguments = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     command = f"python -m benchmarks.{theme} {shlex.join(arguments)}".strip()
     body = f"{body.strip()}\n\nCommand: `{command}`"
-    text = f"# {title}\n\n{body}\n\nMeasured on {where}; commit {revision[:9]}{dirty}; {used}.\n"
+    how = "Counted" if counted else "Measured"
+    text = f"# {title}\n\n{body}\n\n{how} on {where}; commit {revision[:9]}{dirty}; {used}.\n"
     path = RESULTS / f"{stem}.md"
     path.write_text(text)
     return path

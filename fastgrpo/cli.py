@@ -166,13 +166,12 @@ def _main(words: list[str]) -> int:
 
 def _run(command: Command, config: "DictConfig") -> int:
     # by now load_config has imported the pieces that the config names, so these cost nothing
-    from torch import OutOfMemoryError
-
     from fastgrpo.checkpoints.checkpoint import CheckpointError
     from fastgrpo.distributed.world import RankFailure
     from fastgrpo.health import Preempted, TrainingError
     from fastgrpo.memory.batch_size import DoesNotFit
     from fastgrpo.models.quiet import hide_loading_bars
+    from fastgrpo.out_of_memory import is_out_of_memory
     from fastgrpo.rewards.reward import RewardError
 
     hide_loading_bars()
@@ -184,9 +183,9 @@ def _run(command: Command, config: "DictConfig") -> int:
         return _report(error, FAILED)
     except ValueError as error:
         return _report(error, BAD_INPUT)
-    except OutOfMemoryError as error:
-        return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
     except Exception as error:
+        if is_out_of_memory(error):
+            return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
         _tell_launcher(error)
         raise
     return 0

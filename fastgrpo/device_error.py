@@ -6,13 +6,13 @@ the process ends, and the call that it is raised by need not be the one to blame
 
 import torch
 
-# what a library could not allocate is no failure of the GPU
-_MAY_PASS = ("out of memory", "ALLOC_FAILED")
+from fastgrpo.out_of_memory import is_out_of_memory
 
 
 def is_device_error(error: BaseException) -> bool:
     """Of a GPU, NCCL's included: to be neither retried nor put down to who happened to meet it."""
-    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MAY_PASS):
+    # what could not be allocated is no failure of the GPU
+    if is_out_of_memory(error):
         return False
     if isinstance(error, torch.AcceleratorError | torch.distributed.DistBackendError):
         return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
-from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.memory.batches import BatchSizes, even
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
@@ -82,7 +82,7 @@ class Evaluation:
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
         # ranks keep step, so one with fewer images makes one more, which is thrown away
         rows = (*own, *(own or (0,)) * (most - len(own)))
-        awaited = self.rewards.begin(self._samples(rows).texts)
+        awaited = self.rewards.begin(self._samples(rows, len(rows)).texts)
         # without what is lossy: an evaluation judges the policy alone
         with self.model.gathered(), self.model.sampling():
             for samples in self._portions(rows):
@@ -106,9 +106,10 @@ class Evaluation:
         """A few at a time: a full-size evaluation does not fit a GPU's memory as images."""
         first = 0
         while first < len(rows):
-            size = self.batch_sizes.sampling.value
-            yield self._samples(rows[first : first + size])
+            size = even(len(rows), self.batch_sizes.sampling.value)
+            # the last ones are filled up: a shape of their own would be compiled on its own
+            yield self._samples(rows[first : first + size], most=size)
             first += size
 
-    def _samples(self, rows: tuple[int, ...]) -> Samples:
-        return Samples(Prompts(list(self.texts), list(range(len(self.texts)))), self.images_per_prompt, rows, len(rows))
+    def _samples(self, rows: tuple[int, ...], most: int) -> Samples:
+        return Samples(Prompts(list(self.texts), list(range(len(self.texts)))), self.images_per_prompt, rows, most)

@@ -22,6 +22,7 @@ from fastgrpo.ema import EMA
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
+from fastgrpo.memory.plan import MemoryPlan
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.on_device import on_device
@@ -44,7 +45,10 @@ TOLD = ("iteration", *STAGES, *(WAIT + stage for stage in STAGES))
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One run: from its first iteration, or from its last checkpoint, to ``num_iterations`` or ``max_seconds``."""
+    """One run: from its first iteration, or from its last checkpoint, to ``num_iterations`` or ``max_seconds``.
+
+    plan: of its memory, where batches were planned.
+    """
 
     prompts: PromptSource
     group_size: int
@@ -65,6 +69,7 @@ class Trainer:
     max_seconds: float
     seed: int
     world: World = field(default_factory=World)
+    plan: MemoryPlan | None = None
     profile: Callable[[Step], dict[str, float]] = unprofiled
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)

@@ -25,6 +25,7 @@ from fastgrpo.learning_rate import LearningRate
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, batches, out_of_step
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.out_of_memory import is_out_of_memory
 from fastgrpo.replay import Replay, Term
 from fastgrpo.types import Conditions, SampleGradients, TrainedImages, TrainedSteps
 
@@ -191,7 +192,9 @@ class Update:
             try:
                 cut = list(batches(len(advantages_B), self.batch_size.value, most, in_step=self.model.in_lockstep))
                 return [term for batch in cut for term in run(batch, is_last=batch is cut[-1])]
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.model.in_lockstep:
                     raise out_of_step(self.batch_size, error) from error
                 self.optimizer.zero_grad(set_to_none=True)

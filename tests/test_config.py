@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.config import load_config
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.overrides import quoted, value_of
+from fastgrpo.parts import read_runtime
 
 
 def begin(tmp_path: Path, *overrides: str) -> Path:
@@ -152,3 +154,26 @@ def test_a_wrong_word_names_what_it_could_be(word: str, says: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         load_config("train", [word])
     assert str(error.value).startswith(says)
+
+
+def _runs(config: DictConfig) -> tuple[int, str]:
+    return config.runtime.micro_batch, config.compile._target_.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("model", ["sd35_medium", "sd35_large", "flux_dev", "flux_schnell"])
+def test_a_model_of_real_size_is_compiled_and_its_batches_are_planned(model: str) -> None:
+    assert _runs(load_config("train", [f"model={model}"])) == (0, "CompiledBlocks")
+    # what is asked for wins
+    assert _runs(load_config("train", ["compile=eager", f"model={model}", "runtime=default"])) == (96, "Uncompiled")
+    assert _runs(load_config("train", [f"model={model}", "runtime.micro_batch=4"])) == (4, "CompiledBlocks")
+
+
+@pytest.mark.parametrize("model", ["shapes", "sd35_miniature", "flux_miniature"])
+def test_a_small_model_begins_at_once(model: str) -> None:
+    assert _runs(load_config("train", [f"model={model}"])) == (96, "Uncompiled")
+
+
+@pytest.mark.parametrize(("name", "words"), [("doctor", []), ("evaluate", []), ("sample", ["prompt=a cat"])])
+def test_what_does_not_train_takes_batches_that_nobody_planned(name: str, words: list[str]) -> None:
+    sizes = BatchSizes.of_runtime(read_runtime(load_config(name, ["model=sd35_medium", *words])))
+    assert [size.value for size in (sizes.training, sizes.sampling, sizes.decoding)] == [16, 16, 16]

@@ -72,13 +72,17 @@ class Algorithm:
         """Passes over a rollout: of new draws each, images bear several; a second of the same steps is off-policy."""
         return 6 if self.learns_from_images else 1
 
-    def kept_latents(self, num_updates: int) -> int:
-        """Latents that an iteration keeps of each sample for its updates, counted as if all were float32."""
+    def kept(self, num_updates: int, *, two_branches: bool) -> tuple[int, int]:
+        """Latents, in float32, and velocities, in the model's type, that an iteration keeps of a sample for updates.
+
+        two_branches: whether guidance has a branch without text.
+        """
         if self.learns_from_images:
             # x_0, and the old policy's velocity at each draw
-            return 1 + num_updates * self.times.per_image
-        # x, x_next, the unconditional branch and perhaps the mean of each trained step
-        return (3 + self.step_objective.needs_distance) * len(self.steps(len(self.grid) - 1, 0, 0))
+            return 1, num_updates * self.times.per_image
+        # x, x_next and perhaps the mean of each trained step, and its unconditional branch
+        num_steps = len(self.steps(len(self.grid) - 1, 0, 0))
+        return (2 + self.step_objective.needs_distance) * num_steps, two_branches * num_steps
 
     def evaluation_grid(self, num_steps: int) -> tuple[float, ...]:
         """The same schedule in another number of steps."""

@@ -4,6 +4,7 @@ For a stated size the model has no data: the real architecture at full size, cou
 """
 
 import re
+from warnings import catch_warnings, simplefilter
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -83,6 +84,10 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
         nonlocal meter
         meter, built = CountingMeter(), []
         meter.peak(lambda: built.append(source.with_checkpointing(checkpointing)()))
+        with catch_warnings():
+            # of FakeTensors, whose addresses FSDP asks for and does not use
+            simplefilter("ignore")
+            meter.peak(lambda: built[0].shard(None))
         return built[0]
 
     with WithoutData():

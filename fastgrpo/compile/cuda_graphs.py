@@ -93,6 +93,7 @@ def _capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: 
             function(*static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # rewards wait for their stream in threads of their own, which would end a capture in global mode
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = function(*static)
     return Capture(static, output, graph.replay)

@@ -6,7 +6,7 @@ Those who run the same batches hold the same ``BatchSize``: rollout's window and
 import logging
 from dataclasses import dataclass
 
-import torch
+from fastgrpo.out_of_memory import release
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class BatchSize:
         if self.value < 1:
             raise ValueError(f"{self.key} must be at least 1, got {self.value}; only train plans it from memory")
 
-    def halve(self, error: torch.OutOfMemoryError) -> None:
+    def halve(self, error: RuntimeError) -> None:
         """Go on with half as many, and say so; DoesNotFit if it is one sample that did not fit.
 
         ``error`` loses its traceback, whose frames hold the tensors of the batch that failed.
@@ -37,7 +37,4 @@ class BatchSize:
             ) from error
         before, self.value = self.value, self.value // 2
         _log.warning("out of memory with %s=%d; from now it is %d", self.key, before, self.value)
-        error.__traceback__ = None
-        if torch.cuda.is_available():
-            # the blocks of the larger batch do not fit the smaller one, and would stay reserved
-            torch.cuda.empty_cache()
+        release(error)

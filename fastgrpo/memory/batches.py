@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from fastgrpo.memory.batch_size import BatchSize, DoesNotFit
+from fastgrpo.out_of_memory import is_out_of_memory
 from fastgrpo.settings import Runtime
 from fastgrpo.types import Conditions
 
 Result = TypeVar("Result")
+
+# where sizes are asked to be planned and nothing is trained: as many 512x512 images as keep a large GPU busy
+_UNPLANNED = 16
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,19 @@ class Batch:
     def of(self, x_BX: Tensor, dim: int = 0) -> Tensor:
         """The batch's rows of a tensor, ``size`` of them."""
         rows = x_BX.narrow(dim, self.first, self.count)
-        missing = self.size - self.count
-        return torch.cat([rows, x_BX.narrow(dim, 0, missing)], dim=dim) if missing else rows
+        fillers = [x_BX.narrow(dim, 0, count) for count in self._fillers(x_BX.shape[dim])]
+        return torch.cat([rows, *fillers], dim=dim) if fillers else rows
 
     def conditions(self, conditions: Conditions) -> Conditions:
         """The same rows of conditions."""
         rows = conditions[self.first : self.first + self.count]
-        missing = self.size - self.count
-        return rows.cat(conditions[:missing]) if missing else rows
+        fillers = [conditions[:count] for count in self._fillers(len(conditions))]
+        return rows.cat(*fillers) if fillers else rows
+
+    def _fillers(self, total: int) -> list[int]:
+        """How many of the first rows fill it up: all ``total``, as often as they are needed, and then some."""
+        times, rest = divmod(self.size - self.count, total)
+        return [total] * times + [rest] * (rest > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +61,9 @@ class BatchSizes:
 
         ``most_in_share``, those of an optimizer step, decide in training, so that rollout cuts as the update does.
         """
-        training, sampling = runtime.micro_batch, runtime.sampling_batch or runtime.micro_batch
-        decoding = runtime.decode_batch or runtime.micro_batch
-        if training > 0 and most > 0:
+        training = runtime.micro_batch or _UNPLANNED
+        sampling, decoding = runtime.sampling_batch or training, runtime.decode_batch or training
+        if most > 0:
             training, sampling = even(most_in_share, training), even(most, sampling)
             decoding = even(sampling, decoding)
         return cls.of(training, sampling, decoding)
@@ -72,8 +81,8 @@ class BatchSizes:
 def batches(total: int, size: int, most: int = 0, *, in_step: bool = False) -> Iterator[Batch]:
     """``total`` rows in batches of ``size``, or in one if they are less.
 
-    ``most`` rows, as many or one more, are those of the rank that has most: its shape is everybody's.  Ranks
-    ``in_step`` run as many batches as it does, of which the last may have no row.
+    ``most`` rows, as many or more, are those of the rank that has most: its shape is everybody's.  Ranks ``in_step``
+    run as many batches as it does, of which the last may have no row.
     """
     most = max(total, most)
     for first in range(0, most if in_step else total, min(size, most)):
@@ -92,7 +101,9 @@ def in_batches(
         batch = _batch(first, total, most, size.value)
         try:
             result = run(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if in_step:
                 raise out_of_step(size, error) from error
             size.halve(error)
@@ -106,7 +117,7 @@ def even(rows: int, size: int) -> int:
     return -(-rows // -(-rows // size))
 
 
-def out_of_step(size: BatchSize, error: torch.OutOfMemoryError) -> DoesNotFit:
+def out_of_step(size: BatchSize, error: RuntimeError) -> DoesNotFit:
     """What to raise where ranks share their weights, so that none can halve its batches alone."""
     return DoesNotFit(
         f"out of memory with {size.key}={size.value}: {error}; lower {size.key}, which is not halved by itself where "

@@ -52,6 +52,23 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
+class LargestTensor(TorchDispatchMode):
+    """While it is entered: ``num_elements`` of the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
 class WithoutData(FakeTensorMode):
     """Inside, tensors have shapes but no data.  Whoever reads a number gets 1: positive, finite, and true."""
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from fastgrpo.compile.cuda_graphs import GraphedForward
 from fastgrpo.memory.device import device_of, meter_of, set_threads, usable_bytes
 from fastgrpo.memory.plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
 from fastgrpo.memory.stages import MemoryPlanner
@@ -50,8 +51,21 @@ class ModelSource:
         return replace(self, runtime=replace(self.runtime, checkpointing=checkpointing))
 
 
-def planned_model(source: ModelSource, planner: MemoryPlanner) -> tuple[FlowModel, Rewards, Runtime]:
-    """The model, the rewards in portions that fit beside it, and the runtime with its sizes.
+@dataclass(frozen=True)
+class OnDevice:
+    """A model that is ready to be trained, rewards in portions that fit beside it, and the runtime with its sizes.
+
+    plan: where these were planned.
+    """
+
+    model: FlowModel
+    rewards: Rewards
+    runtime: Runtime
+    plan: MemoryPlan | None = None
+
+
+def planned_model(source: ModelSource, planner: MemoryPlanner, group: dist.ProcessGroup | None = None) -> OnDevice:
+    """The model, spread over the ranks of ``group`` as its adaptation wants it.
 
     Where micro_batch is 0 the sizes that are 0 are planned from the memory of the device, and shown; so is
     checkpointing where it is needed.
@@ -59,8 +73,10 @@ def planned_model(source: ModelSource, planner: MemoryPlanner) -> tuple[FlowMode
     assert planner.rewards is not None
     runtime = source.runtime
     if runtime.micro_batch != 0:
-        return source(), planner.rewards, runtime
-    model, plan = plan_device(source, planner)
+        model = source()
+        model.shard(group)
+        return OnDevice(model, planner.rewards, runtime)
+    model, plan = plan_device(source, planner, group)
     if not dist.is_initialized() or dist.get_rank() == 0:
         Console().print(plan.table())
     planned = replace(
@@ -71,16 +87,32 @@ def planned_model(source: ModelSource, planner: MemoryPlanner) -> tuple[FlowMode
         checkpointing=plan.checkpointing,
     )
     if plan.choices[REWARD].fitting >= planner.rewards.scoring.micro_batch:
-        return model, planner.rewards, planned
+        return OnDevice(model, planner.rewards, planned, plan)
     scoring = replace(planner.rewards.scoring, micro_batch=plan.batch(REWARD))
-    return model, replace(planner.rewards, scoring=scoring), planned
+    return OnDevice(model, replace(planner.rewards, scoring=scoring), planned, plan)
 
 
-def plan_device(source: ModelSource, planner: MemoryPlanner) -> tuple[FlowModel, MemoryPlan]:
-    """The model, and the plan measured with it on its device."""
+def plan_device(
+    source: ModelSource, planner: MemoryPlanner, group: dist.ProcessGroup | None = None
+) -> tuple[FlowModel, MemoryPlan]:
+    """The model as it is trained, and the plan measured with it on its device."""
     device = torch.device(device_of(source.runtime))
 
     def build(checkpointing: bool) -> FlowModel:
-        return source.with_checkpointing(checkpointing)()
+        model = source.with_checkpointing(checkpointing)()
+        # it is planned for what it is then: weights that are trained become float32
+        model.shard(group)
+        return model
 
-    return planner(build, lambda: meter_of(device), usable_bytes(device), source.runtime.checkpointing)
+    planner = replace(planner, keeps_sampling=isinstance(source.compile, GraphedForward))
+    memory = _least(usable_bytes(device), device, group)
+    return planner(build, lambda: meter_of(device), memory, source.runtime.checkpointing)
+
+
+def _least(memory: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """Of all ranks: those that share weights must come to one plan, since they wait for each other in each pass."""
+    if group is None:
+        return memory
+    least = torch.tensor(memory, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    return int(least)

@@ -1,10 +1,12 @@
-"""How many samples run at a time, chosen from a device's memory and what one and two samples need of it.
+"""How many samples run at a time, chosen from a device's memory and what two and three samples need of it.
 
-    bytes(stage, n) = fixed + n * per_sample                from the peaks of one sample and of two
+    bytes(stage, n) = fixed + n * per_sample                from the peaks of two samples and of three
     fits(stage)     = the largest n with  bytes(stage, n) + held <= share * memory
     batch           = of fits / 2 < n <= fits, the one that computes the fewest rows in whole batches, then the largest
 
-``held`` is what an iteration keeps beside a stage: images, trained steps, the optimizer's state, the average.
+``held`` is what an iteration keeps beside a stage: images, conditions, trained steps, the optimizer's state, the
+average.  CUDA graphs keep the memory of a batch of sampling beside all other stages.  Where ``enough`` samples keep the
+device busy, batches of sampling are no larger, unless more rows would be computed: rewards begin with the first one.
 Checkpointing computes each forward pass twice (SD3.5-medium: 1.47 times the operations of an update), while smaller
 batches compute what larger ones do: so it is on only where fewer than ``SMALL`` samples fit without it.
 """
@@ -12,12 +14,14 @@ batches compute what larger ones do: so it is on only where fewer than ``SMALL``
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from rich import box
 from rich.table import Table
 
 from fastgrpo.memory.batch_size import DoesNotFit
 from fastgrpo.memory.device import Meter
+from fastgrpo.out_of_memory import is_out_of_memory, release
 
 TRAINING, SAMPLING, DECODING, REWARD = "training", "sampling", "decoding", "reward"
 KEYS = {
@@ -29,6 +33,8 @@ KEYS = {
 # the rest is for fragments, for kernels' own memory, and for rows that caches gain over a run
 SHARE = 0.9
 SMALL = 2
+# of samples whose peaks make a line.  One alone is no example: as much of it is contiguous as it is, and not copied
+_FEW = (3, 2, 1)
 # of what is free: rewards run beside the rollout, whose batches need the rest
 _REWARD_SHARE = 0.25
 
@@ -44,10 +50,10 @@ class Cost:
     per_sample: int
 
     @classmethod
-    def of(cls, peak_of_one: int, peak_of_two: int) -> "Cost":
-        """The line through two peaks."""
-        per_sample = max(1, peak_of_two - peak_of_one)
-        return cls(fixed=peak_of_one - per_sample, per_sample=per_sample)
+    def of(cls, peak: int, peak_of_one_more: int, num_samples: int = 1) -> "Cost":
+        """The line through the peaks of ``num_samples`` and of one more."""
+        per_sample = max(1, peak_of_one_more - peak)
+        return cls(fixed=peak - num_samples * per_sample, per_sample=per_sample)
 
     def bytes(self, num_samples: int) -> int:
         """Of so many samples at a time."""
@@ -62,22 +68,39 @@ def measure(stages: Stages, meter: Meter) -> dict[str, Cost]:
     """What each stage costs.  Each runs once before, so that what stays of it, such as gradients, is in all costs."""
     for run in stages.values():
         meter.peak(partial(run, 1))
-    return {name: Cost.of(meter.peak(partial(run, 1)), meter.peak(partial(run, 2))) for name, run in stages.items()}
+    return {name: _measured(run, meter) for name, run in stages.items()}
+
+
+def _measured(run: Callable[[int], object], meter: Meter) -> Cost:
+    """The cost of one stage, from the most samples of a few that fit."""
+    for more, few in pairwise(_FEW):
+        try:
+            return Cost.of(meter.peak(partial(run, few)), meter.peak(partial(run, more)), few)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            release(error)
+    # one fits, and two do not
+    return Cost(fixed=0, per_sample=meter.peak(partial(run, 1)))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``batch`` of ``total`` samples at a time; ``fitting`` would fit, and ``beside`` bytes are in use beside them."""
+    """``batch`` of ``total`` samples at a time; ``fitting`` would fit, and ``beside`` bytes are in use beside them.
+
+    enough: samples at a time that keep the device busy; None is as many as there are.
+    """
 
     key: str
     cost: Cost
     total: int
     fitting: int
     beside: int
+    enough: int | None = None
 
     @property
     def batch(self) -> int:
-        return even_batch(self.total, self.fitting)
+        return even_batch(self.total, self.fitting, self.enough)
 
     @property
     def peak_bytes(self) -> int:
@@ -99,20 +122,24 @@ class MemoryPlan:
         return self.choices[stage].batch
 
     @property
+    def peak_bytes(self) -> int:
+        """The most bytes that are expected to be in use in an iteration."""
+        return max(choice.peak_bytes for choice in self.choices.values())
+
+    @property
     def lacks_room(self) -> bool:
         """Whether the update is squeezed into fewer than ``SMALL`` samples, or does not fit at all."""
         training = self.choices[TRAINING]
         return training.fitting < min(SMALL, training.total)
 
-    def check(self) -> None:
+    def check(self, remedy: str = "lower model.resolution, or use model.dtype=bfloat16") -> None:
         """DoesNotFit, with the numbers, if there is a stage of which not even one sample fits."""
         for name, choice in self.choices.items():
             if choice.fitting < 1:
                 raise DoesNotFit(
                     f"one sample of {name} needs {gib(choice.cost.bytes(1))} and an iteration keeps "
                     f"{gib(choice.beside)} beside it, but {SHARE:.0%} of the memory are "
-                    f"{gib(int(SHARE * self.memory))}; lower model.resolution, or use model.dtype=bfloat16 or "
-                    "adaptation.backup=host"
+                    f"{gib(int(SHARE * self.memory))}; {remedy}"
                 )
 
     def table(self) -> Table:
@@ -133,32 +160,59 @@ class MemoryPlan:
 
 
 def plan_memory(
-    costs: Mapping[str, Cost], totals: Mapping[str, int], *, held: int, memory: int, checkpointing: bool
+    costs: Mapping[str, Cost],
+    totals: Mapping[str, int],
+    *,
+    held: int,
+    memory: int,
+    checkpointing: bool,
+    enough: int | None = None,
+    most_decoded: int | None = None,
+    keeps_sampling: bool = False,
 ) -> MemoryPlan:
     """The largest batches that fit.  ``totals`` are the samples that a stage has in all, of which batches are parts.
 
     Rewards come first: they run beside the rollout, so what they use is not there for sampling and decoding.  What is
     decoded is a batch of sampling.
+    enough: of sampling.  most_decoded: at a time.  keeps_sampling: whether what a batch of sampling takes stays in use,
+    as by CUDA graphs.
     """
-    budget, beside_rollout = int(SHARE * memory), held
+    budget, scored, kept = int(SHARE * memory), 0, 0
     choices: dict[str, Choice] = {}
-    for name in sorted(costs, key=(REWARD, TRAINING, SAMPLING, DECODING).index):
-        cost, beside = costs[name], held if name in (REWARD, TRAINING) else beside_rollout
+    for name in sorted(costs, key=(REWARD, SAMPLING, DECODING, TRAINING).index):
+        cost, beside = costs[name], held + (scored if name in (SAMPLING, DECODING) else 0) + kept
         free = budget - beside - cost.fixed
         fitting = cost.fitting(cost.fixed + int(_REWARD_SHARE * free) if name == REWARD else budget - beside)
+        if name == DECODING and most_decoded is not None:
+            fitting = min(fitting, most_decoded)
         total = choices[SAMPLING].batch if name == DECODING else totals[name]
-        choices[name] = Choice(KEYS[name], cost, total, fitting, beside)
+        choices[name] = Choice(KEYS[name], cost, total, fitting, beside, enough if name == SAMPLING else None)
+        used = choices[name].batch * cost.per_sample
         if name == REWARD:
-            beside_rollout += choices[name].batch * cost.per_sample
+            scored = used
+        elif name == SAMPLING and keeps_sampling:
+            kept = used
     return MemoryPlan({name: choices[name] for name in costs}, checkpointing, held, memory)
 
 
-def even_batch(total: int, fitting: int) -> int:
-    """At most ``fitting`` of ``total`` samples at a time, so that the last batch is filled up with as few as can be."""
+def even_batch(total: int, fitting: int, enough: int | None = None) -> int:
+    """At most ``fitting`` of ``total`` samples at a time, so that the last batch is filled up with as few as can be.
+
+    At most ``enough`` where that fills up no more.
+    """
     limit = min(total, fitting)
     if limit < 1:
         return 0
-    return min(range(limit // 2 + 1, limit + 1), key=lambda size: (-(-total // size) * size, -size))
+
+    def rows(size: int) -> int:
+        return -(-total // size) * size
+
+    def evenest(limit: int) -> int:
+        return min(range(limit // 2 + 1, limit + 1), key=lambda size: (rows(size), -size))
+
+    size = evenest(limit)
+    smaller = size if enough is None else evenest(min(limit, enough))
+    return smaller if rows(smaller) <= rows(size) else size
 
 
 def gib(num_bytes: int) -> str:

@@ -42,6 +42,12 @@ class FlowModel(Protocol):
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Conditions of the texts, one row a text."""
 
+    def encode_ahead(self, texts: Sequence[str], *, is_shown: bool = True) -> int:
+        """Encode texts that ``encode`` will be asked for, where conditions are kept on disk; how many were not there.
+
+        ``is_shown`` shows how far it is.
+        """
+
     def velocity(
         self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
     ) -> Tensor | GuidedVelocity:

@@ -65,6 +65,12 @@ class ConditionCache:
         """Whether the directory has no row of the text, or a damaged one."""
         return self._read(text) is None
 
+    def absent(self, texts: Iterable[str]) -> list[str]:
+        """Those of the different texts that have no file in the directory, where there is one; files are not read."""
+        if self.directory is None:
+            return []
+        return [text for text in dict.fromkeys(texts) if not self._path(text).exists()]
+
     def prepare(self, texts: Iterable[str]) -> Iterator[int]:
         """Put the rows of texts that are lacking into the directory; yields the bytes of each file that it wrote."""
         for _, _, num_bytes in self._encode(list(dict.fromkeys(texts))):

@@ -1,7 +1,7 @@
 """Asking a reward: in micro-batches that fit, again where it may help, and never taking a wrong answer.
 
 What a reward raises decides what is done about it:
-    OutOfMemoryError       half as many images at a time, from then on
+    out of memory          half as many images at a time, from then on
     OSError, HTTPException, RewardUnavailable
                            what happens to connections, disks and other machines may pass: it is asked again
     RewardError            the reward's own last word: the run ends
@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 
 import torch
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
 from fastgrpo.device_error import is_device_error
+from fastgrpo.out_of_memory import is_out_of_memory, release
 from fastgrpo.rewards.answers import as_rewards
 from fastgrpo.rewards.raised_at import raised_at
 from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable
@@ -58,9 +59,12 @@ class Scoring:
         parts = [slice(first, first + size) for first in range(0, len(texts), size)]
         try:
             return torch.cat([self._ask(name, reward, images_BCHW[part], texts[part]) for part in parts])
-        except OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise RewardError(f"reward {name!r} ran out of memory with one image: {error}") from error
+            release(error)
             self._fitting[name] = max(1, min(size, len(texts)) // 2)
         _log.warning("reward %r ran out of memory; from now it gets %d images at a time", name, self._fitting[name])
         return self(name, reward, images_BCHW, texts)
@@ -78,10 +82,10 @@ class Scoring:
                 seconds = self.retry_seconds * 2**attempt
                 _log.warning("reward %r raised %s: %s; again in %g s", name, type(error).__name__, error, seconds)
                 time.sleep(seconds)
-            except (OutOfMemoryError, RewardError):
+            except RewardError:
                 raise
             except Exception as error:
-                if is_device_error(error):
+                if is_device_error(error) or is_out_of_memory(error):
                     raise
                 raise RewardError(_mistake(name, error)) from error
         raise AssertionError("the last attempt returns or raises")

@@ -158,7 +158,7 @@ def test_the_grids_of_evaluation_and_of_a_search_by_hand() -> None:
 
 def test_what_is_kept_for_the_updates_by_hand() -> None:
     # x, x_next and a branch of guidance of 9 steps, however often they are replayed
-    assert FLOW_GRPO.kept_latents(num_updates=1) == FLOW_GRPO.kept_latents(num_updates=4) == 27
+    assert FLOW_GRPO.kept(1, two_branches=True) == FLOW_GRPO.kept(4, two_branches=True) == (18, 9)
     # x_0, and the old policy at each of 2 draws of 4 updates
     images = replace(FLOW_GRPO, **IMAGES | {"timesteps": DrawnTimes(per_image=2)})
-    assert images.kept_latents(num_updates=4) == 9
+    assert images.kept(4, two_branches=False) == (1, 8)

@@ -68,7 +68,7 @@ def _hydra():
 
 def algorithm(recipe, *overrides):
     # FLUX's times depend on the model's resolution
-    return compose(overrides=["+model=flux_dev", f"+algorithm={recipe}", *overrides]).algorithm
+    return compose("train", overrides=["model=flux_dev", f"algorithm={recipe}", *overrides]).algorithm
 
 
 def test_every_recipe_is_described_here():

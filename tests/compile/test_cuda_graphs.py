@@ -1,13 +1,15 @@
 """Graphs are captured once for each shape and replay what the function computes; captures are faked without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.compile.cuda_graphs import Capture, Graphed, GraphedForward, eagerly
+from fastgrpo.compile.cuda_graphs import Capture, Graphed, GraphedForward, _capture, eagerly
 
 
 class FakeGraphs:
@@ -83,6 +85,23 @@ def test_a_call_under_gradient_raises() -> None:
 def test_asking_for_graphs_without_cuda_raises() -> None:
     with pytest.raises(ValueError, match="compile=graphs needs a CUDA device, and torch sees none; use compile=blocks"):
         GraphedForward()
+
+
+def test_threads_may_wait_for_their_own_streams_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # without a GPU: what CUDA is told is all that can be seen
+    told: dict[str, object] = {}
+
+    @contextmanager
+    def graph(captured: object, **settings: object) -> Iterator[None]:
+        told.update(settings)
+        yield
+
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture = _capture(weighted(torch.eye(2)), (torch.ones(1, 2), torch.zeros(2)), pool="pool")
+    assert torch.equal(capture.output, torch.tanh(torch.ones(1, 2)))
+    assert told == {"pool": "pool", "capture_error_mode": "thread_local"}
 
 
 @pytest.mark.gpu

@@ -56,6 +56,12 @@ def test_a_batch_is_filled_up_with_the_first_rows() -> None:
     batch = Batch(first=4, count=2, size=4)
     assert batch.of(torch.arange(6)).tolist() == [4, 5, 0, 1]
     assert batch.of(torch.arange(12).view(2, 6), dim=1).tolist() == [[4, 5, 0, 1], [10, 11, 6, 7]]
+    # one row of seven in batches of three is alone with two places to fill
+    assert Batch(first=0, count=1, size=4).of(torch.tensor([7])).tolist() == [7, 7, 7, 7]
+    assert Batch(first=0, count=2, size=7).of(torch.tensor([1, 2])).tolist() == [1, 2, 1, 2, 1, 2, 1]
+    few = Conditions(torch.tensor([1.0, 2.0])[:, None, None], torch.tensor([1.0, 2.0])[:, None], keys=(4, 5))
+    assert Batch(first=0, count=2, size=5).conditions(few).keys == (4, 5, 4, 5, 4)
+    assert Batch(first=0, count=2, size=5).conditions(few).pooled_BC.flatten().tolist() == [1, 2, 1, 2, 1]
     conditions = Conditions(torch.arange(6.0)[:, None, None], torch.arange(6.0)[:, None], keys=(9, 8, 7, 6, 5, 4))
     filled = batch.conditions(conditions)
     assert filled.embeds_BLC.flatten().tolist() == filled.pooled_BC.flatten().tolist() == [4, 5, 0, 1]

@@ -31,6 +31,8 @@ def test_a_cost_is_the_line_through_two_peaks() -> None:
     cost = Cost.of(130, 160)
     assert cost == Cost(fixed=100, per_sample=30)
     assert cost.bytes(4) == 220
+    # the same line, from two samples and three
+    assert Cost.of(160, 190, 2) == cost
     assert [cost.fitting(budget) for budget in (129, 130, 159, 160, 400)] == [0, 1, 1, 2, 10]
 
 
@@ -52,6 +54,75 @@ def test_what_a_stage_leaves_behind_is_in_every_cost() -> None:
 
     stages = {TRAINING: stage(TRAINING, 7), DECODING: stage(DECODING, 3)}
     assert measure(stages, Meter()) == {TRAINING: Cost(200, 7), DECODING: Cost(200, 3)}
+
+
+@pytest.mark.parametrize(
+    ("fits", "cost"), [(3, Cost(60, 10)), (2, Cost(75, 5)), (1, Cost(0, 80))], ids=["three", "two", "one"]
+)
+def test_a_stage_is_measured_with_as_many_samples_as_fit(fits: int, cost: Cost) -> None:
+    # one sample is no example of many
+    peaks = {1: 80, 2: 85 if fits == 2 else 80, 3: 90}
+
+    class Meter:
+        def peak(self, run: Callable[[], object]) -> int:
+            num_samples = run()
+            assert isinstance(num_samples, int)
+            if num_samples > fits:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return peaks[num_samples]
+
+    assert measure({TRAINING: lambda n: n}, Meter()) == {TRAINING: cost}
+
+
+def test_what_fails_for_another_reason_is_not_measured_smaller() -> None:
+    class Meter:
+        def peak(self, run: Callable[[], object]) -> int:
+            if run() == 3:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return 1
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure({TRAINING: lambda n: n}, Meter())
+
+
+@pytest.mark.parametrize(
+    ("total", "fitting", "enough", "batch"),
+    [
+        (64, 64, 16, 16),
+        (64, 64, None, 64),
+        # 14 would compute a row more than the 97 at once
+        (97, 97, 16, 97),
+        # as many rows as 4 batches of 12
+        (48, 20, 9, 8),
+        (8, 300, 16, 8),
+        (64, 5, 16, 4),
+    ],
+)
+def test_batches_are_no_larger_than_enough_where_that_computes_no_more_rows(
+    total: int, fitting: int, enough: int | None, batch: int
+) -> None:
+    assert even_batch(total, fitting, enough) == batch
+
+
+def test_rollouts_are_cut_into_batches_that_are_enough_and_decoded_in_those_that_kernels_can_count() -> None:
+    costs = {SAMPLING: Cost(0, 1), DECODING: Cost(0, 1), TRAINING: Cost(0, 1)}
+    plan = plan_memory(costs, TOTALS, held=0, memory=10_000, checkpointing=False, enough=32, most_decoded=31)
+    # 192 samples in batches of 32, and these in two of 16: 31 at a time would compute 62 rows for 32
+    assert {name: plan.batch(name) for name in costs} == {SAMPLING: 32, DECODING: 16, TRAINING: 96}
+    assert plan.peak_bytes == 96
+
+
+def test_what_graphs_keep_of_sampling_is_not_there_for_training_and_decoding() -> None:
+    costs = {SAMPLING: Cost(300, 10), DECODING: Cost(300, 10), TRAINING: Cost(300, 10)}
+    free, kept = (
+        plan_memory(costs, TOTALS, held=100, memory=1000, checkpointing=False, enough=16, keeps_sampling=keeps_sampling)
+        for keeps_sampling in (False, True)
+    )
+    assert free.batch(SAMPLING) == kept.batch(SAMPLING) == 16
+    # 900 - 100 - 300, and less 16 * 10
+    assert (free.choices[TRAINING].fitting, kept.choices[TRAINING].fitting) == (50, 34)
+    assert (free.choices[DECODING].fitting, kept.choices[DECODING].fitting) == (50, 34)
+    assert kept.choices[TRAINING].beside == 100 + 160
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fastgrpo.config import load_config
 from fastgrpo.memory.batch_size import DoesNotFit
 from fastgrpo.memory.byte_count import LiveBytes
 from fastgrpo.memory.device import CountingMeter, Meter
@@ -18,7 +19,7 @@ from fastgrpo.pieces import build
 from fastgrpo.rollout import StepRollout
 from fastgrpo.signals import rehearsal
 from fastgrpo.train import build_trainer, train
-from tests.tiny_config import make_config
+from tests.tiny_config import make_config, make_overrides
 
 PLENTY = 2**40
 
@@ -79,6 +80,52 @@ def test_an_old_policy_that_lags_is_in_the_plan(tiny_weights: Path, tmp_path: Pa
     kept = replace(planned.planner, lags=True)._held(planned.model) - planned.planner._held(planned.model)
     # it, and the policy while it is sampled
     assert kept == 2 * sum(weight.nbytes for weight in planned.model.trainable.values())
+
+
+@pytest.mark.parametrize("has_two_branches", [False, True])
+def test_what_is_kept_of_a_sample_is_what_a_rollout_leaves(
+    tiny_weights: Path, tmp_path: Path, has_two_branches: bool
+) -> None:
+    overrides = (f"model.guidance_scale={4.5 if has_two_branches else 1.0}", "model.dtype=bfloat16")
+    planned = Planned(tiny_weights, tmp_path / "plan", PLENTY, *overrides, samples=1)
+    more = replace(planned.planner, samples=2)._held(planned.model) - planned.planner._held(planned.model)
+    trainer = build_trainer(make_config(tiny_weights, tmp_path / "run", *overrides))
+    left: list[int] = []
+    rollout = trainer.rollout
+
+    def spy(samples, conditions, *arguments, **settings):
+        trajectories = rollout(samples, conditions, *arguments, **settings)
+        steps = trajectories.trained
+        tensors = [trajectories.images_BCHW, trajectories.start_BCHW, steps.x_TBCHW, steps.x_next_TBCHW]
+        tensors += [steps.unconditional_TBCHW, steps.mean_TBCHW, conditions.embeds_BLC, conditions.pooled_BC]
+        left.append(sum(tensor.nbytes for tensor in tensors) // len(samples))
+        return trajectories
+
+    trainer.rollout = spy
+    trainer.step()
+    assert more == left[0]
+
+
+def test_full_fine_tuning_is_planned_for_the_weights_that_are_trained(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[torch.dtype]] = []
+    plan = MemoryPlanner._plan
+
+    def spy(self, model: FlowModel, *arguments) -> MemoryPlan:
+        # in the type that they are trained in, and not that of the model
+        seen.append({weight.dtype for weight in model.trainable.values()})
+        return plan(self, model, *arguments)
+
+    monkeypatch.setattr(MemoryPlanner, "_plan", spy)
+    overrides = ("adaptation=full", "model.dtype=bfloat16", "runtime.micro_batch=0")
+    # keys of LoRA are none of it
+    words = [word for word in make_overrides(tiny_weights, tmp_path / "run", *overrides) if "adaptation." not in word]
+    trainer = build_trainer(load_config("train", words))
+    assert seen == [{torch.float32}]
+    assert trainer.plan is not None
+    gradients_and_weights = 2 * 4 * sum(weight.numel() for weight in trainer.model.trainable.values())
+    assert trainer.plan.choices[TRAINING].cost.fixed >= gradients_and_weights
 
 
 def batches_of(plan: MemoryPlan) -> dict[str, int]:

@@ -252,6 +252,8 @@ def test_the_merged_pipeline_gives_the_images_of_the_policy(weights: Path, tmp_p
 
 TINY = [
     "model=flux_dev",
+    "compile=eager",
+    "runtime=default",
     "algorithm/schedule=flux",
     "algorithm.schedule.num_steps=4",
     "model.resolution=64",
