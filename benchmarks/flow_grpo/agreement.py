@@ -93,9 +93,10 @@ def agreement(checkout: Checkout, job: Job, output: Path, overrides: Sequence[st
     )
     trainer = build_trainer(config)
     generator = torch.Generator().manual_seed(job.seed)
-    for name, weight in trainer.model.trainable.items():
-        if "lora_B" in name:
-            weight.data.copy_(_ADAPTER_STD * torch.randn(weight.shape, generator=generator))
+    with torch.no_grad():
+        for name, weight in trainer.model.trainable.items():
+            if "lora_B" in name:
+                weight.copy_(_ADAPTER_STD * torch.randn(weight.shape, generator=generator))
     theirs = Peer(checkout, replace(job, batches=2), setting)
     theirs.recipe = replace(recipe, clip_range=_CLIP_RANGE, kl_coef=_KL_FACTOR * recipe.kl_coef)
     peft = dict(theirs.transformer.named_parameters())

@@ -50,8 +50,8 @@ class Adaptation(ABC):
     def refresh(self) -> None:  # noqa: B027
         """Called before passes in which nothing is merged: what is derived from the trained weights follows them.
 
-        They are seen to change by their version, which every operation in place counts up but a fused optimizer's:
-        after its step call ``torch.autograd.graph.increment_version``.
+        They are seen to change by their version, which operations in place count up, but not those on ``.data`` nor a
+        fused optimizer's: after such call ``torch.autograd.graph.increment_version``.
         """
 
     def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:

@@ -20,12 +20,18 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.nn import functional as F
 
+from fastgrpo.out_of_memory import is_out_of_memory
+
 _GELU_AUX_BIAS, _DGELU = 32 | 128 | 4, 64 | 128
 _TRANS_A, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD = 3, 7, 8, 11, 12
 _MAX_WORKSPACE = 1
 _COMPUTE_32F = 68
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+_ALIGNMENTS = (5, 6, 7, 8)
 _WORKSPACE_BYTES = 32 << 20
+_NOT_SUPPORTED, _ALLOC_FAILED = 15, 3
+# of the leading dimension of what a forward product leaves for the backward one
+_MULTIPLE = 8
 # what an epilogue may differ from two kernels by, which round in between: a few units of bfloat16
 _TOLERANCE = 2e-2
 
@@ -36,10 +42,16 @@ def frozen_feed_forward(first: nn.Linear, second: nn.Linear, x_BLI: Tensor) -> T
     return y_MC.unflatten(0, x_BLI.shape[:-1])
 
 
+def has_epilogues(first: nn.Linear, second: nn.Linear, x_BLI: Tensor) -> bool:
+    """Whether both are to be had for these layers: tried out once a device and type, and said where they are not."""
+    widths = (*first.weight.shape, len(second.weight))
+    is_regular = first.bias is not None and not any(width % _MULTIPLE for width in widths)
+    return is_regular and x_BLI.is_cuda and _on_device(x_BLI.device, x_BLI.dtype)
+
+
 @torch.compiler.assume_constant_result
-def has_epilogues(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device computes both as two kernels do: tried out once, and said where it does not."""
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _tried_out(device, dtype)
+def _on_device(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) and _tried_out(device, dtype)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -60,24 +72,23 @@ class _FeedForward(torch.autograd.Function):
 @custom_op("fastgrpo::gelu_product", mutates_args=())
 def gelu_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
     """(gelu(h), h) of h = x W^T + b."""
-    if not x_MI.is_cuda:
-        h_MO = F.linear(x_MI, weight_OI, bias_O)
-        return F.gelu(h_MO, approximate="tanh"), h_MO
-    x_MI, weight_OI = x_MI.contiguous(), weight_OI.contiguous()
-    a_MO, h_MO = (x_MI.new_empty(len(x_MI), len(weight_OI)) for _ in range(2))
-    _multiply(_GELU_AUX_BIAS, weight_OI, x_MI, a_MO, aux=h_MO, bias=bias_O, is_transposed=True)
-    return a_MO, h_MO
+    if x_MI.is_cuda:
+        x_MI, weight_OI = x_MI.contiguous(), weight_OI.contiguous()
+        a_MO, h_MO = (x_MI.new_empty(len(x_MI), len(weight_OI)) for _ in range(2))
+        if _multiplied(_GELU_AUX_BIAS, weight_OI, x_MI, a_MO, aux=h_MO, bias=bias_O, is_transposed=True):
+            return a_MO, h_MO
+    h_MO = F.linear(x_MI, weight_OI, bias_O)
+    return F.gelu(h_MO, approximate="tanh"), h_MO
 
 
 @custom_op("fastgrpo::gelu_product_backward", mutates_args=())
 def gelu_product_backward(grad_MC: Tensor, weight_CO: Tensor, h_MO: Tensor) -> Tensor:
     """(dy W) * gelu'(h)."""
-    if not grad_MC.is_cuda:
-        return torch.ops.aten.gelu_backward(grad_MC @ weight_CO, h_MO, approximate="tanh")
-    grad_MC, weight_CO = grad_MC.contiguous(), weight_CO.contiguous()
-    out_MO = torch.empty_like(h_MO)
-    _multiply(_DGELU, weight_CO, grad_MC, out_MO, aux=h_MO, bias=None, is_transposed=False)
-    return out_MO
+    if grad_MC.is_cuda:
+        grad_MC, weight_CO, out_MO = grad_MC.contiguous(), weight_CO.contiguous(), torch.empty_like(h_MO)
+        if _multiplied(_DGELU, weight_CO, grad_MC, out_MO, aux=h_MO, bias=None, is_transposed=False):
+            return out_MO
+    return torch.ops.aten.gelu_backward(grad_MC @ weight_CO, h_MO, approximate="tanh")
 
 
 @gelu_product.register_fake
@@ -98,16 +109,18 @@ def _tried_out(device: torch.device, dtype: torch.dtype) -> bool:
     rows = {name: torch.randn(size, generator=generator) / 3 for name, size in sizes.items()}
     rows = {name: row.to(dtype).float() for name, row in rows.items()}
     x, first, bias, second, grad = (row.to(device, dtype) for row in rows.values())
-    try:
-        a, h = gelu_product(x, first, bias)
-        found = [a, h, gelu_product_backward(grad, second, h)]
-    except (OSError, AttributeError, RuntimeError) as error:
-        return _do_without(f"cuBLASLt's epilogues for gelu do not run ({str(error).splitlines()[0]})")
     h32 = rows["x"] @ rows["first"].T + rows["bias"]
     grad_h = torch.ops.aten.gelu_backward(rows["grad"] @ rows["second"], h32, approximate="tanh")
     expected = [F.gelu(h32, approximate="tanh"), h32, grad_h]
-    pairs = zip(found, expected, strict=True)
-    largest = torch.stack([(one.float().cpu() - other).abs().max() / other.abs().max() for one, other in pairs]).max()
+    try:
+        a, h = gelu_product(x, first, bias)
+        pairs = zip([a, h, gelu_product_backward(grad, second, h)], expected, strict=True)
+        errors = [(one.float().cpu() - other).abs().max() / other.abs().max() for one, other in pairs]
+    except (OSError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return _do_without(f"cuBLASLt's epilogues for gelu do not run ({str(error).splitlines()[0]})")
+    largest = torch.stack(errors).max()
     # written so that nan is refused too
     if not largest <= _TOLERANCE:
         return _do_without(f"cuBLASLt's epilogues for gelu are off by {largest:.2g} of the largest value")
@@ -140,13 +153,34 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
+class _NoKernel(RuntimeError):
+    """cuBLASLt has none for these sizes."""
+
+
 def _call(function: str, *arguments: Any) -> None:
     """RuntimeError with cuBLAS's status if it is not success."""
     status = getattr(_library(), function)(*arguments)
+    if status == _NOT_SUPPORTED:
+        raise _NoKernel(f"{function}: CUBLAS_STATUS_NOT_SUPPORTED")
     if status != 0:
         # so named, a failed allocation is taken for one
-        name = {3: "CUBLAS_STATUS_ALLOC_FAILED"}.get(status, f"status {status}")
+        name = "CUBLAS_STATUS_ALLOC_FAILED" if status == _ALLOC_FAILED else f"status {status}"
         raise RuntimeError(f"{function}: {name}")
+
+
+@cache
+def _say_once(sizes: str, why: str) -> None:
+    _do_without(f"cuBLASLt has no epilogue for gelu of {sizes} ({why})")
+
+
+def _multiplied(epilogue: int, weight: Tensor, rows: Tensor, out_MO: Tensor, **kwargs: Any) -> bool:
+    """Whether ``_multiply`` has a kernel for it."""
+    try:
+        _multiply(epilogue, weight, rows, out_MO, **kwargs)
+    except _NoKernel as error:
+        _say_once(f"{list(rows.shape)} x {list(weight.shape)}", str(error))
+        return False
+    return True
 
 
 def _multiply(
@@ -183,25 +217,29 @@ def _multiply(
             size = c_size_t(ctypes.sizeof(value))
             _call("cublasLtMatmulDescSetAttribute", description, c_int(key), byref(value), size)
         shapes = [(depth, width) if is_transposed else (width, depth), (depth, num_rows), (width, num_rows)]
-        for layout, (height, width) in zip(layouts, shapes, strict=True):
-            size_of = (c_int(kind), c_uint64(height), c_uint64(width), c_int64(height))
-            _call("cublasLtMatrixLayoutCreate", byref(layout), *size_of)
+        for layout, (height, columns) in zip(layouts, shapes, strict=True):
+            sizes = (c_int(kind), c_uint64(height), c_uint64(columns), c_int64(height))
+            _call("cublasLtMatrixLayoutCreate", byref(layout), *sizes)
         _call("cublasLtMatmulPreferenceCreate", byref(preference))
-        most = c_size_t(_WORKSPACE_BYTES)
-        size = c_size_t(ctypes.sizeof(most))
-        _call("cublasLtMatmulPreferenceSetAttribute", preference, c_int(_MAX_WORKSPACE), byref(most), size)
+        operands = (weight, rows, out_MO, out_MO)
+        limits: list[tuple[int, Any]] = [(_MAX_WORKSPACE, c_size_t(_WORKSPACE_BYTES))]
+        # the largest power of two that an address is a multiple of, of which cuBLASLt assumes 256
+        addresses = [operand.data_ptr() for operand in operands]
+        limits += [(key, c_uint32(min(256, at & -at))) for key, at in zip(_ALIGNMENTS, addresses, strict=True)]
+        for key, limit in limits:
+            size = c_size_t(ctypes.sizeof(limit))
+            _call("cublasLtMatmulPreferenceSetAttribute", preference, c_int(key), byref(limit), size)
         a, b, c = layouts
         found, count = _Heuristic(), c_int()
         wanted = (handle, description, a, b, c, c, preference, c_int(1), byref(found), byref(count))
         _call("cublasLtMatmulAlgoGetHeuristic", *wanted)
         if count.value < 1:
-            sizes = f"[{num_rows}, {depth}] x [{depth}, {width}]"
-            raise RuntimeError(f"cuBLASLt has no kernel for {sizes} with the epilogue {epilogue}")
+            raise _NoKernel("cublasLtMatmulAlgoGetHeuristic: none found")
         one, zero, out = c_float(1), c_float(0), c_void_p(out_MO.data_ptr())
         left, right = c_void_p(weight.data_ptr()), c_void_p(rows.data_ptr())
-        operands = (byref(one), left, a, right, b, byref(zero), out, c, out, c)
+        matrices = (byref(one), left, a, right, b, byref(zero), out, c, out, c)
         memory = (c_void_p(workspace.data_ptr()), c_size_t(_WORKSPACE_BYTES), stream)
-        _call("cublasLtMatmul", handle, description, *operands, byref(found.algorithm), *memory)
+        _call("cublasLtMatmul", handle, description, *matrices, byref(found.algorithm), *memory)
     finally:
         for layout in layouts:
             _library().cublasLtMatrixLayoutDestroy(layout)

@@ -128,6 +128,8 @@ class LoRAAdaptation(Adaptation):
         if self._mode.is_off:
             yield
             return
+        for projection in self._projections:
+            projection.check()
         weights = [layer.base.weight.detach() for layer in self._layers]
         # the frozen weights never change, so they are set aside once
         if not self._frozen:
@@ -175,6 +177,8 @@ class LoRAAdaptation(Adaptation):
                 module.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(self.transformer.get_submodule(parent), child, module.base)
+        # what was stacked goes before each layer gets memory of its own
+        self._layers, self._projections, self._frozen = [], [], []
         unstack(self.transformer)
         return self.transformer
 

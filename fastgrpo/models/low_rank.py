@@ -78,7 +78,7 @@ def projected(layers: Sequence[nn.Module], x_BLI: Tensor) -> tuple[Tensor, ...]:
 class Stack:
     """Frozen linear layers of one input, as one product: their weights become views of one tensor.
 
-    ``extra`` columns beside the weights are zeros.
+    ``extra`` columns beside the weights are zeros.  Whoever gives a layer another weight takes it out of the product.
     """
 
     def __init__(self, bases: Sequence[nn.Linear], extra: int = 0) -> None:
@@ -120,8 +120,12 @@ class Projection(Stack):
         self.layers = list(layers)
         self.mode = mode
         self._ranks = [len(layer.lora_A) for layer in layers]
-        super().__init__([layer.base for layer in layers], extra=sum(self._ranks))
-        self._a_RI = self._weight_OI.new_empty(sum(self._ranks), self._num_inputs)
+        bases, num_ranks = [layer.base for layer in layers], sum(self._ranks)
+        # the fast kernels want rows of whole 16 bytes
+        multiple = max(1, 16 // bases[0].weight.itemsize)
+        extra = num_ranks + -(bases[0].in_features + num_ranks) % multiple
+        super().__init__(bases, extra=extra)
+        self._a_RI = self._weight_OI.new_zeros(extra, self._num_inputs)
         # of the factors, when they were copied
         self._version = -1
         for place, layer in enumerate(layers):
@@ -133,6 +137,9 @@ class Projection(Stack):
             refresh([self])
         if self.mode.is_off:
             return super().__call__(x_BLI)
+        if x_BLI.ndim != 3:
+            rows_1MI = x_BLI.reshape(1, -1, x_BLI.shape[-1])
+            return tuple(part.reshape(*x_BLI.shape[:-1], part.shape[-1]) for part in self(rows_1MI))
         if torch.is_grad_enabled():
             assert self.mode.gain_B is None, "the reference is computed without gradient"
             factors = chain(*(layer.factors for layer in self.layers))
@@ -142,29 +149,47 @@ class Projection(Stack):
             y_BLO = F.linear(x_BLK, self._joined_OK, self._bias_O)
         return y_BLO.split(self.widths, dim=-1)
 
-    def take_stale(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(where a copy of a factor is, the factor, what it is multiplied by), of all if one of them has changed."""
-        factors = [factor for layer in self.layers for factor in (layer.lora_A, layer.lora_B)]
-        version = sum(factor._version for factor in factors)
-        if version == self._version:
-            return []
-        self._version = version
-        places_RI = self._a_RI.split(self._ranks)
-        columns_OR = self._joined_OK[:, self._num_inputs :].split(self._ranks, dim=1)
+    @property
+    def version(self) -> int:
+        """Counts whatever changes a factor in place."""
+        return sum(factor._version for layer in self.layers for factor in (layer.lora_A, layer.lora_B))
+
+    @property
+    def is_stale(self) -> bool:
+        return self._version != self.version
+
+    def places(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Where the copies of A and of s B are, of each part."""
+        num_ranks = sum(self._ranks)
+        columns_OR = self._joined_OK[:, self._num_inputs : self._num_inputs + num_ranks].split(self._ranks, dim=1)
         places_OR = [own_OR.split(self.widths)[place] for place, own_OR in enumerate(columns_OR)]
-        return [
-            *((place, layer.lora_A, 1.0) for place, layer in zip(places_RI, self.layers, strict=True)),
-            *((place, layer.lora_B, layer.scale) for place, layer in zip(places_OR, self.layers, strict=True)),
-        ]
+        return list(self._a_RI[:num_ranks].split(self._ranks)), places_OR
+
+    def check(self) -> None:
+        """RuntimeError if a weight of a base is no longer where products read it."""
+        storage = self._joined_OK.untyped_storage()._cdata
+        if any(layer.base.weight.untyped_storage()._cdata != storage for layer in self.layers):
+            raise RuntimeError(
+                "a frozen weight was replaced after adapters were installed, by a copy of the transformer, .to() or "
+                "load_state_dict(assign=True); load weights first, and install adapters last"
+            )
 
 
 @torch.no_grad()
 def refresh(projections: Iterable[Projection]) -> None:
     """Copy the factors that have changed: in place, by anything that counts their version up."""
-    stale = [copy for projection in projections for copy in projection.take_stale()]
-    if stale:
-        places, factors, scales = zip(*stale, strict=True)
-        torch._foreach_copy_(list(places), torch._foreach_mul(list(factors), list(scales)))
+    stale = [projection for projection in projections if projection.is_stale]
+    if not stale:
+        return
+    versions = [projection.version for projection in stale]
+    layers = [layer for projection in stale for layer in projection.layers]
+    places = [projection.places() for projection in stale]
+    torch._foreach_copy_([place for own, _ in places for place in own], [layer.lora_A for layer in layers])
+    scaled = torch._foreach_mul([layer.lora_B for layer in layers], [layer.scale for layer in layers])
+    torch._foreach_copy_([place for _, own in places for place in own], list(scaled))
+    # now that there was memory for it
+    for projection, version in zip(stale, versions, strict=True):
+        projection._version = version
 
 
 def _terms(x_BLI: Tensor, a_RI: Tensor, gain_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,7 +201,10 @@ def _terms(x_BLI: Tensor, a_RI: Tensor, gain_B: Tensor | None = None) -> tuple[T
 
 
 class _Product(torch.autograd.Function):
-    """y = [W, s B] [x, A x] + b, whose gradient goes to x and to the factors (A_1, B_1, A_2, B_2, ...) themselves."""
+    """y = [W, s B] [x, A x] + b, whose gradient goes to x and to the factors (A_1, B_1, A_2, B_2, ...) themselves.
+
+    Its own derivative is not that of the product: a gradient is not to be differentiated again.
+    """
 
     @staticmethod
     def forward(
@@ -199,9 +227,11 @@ class _Product(torch.autograd.Function):
         x_grad = grad_BLK[..., :num_inputs] + low_grad_BLR @ a_RI if ctx.needs_input_grad[0] else None
         # of each sample: x may be a part of a longer sequence, whose rows are not one matrix
         a_grads = [(low_grad_BLR.mT @ x_BLI).to(ctx.dtype)]
-        parts = zip(grad_BLO.split(ctx.widths, dim=-1), low_BLR.split(ctx.ranks, dim=-1), strict=True)
+        num_ranks = sum(ctx.ranks)
+        own_lows = low_BLR[..., :num_ranks].split(ctx.ranks, dim=-1)
+        parts = zip(grad_BLO.split(ctx.widths, dim=-1), own_lows, strict=True)
         b_grads = [ctx.scale * (own_BLO.mT @ own_BLR).to(ctx.dtype) for own_BLO, own_BLR in parts]
         if not ctx.is_of_samples:
             a_grads, b_grads = ([gradient.sum(dim=0) for gradient in gradients] for gradients in (a_grads, b_grads))
-        factors = chain(*zip(a_grads[0].split(ctx.ranks, dim=-2), b_grads, strict=True))
+        factors = chain(*zip(a_grads[0][..., :num_ranks, :].split(ctx.ranks, dim=-2), b_grads, strict=True))
         return x_grad, None, None, None, None, *factors

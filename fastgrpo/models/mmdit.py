@@ -59,7 +59,7 @@ def joint_heads(attn: Any, x_BLC: Tensor, context_BMC: Tensor) -> list[tuple[Ten
 def feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     y_BLC, first, second = modulated(normed(x_BLC), shift, scale), ff.net[0].proj, ff.net[2]
     is_frozen = _is_frozen(first) and _is_frozen(second)
-    if torch.is_grad_enabled() and is_frozen and has_epilogues(y_BLC.device, y_BLC.dtype):
+    if torch.is_grad_enabled() and is_frozen and has_epilogues(first, second, y_BLC):
         return x_BLC + gate * frozen_feed_forward(first, second, y_BLC)
     return x_BLC + gate * second(gelu_projected(first, y_BLC))
 

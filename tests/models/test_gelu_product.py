@@ -55,7 +55,7 @@ def test_it_runs_where_there_is_a_gradient_for_nothing_but_the_input(
     second.weight.requires_grad_(not is_frozen)
     called = []
     feed_forward = gelu_product.frozen_feed_forward
-    monkeypatch.setattr(mmdit, "has_epilogues", lambda device, dtype: has_epilogues)
+    monkeypatch.setattr(mmdit, "has_epilogues", lambda *layers: has_epilogues)
 
     def count(*layers: Any) -> Tensor:
         called.append(1)
@@ -80,8 +80,32 @@ def test_adapted_feed_forwards_do_without() -> None:
     assert not mmdit._is_frozen(block["ff"]["a"])  # type: ignore[index]
 
 
-def test_a_cpu_has_no_epilogues() -> None:
-    assert not gelu_product.has_epilogues(torch.device("cpu"), torch.bfloat16)
+class OnGPU:
+    """Half precision that says it is on a GPU."""
+
+    is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("widths", "with_bias", "has"),
+    [
+        ((8, 32, 16), True, True),
+        ((8, 32, 16), False, False),
+        ((8, 30, 16), True, False),
+        ((4, 32, 16), True, False),
+        ((8, 32, 12), True, False),
+    ],
+)
+def test_epilogues_are_for_a_gpu_a_bias_and_widths_that_eight_divides(
+    widths: tuple[int, int, int], with_bias: bool, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = nn.Linear(widths[0], widths[1], bias=with_bias), nn.Linear(widths[1], widths[2])
+    assert not gelu_product.has_epilogues(first, second, torch.ones(1, 2, widths[0], dtype=torch.bfloat16))
+    monkeypatch.setattr(gelu_product, "_tried_out", lambda device, dtype: True)
+    x: Any = OnGPU()
+    assert gelu_product.has_epilogues(first, second, x) == has
+    x.dtype = torch.float32
+    assert not gelu_product.has_epilogues(first, second, x)
 
 
 class Lt:
@@ -89,6 +113,7 @@ class Lt:
 
     def __init__(self) -> None:
         self.attributes: dict[int, Any] = {}
+        self.limits: dict[int, int] = {}
         self.layouts: list[tuple[int, ...]] = []
         self.made = self.destroyed = 0
 
@@ -112,7 +137,10 @@ class Lt:
         self.attributes[key.value] = held.value
         return 0
 
-    def cublasLtMatmulPreferenceSetAttribute(self, *_: Any) -> int:
+    def cublasLtMatmulPreferenceSetAttribute(self, _: Any, key: Any, value: Any, size: Any) -> int:
+        held = value._obj
+        assert size.value == ctypes.sizeof(held) == (8 if key.value == 1 else 4)
+        self.limits[key.value] = held.value
         return 0
 
     def cublasLtMatrixLayoutCreate(self, layout: Any, kind: Any, rows: Any, columns: Any, stride: Any) -> int:
@@ -168,6 +196,10 @@ def test_what_cublaslt_is_asked_for_forward_is_that_product(lt: Lt) -> None:
     gelu_product._multiply(code, first.weight, x_MI, a_MO, aux=h_MO, bias=first.bias, is_transposed=True)
     torch.testing.assert_close(h_MO, first(x_MI))
     torch.testing.assert_close(a_MO, F.gelu(first(x_MI), approximate="tanh"))
+    for key, operand in ((5, first.weight), (6, x_MI), (7, a_MO), (8, a_MO)):
+        alignment = lt.limits[key]
+        assert operand.data_ptr() % alignment == 0
+        assert alignment == 256 or operand.data_ptr() % (2 * alignment) > 0
     assert lt.made == lt.destroyed == 5
 
 
@@ -191,6 +223,32 @@ def test_a_status_is_raised_and_nothing_is_left_behind(lt: Lt) -> None:
             is_transposed=False,
         )  # fmt: skip
     assert lt.made == lt.destroyed == 5
+
+
+@pytest.mark.parametrize(("status", "count"), [(15, 1), (0, 0)], ids=["not supported", "none found"])
+def test_sizes_without_a_kernel_are_computed_by_two_and_said_once(
+    status: int, count: int, lt: Lt, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def heuristic(*arguments: Any) -> int:
+        arguments[-1]._obj.value = count
+        return status
+
+    lt.cublasLtMatmulAlgoGetHeuristic = heuristic  # type: ignore[method-assign]
+    _, second = make_layers(torch.float32)
+    rows, out = torch.ones(10 + status, 6), torch.ones(10 + status, 20)
+    for _ in range(2):
+        assert not gelu_product._multiplied(192, second.weight, rows, out, aux=out, bias=None, is_transposed=False)
+    assert capsys.readouterr().err.count("gelu runs as a kernel of its own") == 1
+
+
+def test_a_device_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(*_: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gelu_product, "gelu_product", product)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            gelu_product._tried_out(torch.device("cpu"), torch.float16)
 
 
 @pytest.mark.parametrize("fault", ["raises", "is off", "is nan"])
@@ -228,4 +286,4 @@ def test_on_a_gpu_both_epilogues_are_two_kernels_but_for_rounding(rows: int) -> 
     found = gelu_product.gelu_product_backward(x, second, h)
     gradient = torch.ops.aten.gelu_backward(x.float() @ second.float(), h.float(), approximate="tanh")
     assert (found.float() - gradient).abs().max() <= 2**-6 * gradient.abs().max()
-    assert gelu_product.has_epilogues(x.device, torch.bfloat16)
+    assert gelu_product._on_device(x.device, torch.bfloat16)

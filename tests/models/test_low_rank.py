@@ -1,5 +1,8 @@
 """Stacked layers and adapters as columns: the sums that they stand for, their gradients, and copies that follow."""
 
+import copy
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -171,17 +174,18 @@ def make_exact(block: nn.Module, x: Tensor) -> Tensor:
 def test_factors_are_copied_once_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     block = make_block()
     adaptation, x = adapt(block), inputs()
-    copied, copy = [], torch._foreach_copy_
+    copied, foreach_copy = [], torch._foreach_copy_
 
     def count(places: list[Tensor], values: list[Tensor]) -> None:
         copied.append(len(places))
-        copy(places, values)
+        foreach_copy(places, values)
 
     monkeypatch.setattr(torch, "_foreach_copy_", count)
     for _ in range(3):
         adaptation.refresh()
         together(block, x)
-    assert copied == [6]
+    # A of the three, then s B
+    assert copied == [3, 3]
 
 
 def test_merged_weights_stay_in_the_stack_and_come_back() -> None:
@@ -254,3 +258,64 @@ def test_full_fine_tuning_stacks_nothing() -> None:
     assert {name for name, _ in block.named_parameters()} == set(adaptation.trainable)
     x = inputs()
     torch.testing.assert_close(together(block, x), torch.cat([layer(x) for layer in stack_of(block)], dim=-1))
+
+
+def test_a_copy_that_found_no_memory_is_made_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make_block()
+    adaptation, x = adapt(block), inputs()
+    multiply = torch._foreach_mul
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_mul", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+        with pytest.raises(torch.OutOfMemoryError):
+            adaptation.refresh()
+    assert torch._foreach_mul is multiply
+    torch.testing.assert_close(together(block, x), by_definition(block, x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rows_of_a_product_are_whole_sixteen_bytes_whatever_the_rank(rank: int, dtype: torch.dtype) -> None:
+    block = make_block(dtype)
+    LoRA(rank=rank, targets=NAMES)(block).stack([stack_of(block)])
+    layer = block.get_submodule("attn.to_q")
+    assert isinstance(layer, LoRALinear)
+    assert layer.base.weight.stride(0) * dtype.itemsize % 16 == 0
+    assert layer.base.weight.stride(0) - WIDTH - 3 * rank < 16
+
+
+def test_inputs_of_other_dimensions_are_rows_too() -> None:
+    block = make_block()
+    weights = list(adapt(block).trainable.values())
+    for x in (inputs()[0], inputs()[:, None]):
+        ours, theirs = together(block, x), by_definition(block, x)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        pairs = zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs)), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", ["copied", "assigned"])
+def test_weights_that_were_replaced_are_not_merged_into_nowhere(change: str) -> None:
+    block = make_block()
+    adaptation = adapt(block)
+    layer = block.get_submodule("attn.to_k")
+    assert isinstance(layer, LoRALinear)
+    if change == "copied":
+        layer.base = copy.deepcopy(layer.base)
+    else:
+        state = {"weight": torch.zeros(8, WIDTH, dtype=torch.float64), "bias": layer.base.bias.detach()}
+        layer.base.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="a frozen weight was replaced after adapters were installed"):
+        adaptation.merged().__enter__()
+
+
+def test_merged_for_good_nothing_of_the_stacks_stays() -> None:
+    block = make_block()
+    adaptation = adapt(block)
+    layer = block.get_submodule("attn.to_q")
+    assert isinstance(layer, LoRALinear)
+    joined = weakref.ref(layer.stack._joined_OK.untyped_storage())
+    del layer
+    adaptation.merge_for_good()
+    gc.collect()
+    assert joined() is None
