@@ -25,7 +25,9 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any]) -> 
     """
     revision = commit() or os.environ.get("BENCHMARK_COMMIT")
     if revision is None:
-        raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout or set BENCHMARK_COMMIT")
+        raise ValueError(
+            "a result needs the commit it was measured at; run benchmarks from a git checkout, or set BENCHMARK_COMMIT"
+        )
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
     dirty = "-dirty" if revision.endswith("-dirty") else ""
     stem = f"{theme.replace('.', '_')}_{device}_{datetime.date.today():%Y%m}_{revision[:9]}{dirty}"

@@ -47,6 +47,7 @@ def main(arguments_of_shell: Sequence[str] | None = None, steps: Sequence[Step] 
         checkout=arguments.checkout and arguments.checkout.absolute(),
         commit=arguments.commit or wheels.commit(),
         rehearses=arguments.rehearse,
+        slowness=arguments.slowness,
     )
     chosen = [step for step in steps if not arguments.steps or step.each_machine or step.name in arguments.steps]
     if not contact(chosen, again=arguments.again):
@@ -68,6 +69,7 @@ def _parse(arguments_of_shell: Sequence[str] | None, steps: Sequence[Step]) -> a
     parser.add_argument("--again", action="store_true", help="also what failed before")
     parser.add_argument("--commit", help="of this code, where there is no git to ask")
     parser.add_argument("--scratch", type=Path, default=_SCRATCH, help="for caches, large, not to be kept")
+    parser.add_argument("--slowness", type=float, default=1.0, help="all limits times this, for slow or shared CPUs")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in miniature")
     parsed = parser.parse_args(arguments_of_shell)
     if unknown := set(parsed.steps) - set(names):

@@ -43,12 +43,16 @@ def main() -> None:
     body = "\n\n".join(
         [
             f"Medians of {_ROUNDS} times {_REPEATS}, of random numbers; float32 products in TF32.",
-            table(["product", "[M, K, N]", "TFLOP/s"], [[k, str(v["shape"]), f"{v['flops'] / 1e12:.4g}"] for k, v in products.items()]),
+            table(["product", "[M, K, N]", "TFLOP/s"], [_row(label, one) for label, one in products.items()]),
             table(["copy", "GB/s read and written"], [[k, f"{v / 1e9:.4g}"] for k, v in copies.items()]),
         ]
-    )  # fmt: skip
+    )
     data = {"products": products, "copies_bytes_per_second": copies}
     print(write_report("first_contact.ceilings", title="Ceilings", body=body, data=data).read_text(encoding="utf-8"))
+
+
+def _row(label: str, product: dict[str, Any]) -> list[str]:
+    return [label, str(product["shape"]), f"{product['flops'] / 1e12:.4g}"]
 
 
 def _product(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.first_contact.report import page
 from benchmarks.first_contact.runner import COMPLETE, run
 from benchmarks.first_contact.state import BEGUN, NOT_REACHED, Record, State
-from benchmarks.first_contact.steps import Step
+from benchmarks.first_contact.steps import CHECKOUT, SCRATCH, Step
 from benchmarks.first_contact.wheels import ROOT
 
 ENVIRONMENT = "environment"
@@ -25,7 +25,10 @@ _LARGEST_FILE = 16 * 2**20
 
 @dataclass(kw_only=True)
 class Contact:
-    """``deadline`` is by time.monotonic(); ``steps`` are all there are, of which a call is given some."""
+    """``deadline`` is by time.monotonic(); ``steps`` are all there are, of which a call is given some.
+
+    Every limit is multiplied by ``slowness``.
+    """
 
     output: Path
     scratch: Path
@@ -35,6 +38,7 @@ class Contact:
     checkout: Path | None
     commit: str
     rehearses: bool
+    slowness: float = 1.0
 
     def __call__(self, chosen: Sequence[Step], *, again: bool) -> bool:
         """Run what is not settled; False where there is no GPU to run it on."""
@@ -70,12 +74,15 @@ class Contact:
         if lacking := [name for name in step.needs if unfit.get(name) == "missing"]:
             return f"it needs {', '.join(lacking)}, and no wheel of it was carried"
         left = self.deadline - time.monotonic() - _RESERVE_SECONDS
-        if left < step.seconds:
-            return f"it may take {step.seconds:.0f} s, and {max(left, 0):.0f} s were left"
+        if left < self._limit(step):
+            return f"it may take {self._limit(step):.0f} s, and {max(left, 0):.0f} s were left"
         return ""
 
+    def _limit(self, step: Step) -> float:
+        return step.seconds * self.slowness
+
     def _run(self, step: Step) -> None:
-        print(f"{step.name}: at most {step.seconds:.0f} s", flush=True)
+        print(f"{step.name}: at most {self._limit(step):.0f} s", flush=True)
         number = len(self.state.machines) - 1
         self.state.steps[step.name] = Record(status=BEGUN, reason="cut off with its machine", machine=number)
         self._write()
@@ -84,13 +91,18 @@ class Contact:
         written.mkdir(parents=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         outcome = run(
-            self._arguments(step), seconds=step.seconds, log=log, directory=ROOT, environment=self._environment(written)
+            self._arguments(step),
+            seconds=self._limit(step),
+            log=log,
+            directory=ROOT,
+            environment=self._environment(written),
         )
         said = log.read_bytes()[-_LOG_BYTES:].decode(errors="replace")
         self.state.steps[step.name] = Record(
             status=outcome.status,
             reason=outcome.reason,
             seconds=round(outcome.seconds, 1),
+            cpu_seconds=round(outcome.cpu_seconds, 1),
             machine=number,
             results=self._keep(step.name, written),
             log="\n".join(said.splitlines()[-_TAIL_LINES:]) if outcome.status != COMPLETE else "",
@@ -103,8 +115,8 @@ class Contact:
         print(f"{step.name}: {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
 
     def _arguments(self, step: Step) -> list[str]:
-        places = {"checkout": str(self.checkout), "scratch": str(self.scratch)}
-        return [word.format(**places) for word in (step.rehearsal or () if self.rehearses else step.command)]
+        words = step.rehearsal or () if self.rehearses else step.command
+        return [word.replace(CHECKOUT, str(self.checkout)).replace(SCRATCH, str(self.scratch)) for word in words]
 
     def _environment(self, written: Path) -> Mapping[str, str]:
         """Caches are shared: what one step compiled, the next one finds."""
@@ -135,8 +147,8 @@ class Contact:
         return results
 
     def _note_machine(self) -> None:
-        found = self.state.steps[ENVIRONMENT].results.get("environment.json", {})
-        self.machine.update(found, commit=self.commit)
+        if found := self.state.steps[ENVIRONMENT].results.get("environment.json"):
+            self.machine.update(found, commit=self.commit)
 
     def _found_gpu(self) -> bool:
         if self.rehearses or self.machine.get("gpu"):
@@ -149,5 +161,3 @@ class Contact:
         self.state.write()
         text = page(self.state, self.steps, rehearses=self.rehearses)
         (self.output / "report.md").write_text(text, encoding="utf-8")
-
-

@@ -71,8 +71,8 @@ def _consequences(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["gpu"] and not (found["c_compiler"] and found["python_h"]):
         lines.append(
-            "- Triton builds its launcher with a C compiler and Python.h at the first launch, and one of them is missing: "
-            "no kernel of ours and nothing that torch.compile made will run here. Install gcc and python3-dev."
+            "- Triton builds its launcher with a C compiler and Python.h at the first launch, and one of them is "
+            "missing: no kernel of ours, and nothing that torch.compile made, runs here. Install gcc and python3-dev."
         )
     if found["unfit"]:
         lines.append("- Steps that need a package that is missing are not begun; other versions are tried as they are.")

@@ -20,8 +20,8 @@ from fastgrpo.shapes.captions import training_captions
 from fastgrpo.train import build_trainer
 
 _ITERATIONS = 4
-_STAGES = ("seconds/iteration", "seconds/encode", "seconds/search", "seconds/rollout", "seconds/reward", "seconds/update")
-_COLUMNS = ("images_per_second", *_STAGES, "peak_bytes", "compilations")
+_STAGES = ("iteration", "encode", "search", "rollout", "reward", "update")
+_COLUMNS = ("images_per_second", *(f"seconds/{stage}" for stage in _STAGES), "peak_bytes", "compilations")
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def main() -> None:
         told = _keep_profile(run / "profile")
     # of a profile only the third is undisturbed
     timed = rows[2:3] if arguments.profile else rows[1:]
-    cells = [[name, f"{statistics.median(row[name] for row in timed):.4g}", f"{rows[0][name]:.4g}"] for name in _COLUMNS]
+    medians = {name: statistics.median(row[name] for row in timed) for name in _COLUMNS}
+    cells = [[name, f"{medians[name]:.4g}", f"{rows[0][name]:.4g}"] for name in _COLUMNS]
     body = "\n\n".join([table(["", f"median of {len(timed)}", "first, which compiles"], cells), told]).strip()
     theme = "first_contact.iteration"
     title = f"{arguments.name}: iterations on random weights" if torch.cuda.is_available() else arguments.name

@@ -32,12 +32,12 @@ def _machine(found: dict[str, Any]) -> str:
 
 
 def _table(steps: Sequence[Step], records: dict[str, Record]) -> str:
-    lines = ["| step | | seconds | of at most | machine | tells |", "|---|---|---|---|---|---|"]
+    lines = ["| step | | seconds | CPU seconds | machine | tells |", "|---|---|---|---|---|---|"]
     for step in steps:
         record = records[step.name]
-        begun = record.status != NOT_REACHED
-        figures = (f"{record.seconds:.0f}", f"{step.seconds:.0f}", str(record.machine + 1)) if begun else ("", "", "")
-        lines.append(f"| {' | '.join((step.name, record.status, *figures, step.tells))} |")
+        figures = [f"{record.seconds:.0f}", f"{record.cpu_seconds:.0f}", str(record.machine + 1)]
+        shown = figures if record.status != NOT_REACHED else [""] * len(figures)
+        lines.append(f"| {' | '.join((step.name, record.status, *shown, step.tells))} |")
     return "\n".join(lines)
 
 

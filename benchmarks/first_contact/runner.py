@@ -1,6 +1,7 @@
 """One step in a process group of its own, which its limit ends: what crashes or hangs costs that step alone."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,16 +17,22 @@ _GRACE_SECONDS = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process went; ``reason`` is empty for one that did what it should."""
+    """How a process went; ``reason`` is empty for one that did what it should.
+
+    ``cpu_seconds`` are of all its processes: beside ``seconds`` they say how much was compiling and launching.
+    """
 
     status: str
     reason: str
     seconds: float
+    cpu_seconds: float
 
 
-def run(arguments: Sequence[str], *, seconds: float, log: Path, directory: Path, environment: Mapping[str, str]) -> Outcome:
+def run(
+    arguments: Sequence[str], *, seconds: float, log: Path, directory: Path, environment: Mapping[str, str]
+) -> Outcome:
     """Run python with ``arguments`` in ``directory`` for at most ``seconds``, its output in the file ``log``."""
-    start = time.monotonic()
+    start, cpu = time.monotonic(), _cpu_seconds()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -44,7 +51,13 @@ def run(arguments: Sequence[str], *, seconds: float, log: Path, directory: Path,
         finally:
             # also of a process that has ended: what it started may live on, and hold the GPU
             _end(process)
-    return Outcome(status, reason, time.monotonic() - start)
+    return Outcome(status, reason, time.monotonic() - start, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one has seen end."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _ending(code: int) -> str:

@@ -21,6 +21,7 @@ class Record:
     status: str
     reason: str = ""
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     machine: int = 0
     results: dict[str, Any] = field(default_factory=dict)
     log: str = ""

@@ -1,16 +1,18 @@
 """What a first GPU is asked, most valuable first: each step a process of its own, with a limit of its own.
 
-In a command ``{checkout}`` is flow_grpo's, ``{scratch}`` a directory that all steps of a machine share.
+In a command ``{checkout}`` is flow_grpo's and ``{scratch}`` a directory that all steps of a machine share.
 A limit is what a step may take at worst, so that nothing is begun that could not end; most take a fraction of it.
 """
 
 from dataclasses import dataclass
 
+CHECKOUT, SCRATCH = "{checkout}", "{scratch}"
 # distributions of pyproject.toml that a training run imports, beside torch and triton
 _TRAINING = (
     "diffusers", "transformers", "peft", "accelerate", "safetensors", "hydra-core", "omegaconf", "rich", "matplotlib",
-    "pillow", "numpy", "huggingface-hub", "requests",
+    "pillow", "numpy", "huggingface-hub", "requests", "tensorboard",
 )  # fmt: skip
+_GPU_TESTS = ("-m", "pytest", "-q", "-m", "gpu", "--maxfail", "30")
 _TESTS = ("pytest", "pytest-xdist", "hypothesis", "scipy", "pillow", "numpy")
 
 
@@ -37,8 +39,8 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 # rounds follow one that compiles; fewer images than published, 18 for 36, and text encoders of one layer
-_AGAINST = ("--checkout", "{checkout}", "--batches", "2")
-_AT_FULL_SIZE = (*_AGAINST, "--full", "--short-text", "--pipeline", "{scratch}/pipeline", "--threads", "0")
+_AGAINST = ("--checkout", CHECKOUT, "--batches", "2")
+_AT_FULL_SIZE = (*_AGAINST, "--full", "--short-text", "--pipeline", f"{SCRATCH}/pipeline", "--threads", "0")
 
 
 def _against(recipe: str, *arguments: str) -> tuple[str, ...]:
@@ -53,14 +55,18 @@ _TIMED = ("--rounds", "3", "--checks", "none")
 _COMPILED = ("--theirs", "float16 compiled", "--ours", "compile=blocks")
 _SD35 = ("model.weights=random", "reward=jpeg_compressibility", "reward.golden=false", "model.condition_cache=null")
 _EMBEDDED = ("train.prompts_per_iteration=2", "train.group_size=2", "reward.golden=false")
-# a group of 8 is small enough for launches to count
-_GRAPHS = ("compile=graphs", "train.prompts_per_iteration=2")
+# what 80 GB hold; planning them would compile for two more batches
+_SIZES = ("runtime.sampling_batch=64", "runtime.decode_batch=16")
+_NFT = (*_SIZES, "runtime.micro_batch=32")
+_FLOW = (*_SIZES, "runtime.micro_batch=16")
+# few samples, for launches to count
+_GRAPHS = ("compile=graphs", "train.prompts_per_iteration=2", "runtime.micro_batch=8")
 
 STEPS: tuple[Step, ...] = (
     Step(
         name="environment",
         tells="the machine, its compilers and packages",
-        seconds=90,
+        seconds=60,
         command=_module("first_contact.environment"),
         rehearsal=_module("first_contact.environment"),
         each_machine=True,
@@ -69,7 +75,7 @@ STEPS: tuple[Step, ...] = (
         name="kernels",
         tells="whether each operator computes what its reference does, each test at each of its parameters once",
         seconds=150,
-        command=("-m", "pytest", "-q", "-m", "gpu", "-p", "benchmarks.first_contact.one_of_each", "-n", "6", "tests/kernels"),
+        command=(*_GPU_TESTS, "-n", "6", "-p", "benchmarks.first_contact.one_of_each", "tests/kernels"),
         needs=("triton", *_TESTS),
     ),
     Step(
@@ -78,12 +84,12 @@ STEPS: tuple[Step, ...] = (
         seconds=60,
         command=_module("first_contact.ceilings"),
         rehearsal=_module("first_contact.ceilings"),
-        needs=_TRAINING,
+        needs=("numpy",),
     ),
     Step(
         name="fast",
         tells="SD3.5-medium, flow_grpo's fast recipe: theirs as its config has it, ours eager and compiled",
-        seconds=240,
+        seconds=180,
         command=_against("fast", *_TIMED, "--theirs", "float16", "--ours", "", "--ours", "compile=blocks"),
         rehearsal=_against_in_miniature("fast", "--rounds", "2", "--checks", "none", "--theirs", "float32"),
         needs=_TRAINING,
@@ -92,7 +98,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="full",
         tells="SD3.5-medium, flow_grpo's recipe with guidance and KL: theirs as its config has it, ours compiled",
-        seconds=300,
+        seconds=240,
         command=_against("full", *_TIMED, "--theirs", "float16", "--ours", "compile=blocks"),
         rehearsal=_against_in_miniature("full", "--rounds", "2", "--checks", "none", "--theirs", "float32"),
         needs=_TRAINING,
@@ -102,7 +108,7 @@ STEPS: tuple[Step, ...] = (
         name="nft",
         tells="SD3.5-medium, DiffusionNFT's recipe, ours: 64 images an iteration",
         seconds=150,
-        command=_module("first_contact.iteration", "nft", "experiment=nft_sd35", *_SD35),
+        command=_module("first_contact.iteration", "nft", "experiment=nft_sd35", *_SD35, *_NFT),
         rehearsal=_module("first_contact.iteration", "nft", *_EMBEDDED),
         needs=_TRAINING,
     ),
@@ -118,7 +124,7 @@ STEPS: tuple[Step, ...] = (
         name="profile",
         tells="where the time of an iteration of flow_grpo_sd35 goes, by stage and kernel",
         seconds=240,
-        command=_module("first_contact.iteration", "profile", "--profile", "experiment=flow_grpo_sd35", *_SD35),
+        command=_module("first_contact.iteration", "profile", "--profile", "experiment=flow_grpo_sd35", *_SD35, *_FLOW),
         rehearsal=_module("first_contact.iteration", "profile", "--profile", *_EMBEDDED),
         needs=_TRAINING,
     ),
@@ -126,7 +132,7 @@ STEPS: tuple[Step, ...] = (
         name="graphs",
         tells="the same with CUDA graphs, few images an iteration",
         seconds=180,
-        command=_module("first_contact.iteration", "graphs", "experiment=flow_grpo_sd35", *_SD35, *_GRAPHS),
+        command=_module("first_contact.iteration", "graphs", "experiment=flow_grpo_sd35", *_SD35, *_GRAPHS, *_SIZES),
         needs=_TRAINING,
     ),
     Step(
@@ -169,7 +175,7 @@ STEPS: tuple[Step, ...] = (
         name="tests",
         tells="all that is left of pytest -m gpu",
         seconds=420,
-        command=("-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--maxfail", "20", "tests"),
+        command=(*_GPU_TESTS, "-n", "4", "tests"),
         needs=(*_TRAINING, *_TESTS),
     ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 try:
     from packaging.requirements import Requirement
@@ -35,13 +36,17 @@ def commit() -> str:
 
 
 def link_packages(site: Path) -> None:
-    """Make ``site`` a place from which this checkout is imported: an installation needs build tools that may lack."""
+    """Make ``site`` a place from which this checkout is imported; to install it takes build tools, which may lack."""
     site.mkdir(parents=True, exist_ok=True)
     for name, directory in _PACKAGES.items():
         link = site / name
         if link.is_symlink():
             link.unlink()
         link.symlink_to(directory)
+    # a run looks up its own version
+    about = site / "fastgrpo-0.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fastgrpo\nVersion: {_project()['version']}\n")
 
 
 def install(wheels: Path, site: Path) -> list[str]:
@@ -86,6 +91,11 @@ def unfit(names: Iterable[str]) -> dict[str, str]:
 
 
 def _ranges() -> dict[str, SpecifierSet]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = _project()
     requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     return {normal(one.name): one.specifier for one in map(Requirement, requirements)}
+
+
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project
