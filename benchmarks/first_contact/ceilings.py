@@ -35,7 +35,7 @@ def main() -> None:
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
     torch.backends.cuda.matmul.allow_tf32 = True
     products = {
-        f"{label}, {str(dtype).removeprefix('torch.')}": _product(*(n // shrunk for n in shape), dtype, device)
+        f"{label}, {str(dtype).removeprefix('torch.')}": _product([n // shrunk for n in shape], dtype, device)
         for label, shape in _PRODUCTS.items()
         for dtype in dtypes
     }
@@ -55,9 +55,10 @@ def _row(label: str, product: dict[str, Any]) -> list[str]:
     return [label, str(product["shape"]), f"{product['flops'] / 1e12:.4g}"]
 
 
-def _product(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _product(shape_MKN: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    m, k, n = shape_MKN
     first, second = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-    return {"shape": [m, k, n], "flops": 2 * m * k * n / _seconds(partial(torch.mm, first, second), device)}
+    return {"shape": shape_MKN, "flops": 2 * m * k * n / _seconds(partial(torch.mm, first, second), device)}
 
 
 def _copy(size: int, device: torch.device) -> float:

@@ -115,7 +115,7 @@ def _job(arguments: argparse.Namespace, scratch: Path) -> Job:
     prompts.write_text("".join(f"{caption}\n" for caption in training_captions()))
     pipeline = arguments.pipeline or scratch / "pipeline"
     if not pipeline.exists():
-        make_pipeline(pipeline, size, device)
+        pipeline = make_pipeline(pipeline, size, device)
     return Job(
         recipe=arguments.recipes[0],
         pipeline=str(pipeline),

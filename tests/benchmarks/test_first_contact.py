@@ -227,7 +227,8 @@ def test_one_of_each_has_every_parameter_in_the_fewest_cases() -> None:
     cases: list[Any] = [_Case(f"t.py::test[{size}-{dtype}]") for size in (1, 7, 64) for dtype in ("half", "single")]
     # 3 sizes need 3 cases, and by then both dtypes have been met
     assert [case.nodeid[11:-1] for case in _covering(cases)] == ["1-half", "7-single", "64-half"]
-    assert _covering([only := _Case("t.py::test_alone")]) == [only]
+    only: Any = _Case("t.py::test_alone")
+    assert _covering([only]) == [only]
 
 
 def test_the_table_of_steps() -> None:
@@ -241,9 +242,14 @@ def test_the_table_of_steps() -> None:
     assert until_full <= 12 * 60 - 10
 
 
-def test_the_environment_of_this_machine(tmp_path: Path) -> None:
-    arguments = ["--output", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch"), "--rehearse"]
-    assert main([*arguments, "--steps", "environment"]) == 0
+def test_real_steps_are_rehearsed_and_leave_their_figures(tmp_path: Path) -> None:
+    code, record, report = contact(tmp_path / "out", STEPS, "--rehearse", "--steps", "ceilings", "--commit", "c0ffee")
+    assert code == 0
+    assert record["ceilings"]["status"] == "complete"
+    (figures,) = (one for name, one in record["ceilings"]["results"].items() if name.endswith(".json"))
+    # a sixteenth of each dimension
+    assert figures["products"]["large, float32"]["shape"] == [512, 512, 512]
+    assert "### Ceilings" in report
     machine = json.loads((tmp_path / "out" / "state.json").read_text())["machines"][0]
     assert machine["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert machine["unfit"] == {}
