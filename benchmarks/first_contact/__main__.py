@@ -11,9 +11,11 @@ Exit code 0: nothing failed; 1: something did; 2: it could not begin.
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.first_contact import wheels
@@ -50,10 +52,21 @@ def main(arguments_of_shell: Sequence[str] | None = None, steps: Sequence[Step] 
         slowness=arguments.slowness,
     )
     chosen = [step for step in steps if not arguments.steps or step.each_machine or step.name in arguments.steps]
-    if not contact(chosen, again=arguments.again):
-        return 2
+    with _terminable():
+        if not contact(chosen, again=arguments.again):
+            return 2
     print(f"\n{output / 'report.md'}", flush=True)
     return int(any(record.status in (FAILED, TIMED_OUT) for record in state.steps.values()))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds, so that a step ends with what ran it."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(arguments_of_shell: Sequence[str] | None, steps: Sequence[Step]) -> argparse.Namespace:

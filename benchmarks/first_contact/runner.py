@@ -41,7 +41,8 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            # a session of its own would outlive a command that a lent machine ends
+            process_group=0,
         )
         try:
             code = process.wait(seconds)

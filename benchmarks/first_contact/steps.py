@@ -66,7 +66,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="environment",
         tells="the machine, its compilers and packages",
-        seconds=60,
+        seconds=40,
         command=_module("first_contact.environment"),
         rehearsal=_module("first_contact.environment"),
         each_machine=True,
@@ -74,14 +74,14 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="kernels",
         tells="whether each operator computes what its reference does, each test at each of its parameters once",
-        seconds=150,
+        seconds=110,
         command=(*_GPU_TESTS, "-n", "6", "-p", "benchmarks.first_contact.one_of_each", "tests/kernels"),
         needs=("triton", *_TESTS),
     ),
     Step(
         name="ceilings",
         tells="the fastest matrix products and copies, which all else is a share of",
-        seconds=60,
+        seconds=40,
         command=_module("first_contact.ceilings"),
         rehearsal=_module("first_contact.ceilings"),
         needs=("numpy",),
@@ -89,7 +89,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="fast",
         tells="SD3.5-medium, flow_grpo's fast recipe: theirs as its config has it, ours eager and compiled",
-        seconds=180,
+        seconds=210,
         command=_against("fast", *_TIMED, "--theirs", "float16", "--ours", "", "--ours", "compile=blocks"),
         rehearsal=_against_in_miniature("fast", "--rounds", "2", "--checks", "none", "--theirs", "float32"),
         needs=_TRAINING,
@@ -98,7 +98,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="full",
         tells="SD3.5-medium, flow_grpo's recipe with guidance and KL: theirs as its config has it, ours compiled",
-        seconds=240,
+        seconds=310,
         command=_against("full", *_TIMED, "--theirs", "float16", "--ours", "compile=blocks"),
         rehearsal=_against_in_miniature("full", "--rounds", "2", "--checks", "none", "--theirs", "float32"),
         needs=_TRAINING,

@@ -5,10 +5,12 @@ Steps are processes, as on a machine with a GPU, of a line of Python each.
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,30 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
         ["-c", parent], seconds=20, log=tmp_path / "log.txt", directory=tmp_path, environment=dict(os.environ)
     )
     assert outcome.status == "complete"
-    left = int((tmp_path / "log.txt").read_text())
-    deadline = time.monotonic() + 10
-    while _lives(left) and time.monotonic() < deadline:
+    _wait_until(lambda: not _lives(int((tmp_path / "log.txt").read_text())))
+
+
+def test_a_step_ends_with_what_ran_it(tmp_path: Path) -> None:
+    hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    caller = (
+        "from benchmarks.first_contact.__main__ import main; from benchmarks.first_contact.steps import Step; "
+        f"hangs = Step(name='hangs', tells='', seconds=500, command=('-c', {hangs!r}), rehearsal=('-c', {hangs!r})); "
+        f"main(['--rehearse', '--output', {str(tmp_path / 'out')!r}, '--scratch', {str(tmp_path)!r}], [hangs])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", caller])
+    said = tmp_path / "logs" / "hangs.txt"
+    _wait_until(lambda: said.exists() and said.read_text().endswith("\n"))
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    _wait_until(lambda: not _lives(int(said.read_text())))
+    assert json.loads((tmp_path / "out" / "state.json").read_text())["steps"]["hangs"]["status"] == "begun"
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not _lives(left)
 
 
 def _lives(pid: int) -> bool:
