@@ -100,6 +100,15 @@ def test_the_next_machine_goes_on_where_the_last_one_stopped(tmp_path: Path) -> 
     assert (tmp_path / "ran.txt").read_text() == "first fails last long fails "
 
 
+def test_what_failed_stays_on_record_where_it_cannot_be_tried_again(tmp_path: Path) -> None:
+    steps = [environment(), step("fails", "raise SystemExit('why')", seconds=300.0)]
+    contact(tmp_path / "out", steps)
+    code, record, report = contact(tmp_path / "out", steps, "--again", "--minutes", "2")
+    assert code == 1
+    assert record["fails"]["status"] == "failed"
+    assert "why" in report
+
+
 def test_a_step_that_was_cut_off_with_its_machine_is_begun_again(tmp_path: Path) -> None:
     output = tmp_path / "out"
     peek = f"import shutil; shutil.copy({str(output / 'state.json')!r}, {str(tmp_path / 'seen.json')!r})"
