@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,26 +26,11 @@ _COLUMNS = ("images_per_second", *(f"seconds/{stage}" for stage in _STAGES), "pe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("overrides", nargs="*", help="of the config")
-    arguments = parser.parse_args()
+    arguments = parse()
     with tempfile.TemporaryDirectory() as scratch:
         run, prompts = Path(scratch) / "run", Path(scratch) / "prompts.txt"
         prompts.write_text("".join(f"{caption}\n" for caption in training_captions()), encoding="utf-8")
-        config = load_config(
-            "train",
-            [
-                *arguments.overrides,
-                f"output={run}",
-                f"prompts.path={prompts}",
-                f"prompts.held_out={prompts}",
-                f"train.iterations={_ITERATIONS}",
-                f"runtime.profile={str(arguments.profile).lower()}",
-            ],
-        )
-        trainer = build_trainer(config)
+        trainer = build_trainer(load_config("train", [*overrides(arguments, prompts), f"output={run}"]))
         rows = []
         for _ in range(_ITERATIONS):
             rows.append(trainer.profile(trainer.step))
@@ -58,6 +44,25 @@ def main() -> None:
     theme = "first_contact.iteration"
     title = f"{arguments.name}: iterations on random weights" if torch.cuda.is_available() else arguments.name
     print(write_report(theme, title=title, body=body, data={"name": arguments.name, "iterations": rows}))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("overrides", nargs="*", help="of the config")
+    return parser.parse_intermixed_args(words)
+
+
+def overrides(arguments: argparse.Namespace, prompts: Path) -> list[str]:
+    """Of the config."""
+    return [
+        *arguments.overrides,
+        f"prompts.path={prompts}",
+        f"prompts.held_out={prompts}",
+        f"train.iterations={_ITERATIONS}",
+        f"runtime.profile={str(arguments.profile).lower()}",
+    ]
 
 
 def _keep_profile(directory: Path) -> str:

@@ -16,11 +16,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.first_contact import wheels
+from benchmarks.first_contact import iteration, wheels
 from benchmarks.first_contact.__main__ import main
 from benchmarks.first_contact.one_of_each import _covering
 from benchmarks.first_contact.runner import run
 from benchmarks.first_contact.steps import STEPS, Step
+from benchmarks.flow_grpo import __main__ as flow_grpo
+from benchmarks.flow_grpo.pipeline import MINIATURE
+from benchmarks.flow_grpo.recipe import Job, our_config
+from benchmarks.flow_grpo.setting import Setting
+from fastgrpo.config import load_config
 
 _GPU = {"gpu": "H100", "no_gpu": None, "cpu": "8 cores", "unfit": {}, "versions": {"torch": "2.11.0"}}
 
@@ -270,6 +275,30 @@ def test_the_table_of_steps() -> None:
     # what a first contact is for fits into one lease of 12 minutes even if every step takes all that it may
     until_full = sum(one.seconds for one in STEPS[: names.index("full") + 1])
     assert until_full <= 12 * 60 - 10
+
+
+@pytest.mark.parametrize("command", [one.command for one in STEPS] + [one.rehearsal for one in STEPS if one.rehearsal])
+def test_the_arguments_of_every_step_are_understood(command: tuple[str, ...], tmp_path: Path) -> None:
+    _, module, *words = command
+    if module == "benchmarks.first_contact.iteration":
+        arguments = iteration.parse(words)
+        config = load_config("train", [*iteration.overrides(arguments, tmp_path), f"output={tmp_path}"])
+        assert bool(config.runtime.profile) == ("--profile" in words)
+    elif module == "benchmarks.flow_grpo":
+        arguments = flow_grpo._parse(words)
+        job = Job(
+            recipe=arguments.recipes[0],
+            pipeline="random",
+            size=MINIATURE,
+            prompts=str(tmp_path),
+            batches=arguments.batches,
+            device="cpu",
+            threads=1,
+        )
+        for text in arguments.ours:
+            our_config(job, [*text.split(), f"output={tmp_path}"])
+        for text in arguments.theirs or ():
+            Setting.parse(text)
 
 
 def test_real_steps_are_rehearsed_and_leave_their_figures(tmp_path: Path) -> None:
