@@ -12,7 +12,8 @@ _TRAINING = (
     "diffusers", "transformers", "peft", "accelerate", "safetensors", "hydra-core", "omegaconf", "rich", "matplotlib",
     "pillow", "numpy", "huggingface-hub", "requests", "tensorboard",
 )  # fmt: skip
-_GPU_TESTS = ("-m", "pytest", "-q", "-m", "gpu", "--maxfail", "30")
+# a line a test, so that one that is cut off has said what it found
+_GPU_TESTS = ("-m", "pytest", "-v", "-m", "gpu", "--tb", "short")
 _TESTS = ("pytest", "pytest-xdist", "hypothesis", "scipy", "pillow", "numpy")
 
 
@@ -75,7 +76,7 @@ STEPS: tuple[Step, ...] = (
         name="kernels",
         tells="whether each operator computes what its reference does, each test at each of its parameters once",
         seconds=110,
-        command=(*_GPU_TESTS, "-n", "6", "-p", "benchmarks.first_contact.one_of_each", "tests/kernels"),
+        command=(*_GPU_TESTS, "-n", "12", "-p", "benchmarks.first_contact.one_of_each", "tests/kernels"),
         needs=("triton", *_TESTS),
     ),
     Step(
