@@ -138,17 +138,16 @@ class Contact:
         """What the step wrote: text goes on record, all else into the output folder."""
         results: dict[str, Any] = {}
         for file in sorted(path for path in written.rglob("*") if path.is_file()):
-            if file.suffix == ".md":
-                results[file.name] = file.read_text(encoding="utf-8")
-            elif file.suffix == ".json":
-                results[file.name] = json.loads(file.read_text(encoding="utf-8"))
+            if file.suffix in (".md", ".json"):
+                results[file.name] = _read(file)
             elif file.stat().st_size <= _LARGEST_FILE:
                 shutil.copyfile(file, self.output / f"{name}_{file.name}")
         return results
 
     def _note_machine(self) -> None:
-        if found := self.state.steps[ENVIRONMENT].results.get("environment.json"):
-            self.machine.update(found, commit=self.commit)
+        record = self.state.steps[ENVIRONMENT]
+        if record.status == COMPLETE:
+            self.machine.update(record.results["environment.json"], commit=self.commit)
 
     def _found_gpu(self) -> bool:
         if self.rehearses or self.machine.get("gpu"):
@@ -161,3 +160,12 @@ class Contact:
         self.state.write()
         text = page(self.state, self.steps, rehearses=self.rehearses)
         (self.output / "report.md").write_text(text, encoding="utf-8")
+
+
+def _read(file: Path) -> Any:
+    """Text, or what JSON says; half a file of a step that was ended is text."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text) if file.suffix == ".json" else text
+    except json.JSONDecodeError:
+        return text

@@ -56,6 +56,7 @@ def test_what_crashes_and_what_hangs_costs_its_own_step(tmp_path: Path) -> None:
         step("crashes", "import os; print('on the way', flush=True); os.abort()"),
         step("refuses", "raise SystemExit('a case was refused')"),
         step("hangs", "import time; print('waiting', flush=True); time.sleep(600)", seconds=1.0),
+        step("breaks_off", "import os; open(os.environ['BENCHMARK_RESULTS'] + '/a.json', 'w').write('{'); os.abort()"),
         step("works", WRITES),
     ]
     begun = time.monotonic()
@@ -63,7 +64,8 @@ def test_what_crashes_and_what_hangs_costs_its_own_step(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 60
     assert code == 1
     assert {name: one["status"] for name, one in record.items()} == {
-        "environment": "complete", "crashes": "failed", "refuses": "failed", "hangs": "timed out", "works": "complete",
+        "environment": "complete", "crashes": "failed", "refuses": "failed", "hangs": "timed out",
+        "breaks_off": "failed", "works": "complete",
     }  # fmt: skip
     assert record["crashes"]["reason"] == "killed by SIGABRT"
     assert record["refuses"]["reason"] == "exit code 1"
