@@ -59,7 +59,8 @@ _EMBEDDED = ("train.prompts_per_iteration=2", "train.group_size=2", "reward.gold
 # what 80 GB hold; planning them would compile for two more batches
 _SIZES = ("runtime.sampling_batch=64", "runtime.decode_batch=16")
 _NFT = (*_SIZES, "runtime.micro_batch=32")
-_FLOW = (*_SIZES, "runtime.micro_batch=16")
+# half the images of the published run
+_FLOW = (*_SIZES, "runtime.micro_batch=16", "train.prompts_per_iteration=4")
 # few samples, for launches to count
 _GRAPHS = ("compile=graphs", "train.prompts_per_iteration=2", "runtime.micro_batch=8")
 
@@ -123,7 +124,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         name="profile",
-        tells="where the time of an iteration of flow_grpo_sd35 goes, by stage and kernel",
+        tells="where the time of an iteration of flow_grpo_sd35 goes, by stage and kernel: 32 images",
         seconds=240,
         command=_module("first_contact.iteration", "profile", "--profile", "experiment=flow_grpo_sd35", *_SD35, *_FLOW),
         rehearsal=_module("first_contact.iteration", "profile", "--profile", *_EMBEDDED),
@@ -131,7 +132,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         name="graphs",
-        tells="the same with CUDA graphs, few images an iteration",
+        tells="the same with CUDA graphs and 16 images",
         seconds=180,
         command=_module("first_contact.iteration", "graphs", "experiment=flow_grpo_sd35", *_SD35, *_GRAPHS, *_SIZES),
         needs=_TRAINING,
