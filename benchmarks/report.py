@@ -1,7 +1,11 @@
-"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>``, .json and .md, with its origin."""
+"""Where a measurement goes: ``results/<theme>_<device>_<yyyymm>_<commit>``, .json and .md, with its origin.
+
+BENCHMARK_RESULTS in the environment is another directory for it, BENCHMARK_COMMIT the commit where no git can be asked.
+"""
 
 import datetime
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +15,7 @@ import torch
 
 from fastgrpo.records.summary import commit, hardware, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def write_report(theme: str, *, title: str, body: str, data: dict[str, Any], counted: bool = False) -> Path:
@@ -21,9 +25,11 @@ def write_report(theme: str, *, title: str, body: str, data: dict[str, Any], cou
 
     Returns the path of the .md.
     """
-    revision = commit()
+    revision = commit() or os.environ.get("BENCHMARK_COMMIT")
     if revision is None:
-        raise ValueError("a result needs the commit it was measured at; run benchmarks from a git checkout")
+        raise ValueError(
+            "a result needs the commit it was measured at; run benchmarks from a git checkout, or set BENCHMARK_COMMIT"
+        )
     device = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
     device = "counted" if counted else device
     dirty = "-dirty" if revision.endswith("-dirty") else ""

@@ -7,7 +7,8 @@
 Both have the same chances: --theirs is a type, float32, float16 or bfloat16, by accelerate's mixed precision, with
 ``compiled`` after it for torch.compile of its transformer blocks; --ours is overrides of the config. Each of ours is
 set beside the side of theirs that computes as it does. Each side is checked as it will be timed
-(benchmarks/flow_grpo/agreement.py), and one that does not do the same work is not timed.
+(benchmarks/flow_grpo/agreement.py), and one that does not do the same work is not timed; --checks none leaves that to
+another run, of --checks only.
 
 PATH is a checkout of github.com/yifan123/flow_grpo; with several, each recipe takes the first that can run it. The
 fast recipe came in August 2025; until then the unconditional branch was detached, as it is here: give one checkout
@@ -19,18 +20,18 @@ benchmarks/flow_grpo/theirs.py.
 import argparse
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.flow_grpo.agreement import agreement
+from benchmarks.flow_grpo.agreement import Agreement, agreement
 from benchmarks.flow_grpo.checkout import Checkout, choose
 from benchmarks.flow_grpo.measure import Entry, checked, timed
 from benchmarks.flow_grpo.ours import FastGRPO
-from benchmarks.flow_grpo.pipeline import FULL, MINIATURE, make_pipeline
+from benchmarks.flow_grpo.pipeline import FULL, FULL_SHORT_TEXT, MINIATURE, make_pipeline
 from benchmarks.flow_grpo.plain import PlainFastGRPO
 from benchmarks.flow_grpo.recipe import MICRO_BATCH, OPTIMIZER_STEPS, RECIPES, Job, our_config, our_setting
 from benchmarks.flow_grpo.results import PLAIN, THEIRS, Result, goals, summary
@@ -68,6 +69,8 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
             if result is not None:
                 results.append(result)
                 print(summary(results[-1:]), flush=True)
+    if arguments.checks == "only":
+        return
     if not results:
         raise SystemExit("no recipe could run on the given checkouts")
     body = "\n\n".join(["\n".join(f"- {line}" for line in goals(results)), _LEGEND, _setting(job), summary(results)])
@@ -89,7 +92,13 @@ def _parse(arguments_of_shell: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="iterations of each side that are not counted")
     parser.add_argument("--batches", type=int, help="micro-batches an iteration: 4 at full size, else 2")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each side; 0 is PyTorch's choice")
-    parser.add_argument("--pipeline", type=Path, help="a StableDiffusion3Pipeline directory instead of random weights")
+    parser.add_argument(
+        "--pipeline",
+        type=Path,
+        help="a StableDiffusion3Pipeline directory; one that does not exist is made, with random weights, and kept",
+    )
+    parser.add_argument("--short-text", action="store_true", help="with --full: random text encoders of one layer")
+    parser.add_argument("--checks", choices=("first", "none", "only"), default="first")
     parsed = parser.parse_args(arguments_of_shell)
     parsed.batches = parsed.batches or (4 if parsed.full else 2)
     if parsed.rounds < 2 or parsed.batches % OPTIMIZER_STEPS:
@@ -98,12 +107,15 @@ def _parse(arguments_of_shell: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _job(arguments: argparse.Namespace, scratch: Path) -> Job:
-    size = FULL if arguments.full else MINIATURE
+    full = FULL_SHORT_TEXT if arguments.short_text else FULL
+    size = full if arguments.full else MINIATURE
     device = "cuda" if arguments.full else "cpu"
     # an iteration never meets a prompt of an earlier one, so that cached conditions save no more than in training
     prompts = scratch / "prompts.txt"
     prompts.write_text("".join(f"{caption}\n" for caption in training_captions()))
-    pipeline = arguments.pipeline or make_pipeline(scratch / "pipeline", size, device)
+    pipeline = arguments.pipeline or scratch / "pipeline"
+    if not pipeline.exists():
+        pipeline = make_pipeline(pipeline, size, device)
     return Job(
         recipe=arguments.recipes[0],
         pipeline=str(pipeline),
@@ -124,7 +136,10 @@ def _run(job: Job, checkouts: Sequence[Checkout], arguments: argparse.Namespace,
         return None
     entries = _theirs(job, checkout, arguments, scratch) | _ours(job, checkout, arguments, scratch)
     baseline = next(iter(entries))
-    agreements, refused = checked(entries)
+    agreements, refused = ({}, {}) if arguments.checks == "none" else checked(entries)
+    if arguments.checks == "only":
+        _say_what_was_checked(recipe.name, agreements, refused)
+        return None
     entries = {side: entry for side, entry in entries.items() if side not in refused}
     if baseline in refused or len(entries) < 2:
         raise SystemExit(f"{recipe.name} cannot be measured: " + "; ".join(f"{s}, {why}" for s, why in refused.items()))
@@ -138,6 +153,15 @@ def _run(job: Job, checkouts: Sequence[Checkout], arguments: argparse.Namespace,
         agreements=agreements,
         refused=refused,
     )
+
+
+def _say_what_was_checked(recipe: str, agreements: Mapping[str, Agreement], refused: Mapping[str, str]) -> None:
+    """SystemExit where a side does not do the same work."""
+    for side, found in agreements.items():
+        off = f"ratio off by {found.ratio_deviation:.1e}, gradients by {found.gradient_difference:.1e}"
+        print(f"{recipe}: {side}: the same work: {off}; allowed: {found.tolerance}", flush=True)
+    if refused:
+        raise SystemExit("; ".join(f"{recipe}: {side}, {why}" for side, why in refused.items()))
 
 
 def _theirs(job: Job, checkout: Checkout | None, arguments: argparse.Namespace, scratch: Path) -> dict[str, Entry]:

@@ -32,6 +32,8 @@ def children(sides: Mapping[str, Work]) -> Iterator[dict[str, Callable[[], Any]]
             process.start()
             there.close()
             running[name] = process, here
+        # all of them import and load at the same time
+        for name, (_, here) in running.items():
             _answer(name, here)
         yield {name: partial(_ask, name, here) for name, (_, here) in running.items()}
     finally:

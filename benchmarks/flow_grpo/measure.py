@@ -62,6 +62,10 @@ def timed(entries: Mapping[str, Entry], warm_up: int, rounds: int) -> dict[str, 
         for number in range(warm_up + rounds):
             for side in reversed(list(entries)) if number % 2 else entries:
                 iteration = run[side]()
+                # what is left of a run that is cut off
+                what = f"round {number - warm_up + 1}" if number >= warm_up else "warm-up"
+                parts = f"rollout {iteration.rollout_seconds:.2f} s, update {iteration.update_seconds:.2f} s"
+                print(f"{side}, {what}: {iteration.num_images} images, {parts}", flush=True)
                 if number >= warm_up:
                     measured[side].append(iteration)
     return measured

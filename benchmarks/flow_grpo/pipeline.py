@@ -11,7 +11,7 @@ Heads of 64, patches of 2, 16 latent channels, an autoencoder of four levels, tw
 Flow-GRPO pads CLIP's text to 77 tokens whatever the model, so the miniature has more text than its share.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ FULL = Size(
     t5_tokens=128,
     lora_rank=32,
 )
+# text encoders of one layer: 9 GB less to write and to load, and a smaller share of the iteration, on both sides
+FULL_SHORT_TEXT = replace(FULL, clip=((768, 1), (1280, 1)), t5=(4096, 1))
 MINIATURE = Size(
     resolution=192,
     num_layers=4,
@@ -84,10 +86,17 @@ def make_pipeline(directory: Path, size: Size, device: str, seed: int = 0) -> Pa
             text_encoder_3=_t5(tokenizer, *size.t5),
             tokenizer_3=tokenizer,
         )
-    if size == FULL:
+    if size.t5[0] == FULL.t5[0]:
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             encoder.half()
-    pipeline.save_pretrained(directory)
+    # one that is only half written is not taken for one
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    pipeline.save_pretrained(unfinished)
+    unfinished.rename(directory)
+    if device == "cuda":
+        # the sides are other processes, and need this memory
+        del pipeline, encoders
+        torch.cuda.empty_cache()
     return directory
 
 

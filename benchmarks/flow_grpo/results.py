@@ -137,6 +137,8 @@ def _figures(one: Agreement | None) -> list[str]:
 
 
 def _unchecked(result: Result) -> list[str]:
+    if not result.agreements and result.baseline != PLAIN:
+        return ["None of the sides was checked in this run: another one must say that they do the same work."]
     if not result.agreements:
         return ["There was no checkout of flow_grpo: this compares our code with itself, every optimization off."]
     if any(one.trains_unconditional for one in result.agreements.values()):

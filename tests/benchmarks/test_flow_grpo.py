@@ -167,7 +167,7 @@ def test_speeds_and_ratios_by_hand() -> None:
     assert "| ours model.dtype=bfloat16 | 9 [9, 9] | 4.50 [4.25, 5.25] |  |  |  |  | 9 |" in text
     assert "| 5 | 7.0e-05 |" in text
     assert "| 9 | 0.0e+00 |" in text
-    assert "There was no checkout of flow_grpo" in text
+    assert "None of the sides was checked in this run" in text
     assert "| side | images/s | x baseline |" in summary([replace(result, device="cuda")])
     sides = result.to_dict()["sides"]
     assert sides["ours compile=blocks"]["times_faster_than_alike"]["iteration"]["median"] == 1.5

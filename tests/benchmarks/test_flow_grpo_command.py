@@ -96,6 +96,7 @@ def test_without_a_checkout_ours_is_compared_with_itself(
     told = capsys.readouterr().out
     assert "no --checkout of flow_grpo was given" in told
     assert "- fast: ours runtime.micro_batch=6 is 1.00x ours, plain" in told
+    assert "There was no checkout of flow_grpo" in told
     (result,) = report["data"]["results"]
     assert result["baseline"] == "ours, plain"
     assert [side["agreement"] for side in result["sides"].values()] == [None, None]
@@ -148,6 +149,43 @@ def test_a_refused_side_is_not_timed_and_the_command_fails(
     monkeypatch.setattr(command, "checked", lambda entries: ({}, {"flow_grpo float32": "wrong"}))
     with pytest.raises(SystemExit, match="fast cannot be measured: flow_grpo float32, wrong"):
         command.main([*arguments, "--ours", ""])
+
+
+def test_checks_may_be_left_to_a_run_of_their_own(
+    report: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stand_in: Checkout,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "timed", lambda entries, *_: {side: [ITERATION] * 2 for side in entries})
+    monkeypatch.setattr(command, "checked", lambda entries: pytest.fail("nothing was to be checked"))
+    arguments = ["--checkout", str(stand_in.path), "--recipes", "fast", "--theirs", "float32", "--ours", ""]
+    command.main([*arguments, "--checks", "none"])
+    assert "None of the sides was checked in this run" in report["body"]
+    assert "every optimization off" not in report["body"]
+
+    monkeypatch.setattr(command, "timed", lambda *_: pytest.fail("nothing was to be timed"))
+    monkeypatch.setattr(command, "checked", lambda entries: (dict.fromkeys(entries, AGREEMENT), {}))
+    command.main([*arguments, "--checks", "only"])
+    told = "fast: ours: the same work: ratio off by 1.0e-07, gradients by 2.0e-06; allowed: ratio 1e-05"
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr(command, "checked", lambda entries: ({"ours": AGREEMENT}, {"flow_grpo float32": "wrong"}))
+    with pytest.raises(SystemExit, match="fast: flow_grpo float32, wrong"):
+        command.main([*arguments, "--checks", "only"])
+
+
+def test_a_pipeline_is_made_once_and_whole(tmp_path: Path, tiny_size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "MINIATURE", tiny_size)
+    arguments = command._parse(["--pipeline", str(tmp_path / "pipeline")])
+    assert command._job(arguments, tmp_path).pipeline == str(tmp_path / "pipeline")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["pipeline"]
+    monkeypatch.setattr(command, "make_pipeline", lambda *_: pytest.fail("it is there"))
+    assert command._job(arguments, tmp_path).pipeline == str(tmp_path / "pipeline")
+    # one that was cut off while it was written is not there
+    (tmp_path / "other.unfinished").mkdir()
+    monkeypatch.setattr(command, "make_pipeline", lambda directory, *_: directory / "made")
+    other = command._parse(["--pipeline", str(tmp_path / "other")])
+    assert command._job(other, tmp_path).pipeline == str(tmp_path / "other" / "made")
 
 
 TURNS: list[str] = []

@@ -93,3 +93,17 @@ def test_every_file_that_the_readme_links_exists() -> None:
     files = {link for link in links if "://" not in link}
     assert len(files) > 40
     assert {link for link in files if not (root / link).exists()} == set()
+
+
+def test_a_result_goes_where_the_environment_says_and_takes_its_commit_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "commit", lambda: None)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
+    with pytest.raises(ValueError, match="set BENCHMARK_COMMIT"):
+        report.write_report("theme", title="Title", body="", data={})
+    monkeypatch.setenv("BENCHMARK_COMMIT", "fedcba9876543210")
+    written = report.write_report("theme", title="Title", body="", data={})
+    assert written.parent == tmp_path
+    assert written.stem.endswith("_fedcba987")
