@@ -37,7 +37,7 @@ from fastgrpo.types import Conditions, Time
 
 PATCH = 2
 
-# cosines and sines [N, D] of the angles that pairs of channels are rotated by
+# cosines and sines [N, D] of the angles that pairs of channels are rotated by, each pair's first sine negated
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -113,7 +113,8 @@ class FluxNetwork:
             places_N3 = torch.zeros(num_text + rows * columns, 3, device=device)
             places_N3[num_text:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
             places_N3[num_text:, 2] = torch.arange(columns, device=device).repeat(rows)
-            self._rotations[key] = transformer.pos_embed(places_N3)
+            cos_ND, sin_ND = transformer.pos_embed(places_N3)
+            self._rotations[key] = cos_ND, torch.stack([-sin_ND[:, ::2], sin_ND[:, 1::2]], dim=2).flatten(1)
         return self._rotations[key]
 
 
@@ -156,9 +157,9 @@ def _rotated(x_BNHD: Tensor, rotation: Rotation) -> Tensor:
     """Each pair of neighbouring channels turned by its token's angle."""
     cos_N1D, sin_N1D = (part_ND[:, None] for part_ND in rotation)
     exact_BNHD = x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32))
-    even, odd = exact_BNHD.unflatten(3, (-1, 2)).unbind(4)
-    turned_BNHD = torch.stack([-odd, even], dim=4).flatten(3)
-    return (exact_BNHD * cos_N1D + turned_BNHD * sin_N1D).to(x_BNHD.dtype)
+    # the sines have the signs: swapping is no tensor of its own once it is compiled, concatenating would be
+    swapped_BNHD = exact_BNHD.unflatten(3, (-1, 2)).flip(4).flatten(3)
+    return (exact_BNHD * cos_N1D + swapped_BNHD * sin_N1D).to(x_BNHD.dtype)
 
 
 def _clipped(x: Tensor) -> Tensor:
