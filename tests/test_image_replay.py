@@ -283,7 +283,7 @@ def test_the_old_policy_is_asked_merged_in_batches_of_sampling_and_never_for_the
     velocity, seen = StableDiffusion3.velocity, []
 
     def watching(self, x_BCHW: Tensor, t: Any, *arguments: Any) -> Any:
-        is_merged = self.adaptation._mode.is_merged
+        is_merged = self.adaptation._mode.is_off
         seen.append((len(x_BCHW), torch.is_grad_enabled(), is_merged, self._is_sampling, self._is_lossy))
         return velocity(self, x_BCHW, t, *arguments)
 

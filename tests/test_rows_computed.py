@@ -1,7 +1,7 @@
 """How many rows pass through the network in an iteration, against numbers by hand: nothing is computed twice.
 
 Letters: B samples, T trained steps of N.  Flow-GRPO's recipe has T = N - 1; with guidance it takes
-    rollout    2 N B                              both branches
+    rollout    2 N B                              both branches, the conditional one of T B in the mode of the update
     update     T B under gradient: the conditional branch
                T B of the unconditional branch, but not before the first optimizer step, where it is the rollout's
                2 T B of the reference policy where kl_coef > 0
@@ -29,7 +29,7 @@ LATE_WINDOW = ("algorithm.timesteps.low=2", "algorithm.timesteps.high=5")
 
 @dataclass
 class Rows:
-    """Rows of the networks' batches, with and without gradient."""
+    """Rows of the networks' batches, in the mode of gradients, in which update computes, and without."""
 
     with_gradient: int = 0
     without: int = 0
@@ -84,14 +84,14 @@ def test_the_full_recipe(optimizer_steps: int, kl_coef: float, without_gradient:
         *GUIDED,
         f"train.optimizer_steps={optimizer_steps}", f"algorithm.objective.kl_coef={kl_coef}",
     )  # fmt: skip
-    assert sampled == Rows(with_gradient=0, without=2 * N * B)
+    assert sampled == Rows(with_gradient=T * B, without=2 * N * B - T * B)
     assert updated == Rows(with_gradient=T * B, without=without_gradient)
 
 
 def test_the_fast_recipe_without_guidance(iterate: Iterate) -> None:
     sampled, updated = iterate(*FAST, "train.optimizer_steps=2")
     # a window of 3 is trained, whose replay is all that the update computes
-    assert sampled == Rows(with_gradient=0, without=N * B)
+    assert sampled == Rows(with_gradient=3 * B, without=N * B - 3 * B)
     assert updated == Rows(with_gradient=3 * B, without=0)
 
 
@@ -104,14 +104,14 @@ def test_gradients_taken_in_the_rollout_leave_the_update_nothing_to_compute(iter
 
 def test_with_two_optimizer_steps_half_of_the_gradients_are_taken_in_the_rollout(iterate: Iterate) -> None:
     sampled, updated = iterate(*FAST, "train.gradients=reweight", "train.optimizer_steps=2")
-    assert sampled == Rows(with_gradient=3 * B // 2, without=N * B - 3 * B // 2)
+    assert sampled == Rows(with_gradient=3 * B, without=N * B - 3 * B)
     assert updated == Rows(with_gradient=3 * B // 2, without=0)
 
 
 def test_a_shared_start_is_denoised_once_a_prompt_until_the_window(iterate: Iterate) -> None:
     sampled, updated = iterate(*FAST, *LATE_WINDOW, "algorithm/noise=shared")
     # steps 0 and 1 of two prompts, 2 to 6 of all samples
-    assert sampled == Rows(with_gradient=0, without=2 * 2 + 5 * B)
+    assert sampled == Rows(with_gradient=3 * B, without=2 * 2 + 2 * B)
     assert updated == Rows(with_gradient=3 * B, without=0)
 
 
@@ -126,5 +126,5 @@ def test_a_shared_start_is_denoised_once_a_prompt_until_the_window(iterate: Iter
 )
 def test_a_lossy_solver_saves_rows_outside_of_the_window_alone(solver: str, rows: int, iterate: Iterate) -> None:
     sampled, updated = iterate(*FAST, *LATE_WINDOW, "model.guidance_scale=4.5", solver)
-    assert sampled == Rows(with_gradient=0, without=rows)
+    assert sampled == Rows(with_gradient=3 * B, without=rows - 3 * B)
     assert updated == Rows(with_gradient=3 * B, without=0)
