@@ -1,4 +1,4 @@
-"""Run a function on several ranks, in processes forked once a test module: a call takes milliseconds.
+"""Run a function on several ranks, in processes that are started once a test module: a call takes milliseconds.
 
     on_ranks = ranks_of_module()
 
@@ -6,8 +6,9 @@
         assert on_ranks(2, number_of, 10) == [10, 11]
 
 calls ``number_of(world, 10)`` on two ranks.  Each number of ranks has processes of its own, which join their world once
-and live on from call to call, until one of them fails: then the next call starts others.  On GPUs, whose driver does
-not outlive a fork, they are started anew.
+and live on from call to call, until one of them fails: then the next call starts others.  They are forked from a
+server that has imported all they need and run none of it, since autograd's threads do not outlive a fork, which a
+PyTorch that is built for CUDA has; on GPUs, whose driver does not either, they are started anew.
 """
 
 import itertools
@@ -36,12 +37,15 @@ _PORTS = range(10_000, 32_000)
 _ports = itertools.count(os.getpid() * 137)
 
 
-def ranks_of_module(*, joined: bool = True) -> Any:
-    """A fixture, ``Ranks`` that live as long as the tests of the module that it is assigned in."""
+def ranks_of_module(*, joined: bool = True, prepare: Callable[[], None] | None = None) -> Any:
+    """A fixture, ``Ranks`` that live as long as the tests of the module that it is assigned in.
+
+    prepare: a function of a module, called in each process before anything else; what a test patches stays in its own.
+    """
 
     @pytest.fixture(scope="module")
     def on_ranks() -> Iterator[Ranks]:
-        ranks = Ranks(joined)
+        ranks = Ranks(joined, prepare)
         yield ranks
         ranks.end()
 
@@ -54,8 +58,8 @@ class Ranks:
     Ranks that are not ``joined`` know of each other from their environment alone; each is a world of one.
     """
 
-    def __init__(self, joined: bool = True) -> None:
-        self._joined = joined
+    def __init__(self, joined: bool = True, prepare: Callable[[], None] | None = None) -> None:
+        self._joined, self._prepare = joined, prepare
         self._teams: dict[tuple[int, str], _Team] = {}
 
     def __call__(
@@ -75,7 +79,7 @@ class Ranks:
         """
         key = num_ranks, device
         if key not in self._teams:
-            self._teams[key] = _Team(num_ranks, device, self._joined)
+            self._teams[key] = _Team(num_ranks, device, self._joined, self._prepare)
         try:
             results = self._teams[key].call(run, args, settings, seconds, killed)
         except BaseException:
@@ -94,15 +98,17 @@ class Ranks:
 class _Team:
     """The processes of one world, and the store that they meet at, which is held here: nobody else takes its port."""
 
-    def __init__(self, num_ranks: int, device: str, joined: bool) -> None:
-        context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    def __init__(self, num_ranks: int, device: str, joined: bool, prepare: Callable[[], None] | None) -> None:
+        context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        # heeded by the first that starts the server
+        context.set_forkserver_preload(["tests.ranks", "fastgrpo.train"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
             own, theirs = context.Pipe()
             environment = _environment(rank, num_ranks, self._store.port)
-            settings = (environment, device, joined, theirs, os.getpid())
+            settings = (environment, device, joined, prepare, theirs)
             process = context.Process(target=_serve, args=settings, daemon=True)
             process.start()
             # the last end of the pipe but that of the rank, so that its death is seen
@@ -154,7 +160,12 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _serve(environment: dict[str, str], device: str, joined: bool, pipe: Connection, parent: int) -> None:
+def _serve(
+    environment: dict[str, str], device: str, joined: bool, prepare: Callable[[], None] | None, pipe: Connection
+) -> None:
+    parent = os.getppid()
+    if prepare is not None:
+        prepare()
     os.environ |= environment
     torch.set_num_threads(1)
     before = dict(os.environ)

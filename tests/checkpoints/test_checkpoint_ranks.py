@@ -26,15 +26,20 @@ from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError, TrainSt
 from fastgrpo.distributed.world import World, join_world
 from tests.ranks import Ranks, free_port, ranks_of_module
 
-on_ranks = ranks_of_module()
-
 # as many rows as 4 ranks have: fewer, equal, more that do not divide; and what is never sharded
 SHAPES = {"few": (3, 5), "equal": (4, 2, 2), "odd": (11, 3), "vector": (9,), "one": (1, 7)}
 
 
+def write_small_parts() -> None:
+    """However small the tensors are, every rank writes."""
+    shards.PART_BYTES = 1
+
+
+on_ranks = ranks_of_module(prepare=write_small_parts)
+
+
 @pytest.fixture(autouse=True)
 def every_rank_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However small the tensors are; ranks are forked, so it reaches them."""
     monkeypatch.setattr(shards, "PART_BYTES", 1)
 
 
