@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.on_device import on_device
 from fastgrpo.rewards.reward import RewardError
 
 # of numpy's types: booleans, integers with and without sign, floats
@@ -25,7 +26,7 @@ def as_rewards(name: str, answer: Any, num_images: int, device: torch.device) ->
             raise _refusal(name, f"{_shown(answer[wrong])} for image {wrong}", num_images)
         if len(answer) != num_images:
             raise _refusal(name, f"a {type(answer).__name__} of {len(answer)}", num_images)
-        return torch.tensor([float(value) for value in answer], dtype=torch.float32, device=device)
+        return on_device(torch.tensor([float(value) for value in answer], dtype=torch.float32), device)
     if isinstance(answer, np.ndarray):
         if answer.dtype.kind not in _NUMBERS:
             raise _refusal(name, f"an array of {answer.dtype}", num_images)
@@ -37,7 +38,7 @@ def as_rewards(name: str, answer: Any, num_images: int, device: torch.device) ->
         raise _refusal(name, f"a tensor of {answer.dtype}", num_images)
     if answer.shape != (num_images,):
         raise _refusal(name, f"shape {list(answer.shape)}", num_images)
-    return answer.to(device, torch.float32)
+    return answer.to(device, torch.float32) if answer.is_cuda else on_device(answer.float(), device)
 
 
 def check_finite(name: str, reward_B: Tensor, texts: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fastgrpo.on_device import on_device
 from fastgrpo.rewards.answers import check_finite
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scoring import Scoring
@@ -90,7 +91,7 @@ class Scores(Generic[Collected]):
 
         # a daemon, since a run that is interrupted shall not wait for a judge that does not answer
         Thread(target=run, daemon=True).start()
-        return lambda: future.result().to(device)
+        return lambda: on_device(future.result(), device)
 
 
 def _ask_on_host(ask: Callable[[Tensor, list[str]], Tensor], images: Callable[[], Tensor], texts: list[str]) -> Tensor:
