@@ -9,6 +9,8 @@ from collections import defaultdict
 import pytest
 
 
+# after -m has taken its share: a case that is not run covers nothing
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:

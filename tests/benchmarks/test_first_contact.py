@@ -268,6 +268,23 @@ def test_one_of_each_has_every_parameter_in_the_fewest_cases() -> None:
     assert _covering([only]) == [only]
 
 
+def test_one_of_each_covers_with_cases_that_are_run(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs one\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('size', [1, 7, 64])\n"
+        "@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])\n"
+        "def test_it(device, size): pass\n"
+    )
+    words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "benchmarks.first_contact.one_of_each", "-p", "no:cacheprovider"]
+    path = os.pathsep.join([str(wheels.ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *words, "-v", "."],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "3 passed, 3 deselected" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_table_of_steps() -> None:
     names = [one.name for one in STEPS]
     assert len(set(names)) == len(names)
