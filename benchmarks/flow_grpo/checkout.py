@@ -74,9 +74,12 @@ class Checkout:
         return function
 
     def commit(self) -> str:
-        """Its commit, or "unknown" where the directory is no git checkout."""
+        """Its commit, or "unknown" where the directory is no git checkout or the machine has no git."""
         command = ["git", "-C", str(self.path), "rev-parse", "--show-toplevel", "HEAD"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            return "unknown"
         top, _, commit = result.stdout.strip().partition("\n")
         return commit if result.returncode == 0 and Path(top) == self.path.resolve() else "unknown"
 

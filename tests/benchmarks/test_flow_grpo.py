@@ -89,6 +89,11 @@ def test_a_directory_inside_another_repository_has_no_commit(tmp_path: Path) -> 
     assert checkout.commit() == "unknown"
 
 
+def test_without_git_a_checkout_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert make_checkout(tmp_path / "flow_grpo").commit() == "unknown"
+
+
 def test_children_keep_their_state_take_turns_and_tell_what_failed() -> None:
     sides = {"a": count, "b": count, "c": fail_when_called, "d": die}
     with children(sides) as run:
