@@ -41,7 +41,7 @@ class Contact:
     slowness: float = 1.0
 
     def __call__(self, chosen: Sequence[Step], *, again: bool) -> bool:
-        """Run what is not settled; False where there is no GPU to run it on."""
+        """Run what is not settled; False where the machine says that it has no GPU to run it on."""
         self.state.machines.append({})
         for step in chosen:
             known = self.state.steps.get(step.name)
@@ -55,13 +55,13 @@ class Contact:
                 self._write()
             else:
                 self._run(step)
-            if step.name == ENVIRONMENT and not self._found_gpu():
+            if step.name == ENVIRONMENT and self._lacks_gpu():
                 return False
         return True
 
     @property
     def machine(self) -> dict[str, Any]:
-        """What the environment step found on this one; empty before."""
+        """What the environment step found on this one; empty before, or where it found nothing."""
         return self.state.machines[-1]
 
     def _obstacle(self, step: Step) -> str:
@@ -145,16 +145,19 @@ class Contact:
         return results
 
     def _note_machine(self) -> None:
-        record = self.state.steps[ENVIRONMENT]
-        if record.status == COMPLETE:
-            self.machine.update(record.results["environment.json"], commit=self.commit)
+        """Also what a step that then failed or hung has found."""
+        found = self.state.steps[ENVIRONMENT].results.get("environment.json")
+        if isinstance(found, dict):
+            self.machine.update(found, commit=self.commit)
 
-    def _found_gpu(self) -> bool:
-        if self.rehearses or self.machine.get("gpu"):
-            return True
-        why = self.machine.get("no_gpu") or "what this machine is was not found out, see report.md"
+    def _lacks_gpu(self) -> bool:
+        """Only where it is said: a step that failed costs itself, and not those that would have run."""
+        said = self.state.steps[ENVIRONMENT].status == COMPLETE and self.machine and not self.machine["gpu"]
+        if self.rehearses or not said:
+            return False
+        why = self.machine["no_gpu"]
         print(f"first_contact: no GPU to ask: {why}; --rehearse runs in miniature without one", flush=True)
-        return False
+        return True
 
     def _write(self) -> None:
         self.state.write()

@@ -19,10 +19,18 @@ _NAMED = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", 
 def main() -> None:
     directory = Path(os.environ["BENCHMARK_RESULTS"])
     found = _gpu() | _host()
-    (directory / "environment.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    lines = [f"- {name}: {value}" for name, value in found.items() if name not in ("versions", "nvidia_smi")]
+    _write(directory, found)
+    lines = [f"- {name}: {value}" for name, value in found.items() if name != "versions"]
     (directory / "environment.md").write_text("\n".join([*lines, *_consequences(found)]) + "\n", encoding="utf-8")
-    print((directory / "environment.md").read_text(encoding="utf-8"), found["nvidia_smi"])
+    print((directory / "environment.md").read_text(encoding="utf-8"), flush=True)
+    # it may hang where a driver does
+    found["nvidia_smi"] = _said("nvidia-smi")
+    _write(directory, found)
+    print(found["nvidia_smi"])
+
+
+def _write(directory: Path, found: dict[str, Any]) -> None:
+    (directory / "environment.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _gpu() -> dict[str, Any]:
@@ -62,7 +70,6 @@ def _host() -> dict[str, Any]:
         "nvcc": shutil.which("nvcc"),
         "unfit": unfit(sorted({name for step in STEPS for name in step.needs} | {"torch"})),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _NAMED},
-        "nvidia_smi": _said("nvidia-smi"),
     }
 
 

@@ -138,6 +138,52 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path, capsys: pytes
     assert list(record) == ["environment"]
 
 
+@pytest.mark.parametrize("ending", ["raise SystemExit(1)", "import time; time.sleep(600)"])
+@pytest.mark.parametrize("has_written", [True, False])
+def test_an_environment_step_that_fails_or_hangs_costs_itself(tmp_path: Path, ending: str, has_written: bool) -> None:
+    found = environment(unfit={"diffusers": "missing"}).command[1] + "; " if has_written else ""
+    steps = [
+        step("environment", found + ending, seconds=2.0, each_machine=True),
+        step("trains", WRITES, needs=("diffusers",)),
+        step("works", WRITES),
+    ]
+    code, record, report = contact(tmp_path / "out", steps)
+    assert code == 1
+    assert record["environment"]["status"] in ("failed", "timed out")
+    assert record["works"]["status"] == "complete"
+    # what it wrote before is known, and nothing else
+    assert record["trains"]["status"] == ("not reached" if has_written else "complete")
+    assert ("- machine 1: H100; 8 cores" in report) == has_written
+
+
+def test_what_the_machine_is_is_written_before_nvidia_smi_is_asked(tmp_path: Path) -> None:
+    hangs = tmp_path / "bin" / "nvidia-smi"
+    hangs.parent.mkdir()
+    hangs.write_text("#!/bin/sh\nexec sleep 600\n")
+    hangs.chmod(0o755)
+    directory = tmp_path / "results"
+    directory.mkdir()
+    told = {
+        **os.environ,
+        "BENCHMARK_RESULTS": str(directory),
+        "PATH": os.pathsep.join([str(hangs.parent), os.environ["PATH"]]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.first_contact.environment"],
+        cwd=wheels.ROOT, env=told, stdout=subprocess.PIPE, text=True, process_group=0,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert "- gpu: " in "".join(process.stdout.readline() for _ in range(3))
+        found = json.loads((directory / "environment.json").read_text())
+        assert "unfit" in found
+        assert "nvidia_smi" not in found
+        assert (directory / "environment.md").exists()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def test_a_step_waits_for_what_was_not_carried(tmp_path: Path) -> None:
     steps = [
         environment(unfit={"diffusers": "missing", "peft": "0.1, not >=0.21"}),
