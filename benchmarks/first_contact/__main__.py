@@ -24,6 +24,8 @@ from benchmarks.first_contact.runner import FAILED, TIMED_OUT
 from benchmarks.first_contact.state import State
 from benchmarks.first_contact.steps import STEPS, Step
 
+# without which a directory is no checkout of flow_grpo
+_THEIR_SCRIPT = "scripts/train_sd3.py"
 _SCRATCH = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgrpo" / "first_contact"
 
 
@@ -31,8 +33,11 @@ def main(arguments_of_shell: Sequence[str] | None = None, steps: Sequence[Step] 
     arguments = _parse(arguments_of_shell, steps)
     deadline = time.monotonic() + 60 * arguments.minutes
     output, scratch = arguments.output.absolute(), arguments.scratch.expanduser().absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    checkout = arguments.checkout and arguments.checkout.expanduser().absolute()
     try:
+        if checkout and not (checkout / _THEIR_SCRIPT).is_file():
+            raise ValueError(f"--checkout {checkout} is no checkout of flow_grpo: it lacks {_THEIR_SCRIPT}")
+        output.mkdir(parents=True, exist_ok=True)
         state = State.read(output / "state.json")
         wheels.link_packages(scratch / "site")
         if arguments.wheels and (installed := wheels.install(arguments.wheels.absolute(), scratch / "site")):
@@ -46,7 +51,7 @@ def main(arguments_of_shell: Sequence[str] | None = None, steps: Sequence[Step] 
         state=state,
         steps=steps,
         deadline=deadline,
-        checkout=arguments.checkout and arguments.checkout.absolute(),
+        checkout=checkout,
         commit=arguments.commit or wheels.commit(),
         rehearses=arguments.rehearse,
         slowness=arguments.slowness,

@@ -196,8 +196,20 @@ def test_a_step_waits_for_what_was_not_carried(tmp_path: Path) -> None:
     assert record["trains"]["reason"] == "it needs diffusers, and no wheel of it was carried"
     assert record["adapts"]["status"] == "complete"
     assert "- compares: it needs --checkout of flow_grpo" in report
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train_sd3.py").touch()
     code, record, _ = contact(tmp_path / "out", steps, "--checkout", str(tmp_path))
     assert record["compares"]["status"] == "complete"
+
+
+def test_a_checkout_that_is_none_is_said_before_anything_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch"), "--checkout", str(tmp_path)]
+    assert main(words, [environment()]) == 2
+    said = capsys.readouterr().err
+    assert said == f"first_contact: --checkout {tmp_path} is no checkout of flow_grpo: it lacks scripts/train_sd3.py\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_chosen_steps_and_a_rehearsal(tmp_path: Path) -> None:
