@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.first_contact.report import page
-from benchmarks.first_contact.runner import COMPLETE, run
+from benchmarks.first_contact.runner import COMPLETE, Outcome, run
 from benchmarks.first_contact.state import BEGUN, NOT_REACHED, Record, State
 from benchmarks.first_contact.steps import CHECKOUT, SCRATCH, Step
 from benchmarks.first_contact.wheels import ROOT
@@ -18,7 +18,9 @@ from benchmarks.first_contact.wheels import ROOT
 ENVIRONMENT = "environment"
 # at the end of the minutes for what is written last
 _RESERVE_SECONDS = 10
-_LOG_BYTES, _TAIL_LINES = 200_000, 40
+_LOG_BYTES = 200_000
+# of a step that went wrong, and of one that is done and has no page, whose last lines are then its findings
+_TAIL_LINES, _FINDING_LINES = 40, 20
 # of a file that is neither Markdown nor JSON: as much as a lent machine gives back
 _LARGEST_FILE = 16 * 2**20
 
@@ -98,14 +100,15 @@ class Contact:
             environment=self._environment(written),
         )
         said = log.read_bytes()[-_LOG_BYTES:].decode(errors="replace")
+        results = self._keep(step.name, written)
         self.state.steps[step.name] = Record(
             status=outcome.status,
             reason=outcome.reason,
             seconds=round(outcome.seconds, 1),
             cpu_seconds=round(outcome.cpu_seconds, 1),
             machine=number,
-            results=self._keep(step.name, written),
-            log="\n".join(said.splitlines()[-_TAIL_LINES:]) if outcome.status != COMPLETE else "",
+            results=results,
+            log=_tail(said, outcome, results),
         )
         if step.name == ENVIRONMENT:
             self._note_machine()
@@ -163,6 +166,14 @@ class Contact:
         self.state.write()
         text = page(self.state, self.steps, rehearses=self.rehearses)
         (self.output / "report.md").write_text(text, encoding="utf-8")
+
+
+def _tail(said: str, outcome: Outcome, results: Mapping[str, Any]) -> str:
+    """Of what a step printed, that which its pages do not say."""
+    if outcome.status != COMPLETE:
+        return "\n".join(said.splitlines()[-_TAIL_LINES:])
+    has_page = any(name.endswith(".md") for name in results)
+    return "" if has_page else "\n".join(said.splitlines()[-_FINDING_LINES:])
 
 
 def _read(file: Path) -> Any:

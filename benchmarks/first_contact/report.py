@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.first_contact.runner import COMPLETE
 from benchmarks.first_contact.state import NOT_REACHED, Record, State
 from benchmarks.first_contact.steps import Step
 
@@ -56,5 +55,5 @@ def _section(step: Step, record: Record) -> str:
     texts = [text.strip() for name, text in record.results.items() if name.endswith(".md")]
     # titles of their own become those of parts of this page
     texts = ["\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines()) for text in texts]
-    tail = f"```\n{record.log}\n```" if record.status != COMPLETE and record.log else ""
+    tail = f"```\n{record.log}\n```" if record.log else ""
     return "\n\n".join(part for part in (f"## {step.name}, {record.status}{reason}", *texts, tail) if part)

@@ -16,7 +16,10 @@ BEGUN, NOT_REACHED = "begun", "not reached"
 
 @dataclass(kw_only=True)
 class Record:
-    """A step on the ``machine``-th machine; ``results`` are the files that it wrote, Markdown as text, JSON as read."""
+    """A step on the ``machine``-th machine; ``results`` are the files that it wrote, Markdown as text, JSON as read.
+
+    ``log`` is the last that it printed, where it failed or wrote no Markdown.
+    """
 
     status: str
     reason: str = ""

@@ -81,6 +81,27 @@ def test_what_crashes_and_what_hangs_costs_its_own_step(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"state.json", "report.md", "log.txt"}
 
 
+def test_the_findings_of_a_step_without_a_page_are_the_last_that_it_printed(tmp_path: Path) -> None:
+    prints = "print(*range(100), sep='\\n'); print('fast: the same work: ratio off by 1.0e-07'); print('12 passed')"
+    data = "import os; open(os.environ['BENCHMARK_RESULTS'] + '/found.json', 'w').write('{}'); print('7 passed')"
+    steps = [
+        environment(),
+        step("prints", prints),
+        step("data", data),
+        step("page", f"{WRITES}; print('as on the page')"),
+    ]
+    code, record, report = contact(tmp_path / "out", steps)
+    assert code == 0
+    found = "99\nfast: the same work: ratio off by 1.0e-07\n12 passed"
+    assert record["prints"]["log"].endswith(found)
+    assert f"{found}\n```" in report
+    assert "\n50\n" not in report
+    assert "7 passed" in report
+    # what a page says is not said again
+    assert record["page"]["log"] == ""
+    assert "as on the page" not in report
+
+
 def test_the_next_machine_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
     mark = f"open({str(tmp_path / 'ran.txt')!r}, 'a').write"
     steps = [
