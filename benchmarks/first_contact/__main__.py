@@ -10,6 +10,7 @@ Exit code 0: nothing failed; 1: something did; 2: it could not begin.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -39,10 +40,12 @@ def main(arguments_of_shell: Sequence[str] | None = None, steps: Sequence[Step] 
             raise ValueError(f"--checkout {checkout} is no checkout of flow_grpo: it lacks {_THEIR_SCRIPT}")
         output.mkdir(parents=True, exist_ok=True)
         state = State.read(output / "state.json")
+        # what cannot be written is said now, not after the first step
+        state.write()
         wheels.link_packages(scratch / "site")
         if arguments.wheels and (installed := wheels.install(arguments.wheels.absolute(), scratch / "site")):
             print(f"installed for the steps alone: {', '.join(installed)}", flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"first_contact: {error}", file=sys.stderr)
         return 2
     contact = Contact(
@@ -79,7 +82,7 @@ def _parse(arguments_of_shell: Sequence[str] | None, steps: Sequence[Step]) -> a
     # $OUT is what a lent machine brings back
     output = Path(os.environ["OUT"]) if os.environ.get("OUT") else Path("outputs/first_contact")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12.0, help="after which nothing runs any more")
+    parser.add_argument("--minutes", type=_positive, default=12.0, help="after which nothing runs any more")
     parser.add_argument("--output", type=Path, default=output, help="$OUT, else outputs/first_contact")
     parser.add_argument("--wheels", type=Path, help="a directory of wheels, of which those that lack are installed")
     parser.add_argument("--checkout", type=Path, help="of flow_grpo; its steps wait for one")
@@ -87,12 +90,24 @@ def _parse(arguments_of_shell: Sequence[str] | None, steps: Sequence[Step]) -> a
     parser.add_argument("--again", action="store_true", help="also what failed before")
     parser.add_argument("--commit", help="of this code, where there is no git to ask")
     parser.add_argument("--scratch", type=Path, default=_SCRATCH, help="for caches, large, not to be kept")
-    parser.add_argument("--slowness", type=float, default=1.0, help="all limits times this, for slow or shared CPUs")
+    parser.add_argument(
+        "--slowness", type=_positive, default=1.0, help="all limits times this, for slow or shared CPUs"
+    )
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in miniature")
     parsed = parser.parse_args(arguments_of_shell)
     if unknown := set(parsed.steps) - set(names):
         parser.error(f"there is no step {', '.join(sorted(unknown))}; they are {', '.join(names)}")
     return parsed
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":

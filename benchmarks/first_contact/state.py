@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.first_contact.runner import COMPLETE, FAILED, TIMED_OUT
 
 BEGUN, NOT_REACHED = "begun", "not reached"
+_SAID_OF_A_MACHINE = {"gpu", "no_gpu", "cpu", "commit", "versions"}
 
 
 @dataclass(kw_only=True)
@@ -49,9 +50,11 @@ class State:
             return cls(path=path)
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            steps = {name: Record(**record) for name, record in told["steps"].items()}
-            return cls(path=path, machines=told["machines"], steps=steps)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            machines = [_machine(one) for one in _of(list, told["machines"], "machines")]
+            steps = {name: _record(one) for name, one in _of(dict, told["steps"], "steps").items()}
+            return cls(path=path, machines=machines, steps=steps)
+        # what is no text or no JSON is a ValueError, too
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no state of first_contact ({error}); move it away to begin anew") from None
 
     def write(self) -> None:
@@ -60,3 +63,30 @@ class State:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, self.path)
+
+
+def _machine(told: Any) -> dict[str, Any]:
+    """Empty where the machine was cut off, else with what the report says of it."""
+    found: dict[str, Any] = _of(dict, told, "a machine")
+    if missing := _SAID_OF_A_MACHINE - found.keys() if found else set():
+        raise ValueError(f"a machine lacks {', '.join(sorted(missing))}")
+    if found:
+        _of(dict, found["versions"], "versions")
+        _of(dict, found.get("unfit", {}), "unfit")
+    return found
+
+
+def _record(told: Any) -> Record:
+    record = Record(**_of(dict, told, "a step"))
+    for name, default in asdict(Record(status="")).items():
+        _of((int, float) if isinstance(default, float) else type(default), getattr(record, name), name)
+    for name, text in record.results.items():
+        if name.endswith(".md"):
+            _of(str, text, name)
+    return record
+
+
+def _of(kind: type | tuple[type, ...], value: Any, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} cannot be {json.dumps(value)[:40]}")
+    return value

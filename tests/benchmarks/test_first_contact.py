@@ -334,6 +334,69 @@ def test_a_state_that_is_none_is_not_overwritten(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "state.json").read_text() == '{"steps": {'
 
 
+_STEP = {"status": "complete"}
+_MACHINE = {"gpu": "H100", "no_gpu": None, "cpu": "8 cores", "commit": "c0ffee", "versions": {}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [],
+        {"machines": []},
+        {"machines": [], "steps": []},
+        {"machines": {}, "steps": {}},
+        {"machines": [7], "steps": {}},
+        {"machines": [{"gpu": "H100"}], "steps": {}},
+        {"machines": [{**_MACHINE, "versions": None}], "steps": {}},
+        {"machines": [], "steps": {"kernels": None}},
+        {"machines": [], "steps": {"kernels": {}}},
+        {"machines": [], "steps": {"kernels": {**_STEP, "results": None}}},
+        {"machines": [], "steps": {"kernels": {**_STEP, "results": {"a.md": 7}}}},
+        {"machines": [], "steps": {"kernels": {**_STEP, "seconds": "7"}}},
+        {"machines": [], "steps": {"kernels": {**_STEP, "colour": "red"}}},
+        b"\x80\x00\xff",
+    ],
+    ids=str,
+)
+def test_a_state_of_wrong_types_is_refused_in_a_sentence(
+    told: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(told if isinstance(told, bytes) else json.dumps(told).encode())
+    before = path.read_bytes()
+    assert main(["--output", str(tmp_path), "--scratch", str(tmp_path / "scratch")], [environment()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"first_contact: {path} is no state of first_contact (")
+    assert said.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "holds_a_directory"])
+def test_an_output_that_cannot_be_written_is_said(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "holds_a_directory" / "state.tmp").mkdir(parents=True)
+    words = ["--output", str(tmp_path / output), "--scratch", str(tmp_path / "scratch")]
+    assert main(words, [environment()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("first_contact: ")
+    assert str(tmp_path / output) in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--slowness"])
+@pytest.mark.parametrize("value", ["-3", "0", "nan", "inf", "many"])
+def test_minutes_are_a_number_above_0(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--output", str(tmp_path / "out"), f"{option}={value}"], [environment()])
+    assert raised.value.code == 2
+    assert f"argument {option}: must be a number above 0, got {value}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 class _Case:
     def __init__(self, nodeid: str) -> None:
         self.nodeid = nodeid
