@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 COMPLETE, FAILED, TIMED_OUT = "complete", "failed", "timed out"
 # between being asked to end and being ended
@@ -51,7 +52,7 @@ def run(
             status, reason = TIMED_OUT, f"not done after its limit of {seconds:.0f} s"
         finally:
             # also of a process that has ended: what it started may live on, and hold the GPU
-            _end(process)
+            end_group(process)
     return Outcome(status, reason, time.monotonic() - start, _cpu_seconds() - cpu)
 
 
@@ -65,15 +66,15 @@ def _ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The whole group, which has the number of its first process."""
+def end_group(process: subprocess.Popen[Any], grace_seconds: float = _GRACE_SECONDS) -> None:
+    """Ask the whole group, which has the number of its first process, to end, then end it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         try:
-            process.wait(_GRACE_SECONDS)
+            process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
             continue
         time.sleep(0.1)

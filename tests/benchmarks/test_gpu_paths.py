@@ -1,6 +1,7 @@
 """The cases of benchmarks.gpu_paths name configs that exist, cover what there is to choose, and are told apart."""
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +78,36 @@ def test_what_passes_raises_and_is_left_out(
         "left out: needs 8 GPUs",
     ]
     assert total == "1 pass, 2 raised, 1 left out"
+
+
+# ranks of torchrun are groups of their own, which it ends when it is asked to
+_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param([], id="alone"), pytest.param(_TORCHRUN, marks=pytest.mark.slow, id="torchrun")]
+)
+def test_what_does_not_end_is_ended_with_what_it_started(
+    launcher: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told, script = tmp_path / "told.txt", tmp_path / "script.py"
+    child = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])\n")
+    monkeypatch.setattr(command, "command_of", lambda case, run, output: [sys.executable, *launcher, str(script)])
+    monkeypatch.setattr(command, "_SECONDS", 20 if launcher else 2)
+    assert "did not end in" in command.run(Case(name="x", runs=((),)), tmp_path)
+    deadline = time.monotonic() + 20
+    while _lives(int(told.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process computes; one that has ended may wait to be noticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_package_that_is_not_there_leaves_a_case_out() -> None:
