@@ -8,10 +8,13 @@
 Each case is a run of two iterations with random weights, whose batches are planned from the device's memory.
 planned: the largest peak that the plan expects of any stage.  allocated: torch.cuda.max_memory_allocated over both
 iterations.  Evaluation, checkpoints and text encoders are not in it.  Needs a CUDA device, or a stand-in for one.
+
+The result is written after each case.  One that raises has the reason in its row, and the exit code is then 1.
 """
 
 import argparse
 import gc
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +66,16 @@ class Row:
         return self.planned / self.allocated - 1
 
 
-def main(arguments_of_shell: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Failure:
+    """A case that raised."""
+
+    case: str
+    compile: str
+    reason: str
+
+
+def main(arguments_of_shell: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all without")
     parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["eager", "blocks"])
@@ -72,19 +84,41 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(arguments_of_shell)
     if unknown := set(arguments.cases) - CASES.keys():
         parser.error(f"unknown case {', '.join(sorted(unknown))}; the cases are {', '.join(CASES)}")
-    rows = []
+    rows: list[Row] = []
+    failures: list[Failure] = []
     for case in arguments.cases or CASES:
         for compile in arguments.compile:
-            rows.append(measure(case, compile))
-            print(
-                f"{case} {compile}: planned {_gib(rows[-1].planned)}, allocated {_gib(rows[-1].allocated)}", flush=True
-            )
-    text = f"{_legend(rows[0].memory, counted=arguments.counted)}\n\n{_table(rows)}"
-    print(text)
+            # whatever it is that a case cannot do, the others are asked
+            try:
+                row = measure(case, compile)
+            except Exception as error:
+                failures.append(Failure(case, compile, f"{type(error).__name__}: {error}"))
+                print(f"{case} {compile}: {failures[-1].reason}", flush=True)
+            else:
+                rows.append(row)
+                print(f"{case} {compile}: planned {_gib(row.planned)}, allocated {_gib(row.allocated)}", flush=True)
+            if not arguments.check:
+                path = _write(rows, failures, counted=arguments.counted)
+    print(_body(rows, failures, counted=arguments.counted))
     if not arguments.check:
-        data = {"rows": [asdict(row) | {"error": row.error} for row in rows]}
-        title = "What the memory plan predicts, and what a run allocates"
-        print(write_report("memory_plan", title=title, body=text, data=data, counted=arguments.counted))
+        print(path)
+    return int(bool(failures))
+
+
+def _write(rows: Sequence[Row], failures: Sequence[Failure], *, counted: bool) -> Path:
+    """The result as far as it has come."""
+    data = {
+        "rows": [asdict(row) | {"error": row.error} for row in rows],
+        "failures": [asdict(failure) for failure in failures],
+    }
+    title = "What the memory plan predicts, and what a run allocates"
+    body = _body(rows, failures, counted=counted)
+    return write_report("memory_plan", title=title, body=body, data=data, counted=counted)
+
+
+def _body(rows: Sequence[Row], failures: Sequence[Failure], *, counted: bool) -> str:
+    legend = [_legend(rows[0].memory, counted=counted)] if rows else []
+    return "\n\n".join([*legend, _table(rows, failures)])
 
 
 def measure(case: str, compile: str) -> Row:
@@ -150,7 +184,7 @@ def _legend(memory: int, *, counted: bool) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], failures: Sequence[Failure]) -> str:
     header = ["case", "compile", "checkpointing", "batches", "planned", "allocated", "error", "reserved"]
     keys = ("training", "sampling", "decoding")
     return table(
@@ -167,8 +201,14 @@ def _table(rows: Sequence[Row]) -> str:
                 _gib(row.reserved),
             ]
             for row in rows
-        ],
+        ]
+        + [[one.case, one.compile, *[""] * (len(header) - 3), _line(one.reason)] for one in failures],
     )
+
+
+def _line(reason: str) -> str:
+    """The first, as a cell."""
+    return next(iter(reason.splitlines()), "").replace("|", "/")
 
 
 def _gib(num_bytes: int) -> str:
@@ -176,4 +216,4 @@ def _gib(num_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
