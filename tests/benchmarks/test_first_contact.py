@@ -335,7 +335,7 @@ def test_a_state_that_is_none_is_not_overwritten(tmp_path: Path, capsys: pytest.
 
 
 _STEP = {"status": "complete"}
-_MACHINE = {"gpu": "H100", "no_gpu": None, "cpu": "8 cores", "commit": "c0ffee", "versions": {}}
+_MACHINE: dict[str, Any] = {"gpu": "H100", "no_gpu": None, "cpu": "8 cores", "commit": "c0ffee", "versions": {}}
 
 
 @pytest.mark.parametrize(
