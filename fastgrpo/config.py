@@ -26,6 +26,8 @@ from fastgrpo.pieces import check, fits
 _CONFIGS = "fastgrpo_configs"
 _RESUMING = ("train", "submit")
 # caches are the user's own, whoever that is when they are opened
+# groups of which a model chooses another option, as its size wants it
+_BROUGHT = {"compile", "runtime"}
 _CACHES = ("cache", "condition_cache", "directory")
 HISTORY = "history"
 
@@ -120,10 +122,16 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     default, chosen = _resolved(name, []), _resolved(name, structural)
     # keys that the run's version did not have yet
     config = OmegaConf.merge({key: default[key] for key in default if not _has_target(default[key])}, begun)
-    _take_differences(config, default, chosen)
+    pieces = [OmegaConf.select(one, "adaptation._target_") for one in (default, begun)]
+    if pieces[0] == pieces[1] is not None:
+        config.adaptation = OmegaConf.merge(default.adaptation, begun.adaptation)
+    # a model that is named again does not bring its own of these once more, nor a reward its backend
+    _take_differences(config, *(OmegaConf.masked_copy(one, [*({*one} - _BROUGHT)]) for one in (default, chosen)))
     for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):
         if (subtree := OmegaConf.select(chosen, group)) is not None:
             OmegaConf.update(config, group, subtree, merge=False, force_add=True)
+    if not any(key_of(override) == "reward_backend" for override in structural):
+        _keep_backends(config, begun)
     for override in plain:
         key = key_of(override)
         # a key that still has no value is there, though select does not say so
@@ -146,6 +154,15 @@ def _take_differences(config: Any, before: Any, after: Any) -> None:
                 _take_differences(config[key], before[key], after[key])
             else:
                 config[key] = after[key]
+
+
+def _keep_backends(config: Any, begun: Any) -> None:
+    """Each reward is computed as it was when the run began, whatever is the default by now."""
+    for key in begun:
+        if key == "backend" and key in config:
+            config[key] = begun[key]
+        elif OmegaConf.is_dict(begun.get(key)) and OmegaConf.is_dict(config.get(key)):
+            _keep_backends(config[key], begun[key])
 
 
 def _has_target(node: Any) -> bool:

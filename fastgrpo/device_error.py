@@ -8,11 +8,19 @@ import torch
 
 from fastgrpo.out_of_memory import is_out_of_memory
 
+_REFUSALS = (
+    "STATUS_NOT_SUPPORTED",
+    "STATUS_BAD_PARAM",
+    "STATUS_INVALID_VALUE",
+    "CUDA error: invalid argument",
+    "CUDA error: invalid configuration argument",
+)
+
 
 def is_device_error(error: BaseException) -> bool:
     """Of a GPU, NCCL's included: to be neither retried nor put down to who happened to meet it."""
-    # what could not be allocated is no failure of the GPU
-    if is_out_of_memory(error):
+    # what could not be allocated is no failure of the GPU, nor is a call that it refused: the next one is answered
+    if is_out_of_memory(error) or any(refusal in str(error) for refusal in _REFUSALS):
         return False
     if isinstance(error, torch.AcceleratorError | torch.distributed.DistBackendError):
         return True

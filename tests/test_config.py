@@ -52,6 +52,10 @@ def differences(a: Any, b: Any, key: str = "") -> set[str]:
         # one group in another
         (["algorithm=flow_grpo"], ["algorithm/dynamics=cps"], {"dynamics"}),
         (["algorithm=flow_grpo"], ["algorithm/dynamics=flow_sde"], set()),
+        # a model that is named again does not bring its own batches and compilation once more
+        (["model=sd35_medium", "compile=graphs", "runtime.micro_batch=4"], ["model=sd35_medium"], set()),
+        (["model=sd35_medium", "compile=eager"], ["model=sd35_medium", "compile=blocks"], {"compile"}),
+        (["experiment=flow_grpo_sd35", "compile=eager"], ["experiment=flow_grpo_sd35"], set()),
         # a key that only the run's recipe has
         (["algorithm/noise=elite"], ["algorithm.noise.elites=3"], {"elites"}),
         (["+reward.weights.more=2.0"], ["+reward.weights.more=2.0"], set()),
@@ -86,6 +90,27 @@ def test_a_run_of_an_earlier_version_gets_the_keys_that_it_lacks(tmp_path: Path)
     OmegaConf.save(old, output / "config.yaml")
     config = resumed(output)
     assert (config.checkpoint.asynchronous, config.seed) == (True, 7)
+
+
+def test_rewards_are_computed_as_when_the_run_began_whatever_is_the_default_by_now(tmp_path: Path) -> None:
+    words = ("model=sd35_medium", "reward=pick_score")
+    output = begin(tmp_path, *words)
+    old: Any = OmegaConf.load(output / "config.yaml")
+    backend = {"_target_": "fastgrpo.compile.networks.Eager", "precision": "float32"}
+    old.reward.terms.pick_score.backend = backend
+    OmegaConf.save(old, output / "config.yaml")
+    assert resumed(output, *words).reward.terms.pick_score.backend == backend
+    chosen = resumed(output, *words, "reward_backend=inductor").reward.terms.pick_score.backend
+    assert chosen._target_.endswith("Inductor")
+
+
+def test_adapters_of_an_earlier_version_get_the_keys_that_they_lack(tmp_path: Path) -> None:
+    output = begin(tmp_path, "adaptation.rank=8")
+    old: Any = OmegaConf.load(output / "config.yaml")
+    del old.adaptation.backup
+    OmegaConf.save(old, output / "config.yaml")
+    config = resumed(output, "adaptation.backup=host")
+    assert (config.adaptation.rank, config.adaptation.backup) == (8, "host")
 
 
 def test_a_key_that_the_run_does_not_have_is_unknown(tmp_path: Path) -> None:

@@ -115,6 +115,10 @@ def test_a_gpu_that_has_failed_is_not_asked_again_and_no_reward_is_blamed(error:
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("The size of tensor a (3) must match"),
+        # calls that were refused, after which the next one is answered
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`"),
+        torch.AcceleratorError("CUDA error: invalid configuration argument"),
         ConnectionResetError("CUDA error: said by another machine"),
     ],
     ids=str,
