@@ -237,7 +237,7 @@ def _beside(world: World) -> World:
     if world.size == 1:
         return World()
     ranks = dist.get_process_group_ranks(world.control)
-    group = dist.new_group(ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=True)
+    group: Any = dist.new_group(ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=True)
     return World(rank=world.rank, size=world.size, control=group)
 
 

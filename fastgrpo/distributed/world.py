@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -207,7 +207,8 @@ def join_world(device: str, timeout_seconds: float) -> World:
     store, rank, size = meet(timeout)
     device_id = own if own.type == "cuda" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    # a number to ranks that are not in it, of which there are none
+    control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank=rank, size=size, device=own, group=dist.group.WORLD, control=control)
 
 
