@@ -170,12 +170,13 @@ def resample(
     if B == 0:
         return out
     scale_C, shift_C = (_constants(tuple(values), x.device) for values in affine)
-    # four warps would multiply every product twice, and a third stage takes all 255 registers
+    # four warps would multiply every product twice, and a third stage takes all 255 registers; left to itself, the
+    # assembler that comes with Triton 3.8 spills two of 168
     _resample_kernel[(B * C * triton.cdiv(N, TILE) * triton.cdiv(M, TILE),)](
         x, out, rows.starts, rows.weights, columns.starts, columns.weights, scale_C, shift_C,
         *(to_bytes or (1.0, 0.0)), C, H, W, N, M, *x.stride(), *out.stride(),
         TO_BYTES=to_bytes is not None, ROWS=rows.window, ROW_CHUNK=rows.chunk,
         COLUMNS=columns.window, COLUMN_CHUNK=columns.chunk, TILE=TILE,
-        enable_fp_fusion=False, num_warps=2, num_stages=2,
+        enable_fp_fusion=False, num_warps=2, num_stages=2, maxnreg=240,
     )  # fmt: skip
     return out

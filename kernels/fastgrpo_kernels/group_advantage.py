@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrpo_kernels.op import define_op
 
 # samples that one program handles, and samples that it compares them with at a time
-BLOCK = 16
+BLOCK = 8
 CHUNK = 128
 
 
