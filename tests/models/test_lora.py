@@ -277,3 +277,9 @@ def test_rollout_and_update_compute_the_trained_branch_alike_and_sampling_withou
         model._sampled = [lambda *inputs: seen.append(torch.is_grad_enabled()) or forward[0](*inputs)]  # type: ignore[func-returns-value]
         model.velocity(x, T, conditions)
     assert seen == [False]
+
+
+def test_a_model_stacks_what_its_network_says(tiny_weights: Path) -> None:
+    attn = make_model(tiny_weights, LoRA(rank=4)).transformer.transformer_blocks[0].attn
+    assert attn.to_q.stack is attn.to_k.stack is attn.to_v.stack
+    assert attn.add_q_proj.stack is attn.add_v_proj.stack is not attn.to_q.stack
