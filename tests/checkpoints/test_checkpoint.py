@@ -315,7 +315,8 @@ def save_for_ever(directory: Path, done: Connection) -> None:
 
 
 def test_a_run_killed_while_saving_always_leaves_its_last_checkpoint(tmp_path: Path) -> None:
-    directory, context = tmp_path / "checkpoints", multiprocessing.get_context("fork")
+    # autograd's threads do not outlive a fork, which a PyTorch that is built for CUDA has
+    directory, context = tmp_path / "checkpoints", multiprocessing.get_context("spawn")
     done, theirs = context.Pipe(duplex=False)
     process = context.Process(target=save_for_ever, args=(directory, theirs), daemon=True)
     process.start()
