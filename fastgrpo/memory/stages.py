@@ -83,7 +83,9 @@ class MemoryPlanner:
         """
         model = build(checkpointing)
         try:
-            plan = self._plan(model, meter(), memory, checkpointing)
+            # what is compiled would be compiled for sizes that no run has, and over FakeTensors it cannot run
+            with eagerly():
+                plan = self._plan(model, meter(), memory, checkpointing)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
