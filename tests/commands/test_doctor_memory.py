@@ -39,7 +39,8 @@ def test_layers_of_full_width_are_planned_without_their_memory() -> None:
     assert not plan.checkpointing
     assert 96 % plan.batch(TRAINING) == 0
     assert all(choice.peak_bytes <= 0.9 * 80 * GIB for choice in plan.choices.values())
-    assert plan.batch(SAMPLING) == 192
+    # both branches of guidance: 32 sequences keep the device busy
+    assert plan.batch(SAMPLING) == 16
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("80GiB", 80 * GIB), ("24 GB", 24 * 10**9), ("1.5MiB", 3 * 2**19)])
