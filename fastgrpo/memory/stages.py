@@ -111,7 +111,7 @@ class MemoryPlanner:
             meter.peak(lambda: stack.enter_context(model.sampling(lossy=True)))
             costs |= measure(self._rollout_stages(model), meter)
             largest = LargestTensor()
-            with eagerly(), largest:
+            with largest:
                 model.decode(_latents(model, 1))
         replay = self.make_replay(model)
         costs |= measure({TRAINING: lambda n: replay.rehearse(_latents(model, n), self._conditions(model, n))}, meter)

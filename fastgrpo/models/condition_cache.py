@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastgrpo.files.private_directory import check_own, make_private
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions
 
 _log = logging.getLogger(__name__)
@@ -89,13 +89,7 @@ class ConditionCache:
 
     def _keyed(self, text: str, row: Conditions) -> Conditions:
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        return Conditions(self._placed(row.embeds_BLC), self._placed(row.pooled_BC), (key,))
-
-    def _placed(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.device.type == "cuda":
-            # from pageable memory the copy would wait for the device
-            return x.pin_memory().to(self.device, non_blocking=True)
-        return x.to(self.device)
+        return Conditions(on_device(row.embeds_BLC, self.device), on_device(row.pooled_BC, self.device), (key,))
 
     def _remember(self, text: str, row: Conditions) -> None:
         self._rows[text] = row

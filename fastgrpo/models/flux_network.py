@@ -19,18 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.low_rank import projected
 from fastgrpo.models.mmdit import (
-    added_stack,
+    attention_stacks,
     feed_forward,
     gelu_projected,
-    heads,
     joint_heads,
     modulated,
     normed,
     parts,
     run_block,
-    self_stack,
+    self_heads,
 )
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions, Time
@@ -67,11 +65,7 @@ class FluxNetwork:
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
 
     def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
-        for block in transformer.transformer_blocks:
-            yield self_stack(block.attn)
-            yield added_stack(block.attn)
-        for block in transformer.single_transformer_blocks:
-            yield self_stack(block.attn)
+        return attention_stacks(transformer)
 
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, self._modulate)
@@ -147,7 +141,7 @@ def single_block(block: Any, x_BNC: Tensor, modulation_BE: Tensor, rotation: Rot
     """All tokens after a block that has the same weights for text and image."""
     shift, scale, gate = parts(modulation_BE, 3)
     attn, y_BNC = block.attn, modulated(normed(x_BNC), shift, scale)
-    q, k, v = heads(projected(self_stack(attn), y_BNC), attn.heads, attn.norm_q, attn.norm_k)
+    q, k, v = self_heads(attn, y_BNC)
     seen_BNC = attention(_rotated(q, rotation), _rotated(k, rotation), v).flatten(2)
     hidden = gelu_projected(block.proj_mlp, y_BNC)
     return _clipped(x_BNC + gate * block.proj_out(torch.cat([seen_BNC, hidden], dim=2)))

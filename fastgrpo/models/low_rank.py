@@ -105,12 +105,12 @@ def stack_frozen(layers: Sequence[nn.Linear]) -> None:
 
 
 def unstack(module: nn.Module) -> None:
-    """Give each linear layer of a module memory of its own again."""
+    """Give each linear layer whose weight is a view memory of its own again."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.weight.untyped_storage().nbytes() > layer.weight.nbytes:
             layer.__dict__.pop("stack", None)
             layer.__dict__.pop("place", None)
-            layer.weight = nn.Parameter(layer.weight.detach().contiguous().clone(), requires_grad=False)
+            layer.weight = nn.Parameter(layer.weight.detach().clone(memory_format=torch.contiguous_format), False)
 
 
 class Projection(Stack):

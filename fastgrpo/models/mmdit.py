@@ -6,6 +6,7 @@
 Letters: B samples, L tokens, H heads, D width of a head, E width of a modulation.  arXiv:2403.03206.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,15 @@ def added_stack(attn: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
 
 
+def attention_stacks(transformer: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """Of each attention of a transformer, which ``self_heads`` and ``joint_heads`` run."""
+    for module in transformer.modules():
+        if hasattr(module, "to_q"):
+            yield self_stack(module)
+        if getattr(module, "add_q_proj", None) is not None:
+            yield added_stack(module)
+
+
 def heads(qkv: tuple[Tensor, ...], num_heads: int, norm_q: Any, norm_k: Any) -> list[Tensor]:
     """Queries, keys and values as [B, L, H, D], the first two normalized where the model does so."""
     parts_BLHD = [part.unflatten(2, (num_heads, -1)) for part in qkv]
@@ -48,12 +58,16 @@ def heads(qkv: tuple[Tensor, ...], num_heads: int, norm_q: Any, norm_k: Any) -> 
     ]
 
 
+def self_heads(attn: Any, x_BLC: Tensor) -> list[Tensor]:
+    """Queries, keys and values of one sequence."""
+    return heads(projected(self_stack(attn), x_BLC), attn.heads, attn.norm_q, attn.norm_k)
+
+
 def joint_heads(attn: Any, x_BLC: Tensor, context_BMC: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Queries, keys and values, the image's and the text's of each, of an attention that has weights for both."""
-    image = projected(self_stack(attn), x_BLC)
     text = projected(added_stack(attn), context_BMC)
-    image_heads = heads(image, attn.heads, attn.norm_q, attn.norm_k)
-    return list(zip(image_heads, heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k), strict=True))
+    text_heads = heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
+    return list(zip(self_heads(attn, x_BLC), text_heads, strict=True))
 
 
 def feed_forward(ff: Any, x_BLC: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:

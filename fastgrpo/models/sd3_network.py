@@ -18,17 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.low_rank import projected
 from fastgrpo.models.mmdit import (
-    added_stack,
+    attention_stacks,
     feed_forward,
-    heads,
     joint_heads,
     modulated,
     normed,
     parts,
     run_block,
-    self_stack,
+    self_heads,
 )
 from fastgrpo.models.modulation import Modulations
 from fastgrpo.types import Conditions, Time
@@ -50,11 +48,7 @@ class SD3Network:
         return self.forward(transformer, x_BCHW, conditions.embeds_BLC, *modulations)
 
     def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
-        for block in transformer.transformer_blocks:
-            yield self_stack(block.attn)
-            yield added_stack(block.attn)
-            if block.use_dual_attention:
-                yield self_stack(block.attn2)
+        return attention_stacks(transformer)
 
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         return self._modulations(transformer, t, conditions, modulate)
@@ -120,7 +114,7 @@ def _joint_attention(
 
 
 def _self_attention(attn: Any, x_BLC: Tensor, attention: Attention) -> Tensor:
-    q, k, v = heads(projected(self_stack(attn), x_BLC), attn.heads, attn.norm_q, attn.norm_k)
+    q, k, v = self_heads(attn, x_BLC)
     return attn.to_out[0](attention(q, k, v).flatten(2))
 
 

@@ -38,7 +38,7 @@ def as_rewards(name: str, answer: Any, num_images: int, device: torch.device) ->
         raise _refusal(name, f"a tensor of {answer.dtype}", num_images)
     if answer.shape != (num_images,):
         raise _refusal(name, f"shape {list(answer.shape)}", num_images)
-    return answer.to(device, torch.float32) if answer.is_cuda else on_device(answer.float(), device)
+    return on_device(answer.float(), device)
 
 
 def check_finite(name: str, reward_B: Tensor, texts: list[str]) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.flow_grpo.pipeline import MINIATURE
 from benchmarks.flow_grpo.recipe import Job, our_config
 from benchmarks.flow_grpo.setting import Setting
 from fastgrpo.config import load_config
+from tests.processes import lives, wait_until
 
 _GPU = {"gpu": "H100", "no_gpu": None, "cpu": "8 cores", "unfit": {}, "versions": {"torch": "2.11.0"}}
 
@@ -257,7 +258,7 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
         ["-c", parent], seconds=20, log=tmp_path / "log.txt", directory=tmp_path, environment=dict(os.environ)
     )
     assert outcome.status == "complete"
-    _wait_until(lambda: not _lives(int((tmp_path / "log.txt").read_text())))
+    wait_until(lambda: not lives(int((tmp_path / "log.txt").read_text())))
 
 
 def test_a_step_ends_with_what_ran_it(tmp_path: Path) -> None:
@@ -269,26 +270,11 @@ def test_a_step_ends_with_what_ran_it(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", caller])
     said = tmp_path / "logs" / "hangs.txt"
-    _wait_until(lambda: said.exists() and said.read_text().endswith("\n"))
+    wait_until(lambda: said.exists() and said.read_text().endswith("\n"))
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM
-    _wait_until(lambda: not _lives(int(said.read_text())))
+    wait_until(lambda: not lives(int(said.read_text())))
     assert json.loads((tmp_path / "out" / "state.json").read_text())["steps"]["hangs"]["status"] == "begun"
-
-
-def _wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    """Whether the process computes; one that has ended may wait to be noticed."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def _wheel(directory: Path, name: str, value: int) -> None:

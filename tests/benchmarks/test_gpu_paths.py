@@ -1,7 +1,6 @@
 """The cases of benchmarks.gpu_paths name configs that exist, cover what there is to choose, and are told apart."""
 
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from benchmarks.gpu_paths import __main__ as command
 from benchmarks.gpu_paths.cases import RECIPES, Case, all_cases
 from fastgrpo.config import config_groups, load_config
 from fastgrpo.models.attention import BACKENDS
+from tests.processes import lives, wait_until
 
 CASES = all_cases()
 
@@ -96,18 +96,7 @@ def test_what_does_not_end_is_ended_with_what_it_started(
     monkeypatch.setattr(command, "command_of", lambda case, run, output: [sys.executable, *launcher, str(script)])
     monkeypatch.setattr(command, "_SECONDS", 20 if launcher else 2)
     assert "did not end in" in command.run(Case(name="x", runs=((),)), tmp_path)
-    deadline = time.monotonic() + 20
-    while _lives(int(told.read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    """Whether the process computes; one that has ended may wait to be noticed."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_until(lambda: not lives(int(told.read_text())))
 
 
 def test_a_package_that_is_not_there_leaves_a_case_out() -> None:
