@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # of a batch, or float32 [B], one a sample
 Time = float | Tensor
@@ -71,25 +72,38 @@ class Samples:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Encoded text, one row a prompt or a sample.  Rows of equal text have equal ``keys``, where these are known."""
+    """Encoded text, one row a prompt or a sample.  Rows of equal text have equal ``keys``, where these are known.
+
+    Only the first ``lengths_B`` tokens of a row are its text, the rest fills it up; where nothing fills, all are.  A
+    text without a pooled embedding has one of width 0.
+    """
 
     embeds_BLC: Tensor
     pooled_BC: Tensor
     keys: tuple[int, ...] = ()
+    lengths_B: Tensor = field(kw_only=True, default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.lengths_B is None:
+            num_rows, num_tokens = self.embeds_BLC.shape[:2]
+            lengths_B = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=self.embeds_BLC.device)
+            object.__setattr__(self, "lengths_B", lengths_B)
 
     def __len__(self) -> int:
         return len(self.embeds_BLC)
 
     def __getitem__(self, rows: slice) -> "Conditions":
-        return Conditions(self.embeds_BLC[rows], self.pooled_BC[rows], self.keys[rows])
+        return Conditions(self.embeds_BLC[rows], self.pooled_BC[rows], self.keys[rows], lengths_B=self.lengths_B[rows])
 
     def cat(self, *others: "Conditions") -> "Conditions":
-        """The rows of all."""
+        """The rows of all, those with fewer tokens filled up with zeros."""
         parts = (self, *others)
+        longest = max(part.embeds_BLC.shape[1] for part in parts)
         return Conditions(
-            torch.cat([part.embeds_BLC for part in parts]),
+            torch.cat([_filled(part.embeds_BLC, longest) for part in parts]),
             torch.cat([part.pooled_BC for part in parts]),
             tuple(key for part in parts for key in part.keys) if all(part.keys for part in parts) else (),
+            lengths_B=torch.cat([part.lengths_B for part in parts]),
         )
 
     def take(self, rows: Sequence[int]) -> "Conditions":
@@ -103,10 +117,25 @@ class Conditions:
             self.embeds_BLC.repeat_interleave(group_size, dim=0),
             self.pooled_BC.repeat_interleave(group_size, dim=0),
             tuple(key for key in self.keys for _ in range(group_size)),
+            lengths_B=self.lengths_B.repeat_interleave(group_size),
         )
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Conditions":
+        """A function of each tensor."""
+        embeds_BLC, pooled_BC, lengths_B = map(function, (self.embeds_BLC, self.pooled_BC, self.lengths_B))
+        return Conditions(embeds_BLC, pooled_BC, self.keys, lengths_B=lengths_B)
+
     def to(self, device: torch.device | str) -> "Conditions":
-        return Conditions(self.embeds_BLC.to(device), self.pooled_BC.to(device), self.keys)
+        return self.map(lambda part: part.to(device))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.embeds_BLC.nbytes + self.pooled_BC.nbytes + self.lengths_B.nbytes
+
+
+def _filled(embeds_BLC: Tensor, num_tokens: int) -> Tensor:
+    missing = num_tokens - embeds_BLC.shape[1]
+    return F.pad(embeds_BLC, (0, 0, 0, missing)) if missing else embeds_BLC
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Attention without mask or dropout, by the kernels that a machine has.
+"""Attention without dropout, by the kernels that a machine has.
 
     out[b, i, h] = sum over j of softmax_j(q[b, i, h] . k[b, j, h] / sqrt(D)) v[b, j, h]
 
 ``BACKENDS`` is the table of implementations: differentiable functions of q, k and v [B, L, H, D], all usable inside
-``torch.compile(fullgraph=True)``.  A backend that was asked for runs or raises: none stands in for another.
+``torch.compile(fullgraph=True)``.  A backend that was asked for runs or raises: none stands in for another.  Where
+samples have ``lengths``, only their first tokens are seen, and the output of the others means nothing.
 Letters: B samples, L tokens, H heads, D width of a head.
 """
 
@@ -12,15 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-# (q_BLHD, k_BLHD, v_BLHD) -> out_BLHD
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Attention(Protocol):
+    def __call__(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None, /) -> Tensor:
+        """out [B, L, H, D]; ``lengths_B``, of integers, are how many tokens of each sample there are, None is all."""
+
 
 _HALF = (torch.bfloat16, torch.float16)
 _ANY = (torch.float64, torch.float32, *_HALF)
@@ -32,7 +37,8 @@ _MIN_CUDNN = 91501
 class Backend:
     """What a backend needs: a package and how to get it, types, and CUDA devices from one capability to another.
 
-    is_deterministic: whether it can be told to compute the same gradient twice.
+    is_deterministic: whether it can be told to compute the same gradient twice.  takes_lengths: whether samples of a
+    batch may be of unlike lengths.
     """
 
     load: Callable[[], Attention]
@@ -42,14 +48,16 @@ class Backend:
     capabilities: tuple[tuple[int, int], tuple[int, int]] = ((8, 0), (99, 0))
     runs_on_cpu: bool = False
     is_deterministic: bool = True
+    takes_lengths: bool = True
 
 
 def attention_backend(
-    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, has_lengths: bool = False
 ) -> Attention:
     """The function of a name in ``BACKENDS``; ``auto`` takes the fastest for the device and type, and says which.
 
-    ValueError, with what to install or to choose instead, if it cannot run there.
+    ``has_lengths`` says that it will be given lengths.  ValueError, with what to install or to choose instead, if it
+    cannot run there.
     """
     device = torch.device(device)
     if name == "auto":
@@ -63,6 +71,11 @@ def attention_backend(
         raise ValueError(
             f"runtime.attention={name} may add up gradients in another order each time, which "
             "runtime.deterministic=true excludes; use runtime.attention=auto, sdpa, flash or flash3"
+        )
+    if has_lengths and not BACKENDS[name].takes_lengths:
+        raise ValueError(
+            f"runtime.attention={name} cannot leave out the tokens that fill up the texts of this model; use "
+            "runtime.attention=auto, sdpa, flash or flash3"
         )
     if why := why_not(name, device, dtype):
         raise ValueError(f"runtime.attention={name} {why}, or use runtime.attention=auto")
@@ -108,12 +121,31 @@ def _announce(name: str) -> None:
     print(f"fastgrpo: runtime.attention=auto takes {name}", file=sys.stderr)
 
 
-def _sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+def _sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    if lengths_B is not None and q_BLHD.is_cuda and q_BLHD.dtype in _HALF:
+        # a mask would leave PyTorch its slower kernels only
+        return _packed(varlen_attn, q_BLHD, k_BLHD, v_BLHD, lengths_B)
     q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in (q_BLHD, k_BLHD, v_BLHD))
-    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD).transpose(1, 2)
+    mask_B11L = None
+    if lengths_B is not None:
+        mask_B11L = torch.arange(k_BLHD.shape[1], device=lengths_B.device) < lengths_B[:, None, None, None]
+    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, mask_B11L).transpose(1, 2)
 
 
-def _cudnn(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+def _packed(varlen: Any, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor, **settings: Any) -> Tensor:
+    """By a kernel for sequences end to end.  What fills a sample up is a sequence of its own, which nobody looks at.
+
+    So the number of tokens stays what it is, and neither indices are made nor a length read back from the GPU.
+    """
+    num_samples, num_tokens = q_BLHD.shape[:2]
+    starts_B = num_tokens * torch.arange(num_samples, dtype=torch.int32, device=lengths_B.device)
+    inner = torch.stack([starts_B, starts_B + lengths_B.to(torch.int32)], dim=1).flatten()
+    bounds = F.pad(inner, (0, 1), value=num_samples * num_tokens)
+    rows = (part.flatten(0, 1) for part in (q_BLHD, k_BLHD, v_BLHD))
+    return varlen(*rows, bounds, bounds, num_tokens, num_tokens, **settings).unflatten(0, (num_samples, num_tokens))
+
+
+def _cudnn(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
     q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in (q_BLHD, k_BLHD, v_BLHD))
     # the operator itself: sdpa_kernel would set flags of the whole process around every call.  It keeps the sums of the
     # softmax also where there is no gradient, so that rollout and update run one kernel
@@ -123,25 +155,28 @@ def _cudnn(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
 
 @cache
 def _load_flash() -> Attention:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    return _flash(flash_attn_func)
+    return _flash(flash_attn_func, flash_attn_varlen_func)
 
 
 @cache
 def _load_flash3() -> Attention:
     # not torch.nn.attention.activate_flash_attention_impl, which swaps the kernels of every model in the process
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     if not hasattr(torch.ops.flash_attn_3, "_flash_attn_forward"):
         raise ImportError("it is older than November 2025, when it learned to be compiled")
-    return _flash(flash_attn_func)
+    return _flash(flash_attn_func, flash_attn_varlen_func)
 
 
-def _flash(flash_attn_func: Any) -> Attention:
-    def flash(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+def _flash(flash_attn_func: Any, flash_attn_varlen_func: Any) -> Attention:
+    def flash(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         # both packages add up gradients by atomics unless they are told
-        return flash_attn_func(q_BLHD, k_BLHD, v_BLHD, deterministic=torch.are_deterministic_algorithms_enabled())
+        how = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+        if lengths_B is not None:
+            return _packed(flash_attn_varlen_func, q_BLHD, k_BLHD, v_BLHD, lengths_B, **how)
+        return flash_attn_func(q_BLHD, k_BLHD, v_BLHD, **how)
 
     return flash
 
@@ -153,7 +188,7 @@ def _load_xformers() -> Attention:
     return _xformers
 
 
-def _xformers(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+def _xformers(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
     return _xformers_forward(q_BLHD, k_BLHD, v_BLHD)[0]
 
 
@@ -218,11 +253,12 @@ BACKENDS = {
         capabilities=((9, 0), (9, 0)),
     ),
     # PyTorch itself leaves cuDNN out where it is to be deterministic, and xformers says nothing of it
-    "cudnn": Backend(load=lambda: _cudnn, is_deterministic=False),
+    "cudnn": Backend(load=lambda: _cudnn, is_deterministic=False, takes_lengths=False),
     "xformers": Backend(
         load=_load_xformers,
         package="xformers",
         install="pip install 'fastgrpo[xformers]'",
         is_deterministic=False,
+        takes_lengths=False,
     ),
 }

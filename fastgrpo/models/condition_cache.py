@@ -1,6 +1,6 @@
 """Conditions on disk: a text goes through the encoders once, whichever runs and processes want it.
 
-    path = directory / encoders / SHA-256(text).safetensors        one row: embeddings [1, L, C], pooled [1, C]
+    path = directory / encoders / SHA-256(text).safetensors    one row: embeddings [1, L, C], pooled [1, C], length [1]
 
 ``encoders`` is a hash of all that a row depends on but its text (``fastgrpo.models.encoder_identity``).  A file carries
 the SHA-256 of its tensors and appears by one rename: processes may share a directory, and a damaged file is encoded
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from fastgrpo.types import Conditions
 
 _log = logging.getLogger(__name__)
 _KEY = "model.condition_cache"
+_TENSORS = ("embeds_BLC", "pooled_BC", "lengths_B")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,12 @@ class ConditionCache:
 
     def _keyed(self, text: str, row: Conditions) -> Conditions:
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        return Conditions(on_device(row.embeds_BLC, self.device), on_device(row.pooled_BC, self.device), (key,))
+        return replace(row.map(lambda part: on_device(part, self.device)), keys=(key,))
 
     def _remember(self, text: str, row: Conditions) -> None:
         self._rows[text] = row
         self._rows.move_to_end(text)
-        while len(self._rows) > 1 and sum(map(_num_bytes, self._rows.values())) > self.memory_bytes:
+        while len(self._rows) > 1 and sum(row.num_bytes for row in self._rows.values()) > self.memory_bytes:
             self._rows.popitem(last=False)
 
     def _path(self, text: str) -> Path:
@@ -111,7 +112,9 @@ class ConditionCache:
         check_own(path, _KEY)
         try:
             with safe_open(path, framework="pt") as file:
-                row = Conditions(file.get_tensor("embeds_BLC"), file.get_tensor("pooled_BC"))
+                row = Conditions(
+                    file.get_tensor("embeds_BLC"), file.get_tensor("pooled_BC"), lengths_B=file.get_tensor("lengths_B")
+                )
                 intact = file.metadata() == self._facts(text, row)
         except (SafetensorError, OSError) as error:
             _log.warning("%s cannot be read (%s); its text is encoded again", path, error)
@@ -126,7 +129,7 @@ class ConditionCache:
         if self.directory is None:
             return 0
         path, row = self._path(text), row.to("cpu")
-        tensors = {"embeds_BLC": row.embeds_BLC.contiguous(), "pooled_BC": row.pooled_BC.contiguous()}
+        tensors = {name: getattr(row, name).contiguous() for name in _TENSORS}
         try:
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".temporary_")
             os.close(descriptor)
@@ -145,11 +148,7 @@ class ConditionCache:
 
     def _facts(self, text: str, row: Conditions) -> dict[str, str]:
         digest = hashlib.sha256()
-        for x in (row.embeds_BLC, row.pooled_BC):
+        for x in (getattr(row, name) for name in _TENSORS):
             digest.update(f"{x.dtype} {tuple(x.shape)} ".encode())
             digest.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
         return {"text": text, "encoders": self.encoders, "sha256": digest.hexdigest()}
-
-
-def _num_bytes(row: Conditions) -> int:
-    return row.embeds_BLC.nbytes + row.pooled_BC.nbytes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # of what is hashed here, and of what a condition is made of
-_LAYOUT = 1
+_LAYOUT = 2
 _PIECE_BYTES = 4096
 _NUM_PIECES = 256
 

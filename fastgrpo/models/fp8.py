@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.models.blocks.layout import blocks_of, modulators
 from fastgrpo.models.low_rank import LoRALinear
 
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 # torch._scaled_mm takes no other widths
 _MULTIPLE = 16
@@ -36,7 +36,7 @@ class Fp8:
         _stack([swap for swap in layers if hasattr(swap.exact, "stack")])
         if not layers:
             raise ValueError(
-                f"lossy=fp8 found no linear layer in {' or '.join(_BLOCKS)} with widths that {_MULTIPLE} divides; "
+                f"lossy=fp8 found no linear layer in the transformer's blocks with widths that {_MULTIPLE} divides; "
                 "use lossy=none"
             )
         return _Fp8Layers(layers)
@@ -122,14 +122,17 @@ def _scaled_mm(x_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tensor
 
 def block_layers(transformer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name in it, linear layer) of the blocks' layers that run in fp8; an adapter's layer is its base."""
-    for prefix, parent in list(transformer.named_modules()):
-        path = prefix.split(".")
-        if path[0] not in _BLOCKS or isinstance(parent, LoRALinear) or any(part.startswith("norm") for part in path):
-            continue
-        for name, child in parent.named_children():
-            linear = child.base if isinstance(child, LoRALinear) else child
-            if isinstance(linear, nn.Linear) and not any(width % _MULTIPLE for width in linear.weight.shape):
-                yield parent, name, linear
+    for _, block in blocks_of(transformer):
+        skipped = set(modulators(block))
+        for parent in list(block.modules()):
+            if isinstance(parent, LoRALinear):
+                continue
+            for name, child in parent.named_children():
+                linear = child.base if isinstance(child, LoRALinear) else child
+                if not isinstance(linear, nn.Linear) or linear in skipped:
+                    continue
+                if not any(width % _MULTIPLE for width in linear.weight.shape):
+                    yield parent, name, linear
 
 
 class _Swap:

@@ -1,6 +1,6 @@
 """Which images a pipeline can draw, told from its configs before a weight is loaded.
 
-pixels in a row = tokens in a row * patch * 2 ** (levels of the autoencoder - 1)
+pixels in a row = tokens in a row * latent pixels of a token * pixels of a latent pixel
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class ImageSizes:
     largest: int | None = None
 
     @classmethod
-    def of(cls, *, patch: int, num_levels: int, most_tokens: int | None) -> "ImageSizes":
-        """``patch`` latent pixels are one token, of which there are at most ``most_tokens`` in a row."""
-        step = patch * 2 ** (num_levels - 1)
+    def of(cls, *, patch: int, pixels: int, most_tokens: int | None) -> "ImageSizes":
+        """``patch`` latent pixels of ``pixels`` each are one token, of which at most ``most_tokens`` are in a row."""
+        step = patch * pixels
         return cls(step, None if most_tokens is None else step * most_tokens)
 
     def check(self, resolution: int) -> None:

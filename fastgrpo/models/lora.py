@@ -19,6 +19,8 @@ from fastgrpo.models.low_rank import LoRALinear, Mode, Projection, refresh, stac
 
 # Flow-GRPO's targets in an MM-DiT: the joint attention of every block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# the parts of a block that targets are in, by their names in all families
+_INSIDE = ("attn", "attention", "ff", "ff_context", "feed_forward", "img_mlp", "txt_mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class LoRA:
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         parts = name.split(".")
-        inside = next((i for i, part in enumerate(parts) if part in ("attn", "ff", "ff_context")), None)
+        inside = next((i for i, part in enumerate(parts) if part in _INSIDE), None)
         return isinstance(module, nn.Linear) and inside is not None and ".".join(parts[inside + 1 :]) in self.targets
 
 

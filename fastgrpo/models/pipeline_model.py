@@ -1,10 +1,11 @@
-"""A diffusers pipeline as the model that rollout, update and evaluation know: what SD3 and FLUX have in common.
+"""A diffusers pipeline as the model that rollout, update and evaluation know: what all families have in common.
 
 Here is what surrounds the transformer: loading, text encoders, the autoencoder, and writing.  Its velocities are in
-policy.py.
+policy.py.  A family is a subclass of a page: its diffusers classes, its network, and the methods that it has to write.
 Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +15,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
 from rich.progress import track
 from torch import Tensor, nn
 
 from fastgrpo.models.adaptation import Adaptation
 from fastgrpo.models.architectures import Architecture
-from fastgrpo.models.attention import Attention, attention_backend
+from fastgrpo.models.attention import attention_backend
+from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import encoder_identity
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
-from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
+from fastgrpo.models.text_lengths import filled
 from fastgrpo.models.weights import load_pipeline, pipeline_directory, read_config, refuse_damaged_files
 from fastgrpo.types import Conditions
 
@@ -39,8 +42,6 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _HALF = (torch.bfloat16, torch.float16)
-# of T5
-_MAX_TOKENS = 512
 
 
 class PipelineModel(Policy):
@@ -51,7 +52,7 @@ class PipelineModel(Policy):
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
-    max_sequence_length: tokens of the T5 encoder.  use_t5: whether to load it.
+    max_sequence_length: tokens of a text, of T5 where a family has CLIP too.  use_t5: whether to load it.
     dtype, decode_dtype: float32, bfloat16, float16 or float64, of the frozen weights and of the autoencoder.
     attention: a name of ``fastgrpo.models.attention``.
     compile: of the repeated block and of decoding; None runs them as they are.
@@ -61,9 +62,16 @@ class PipelineModel(Policy):
     """
 
     pipeline_class: Any
-    # names of its components: those that encode text, and of these T5 with its tokenizer
+    transformer_class: Any
+    autoencoder_class: Any = AutoencoderKL
+    network_class: Callable[..., Network]
+    # names of its components: those that encode text, and of these T5 with its tokenizer, which may be left out
     text_encoders: tuple[str, ...]
-    t5: tuple[str, ...]
+    t5: tuple[str, ...] = ()
+    # whether texts are as long as they are, and what fills them up is left out of attention
+    has_lengths = False
+    # the most tokens that it was trained with
+    longest_text = 512
 
     def __init__(
         self,
@@ -84,30 +92,31 @@ class PipelineModel(Policy):
         lossy: Lossy | None = None,
         condition_cache: str | None = None,
     ) -> None:
-        _check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length)
+        self._check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length, use_t5)
         compile = compile or Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
         self.device = torch.device(device)
-        self._decode = compile(_decode)
-        is_compiled = self._decode is not _decode
+        self._decode = compile(self.decoded)
+        is_compiled = self._decode is not self.decoded
         _check_lossy(lossy, self.device, is_compiled)
-        backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
+        backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype], has_lengths=self.has_lengths)
         self._random = _architecture_of(weights, architecture)
         self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
         # all that can be refused is refused before gigabytes are read
-        transformer, num_levels = self._describe()
-        self._check(transformer)
-        patch, most_tokens = self._tokens_of(transformer)
-        ImageSizes.of(patch=patch, num_levels=num_levels, most_tokens=most_tokens).check(resolution)
-        self.conditions = self._make_conditions(_DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
+        transformer_config, vae_config = self._configs()
+        self._check(transformer_config)
+        patch, most_tokens = self._tokens_of(transformer_config)
+        pixels = self._pixels_of_latent(vae_config)
+        ImageSizes.of(patch=patch, pixels=pixels, most_tokens=most_tokens).check(resolution)
+        self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        side = resolution // self.pipeline.vae_scale_factor
-        self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
+        side = resolution // pixels
+        self.latent_shape = (self._num_channels(vae_config), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
         start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
         adapted = adaptation(self.transformer)
@@ -131,22 +140,45 @@ class PipelineModel(Policy):
             lossy=lossy,
         )
 
-    def _describe(self) -> tuple[Mapping[str, Any], int]:
-        """The config of the transformer, and the number of the autoencoder's levels; ValueError for damaged files."""
+    def _configs(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Of the transformer and of the autoencoder; ValueError for damaged files."""
         if self._random is not None:
-            return self._random.transformer_config, len(self._random.decoder_channels)
+            return (
+                self._random.sizes("transformer", self.transformer_class),
+                self._random.sizes("autoencoder", self.autoencoder_class),
+            )
         assert self._directory is not None
         encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
         refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
         transformer, vae = (read_config(self._directory / part / "config.json") for part in ("transformer", "vae"))
-        return transformer, len(vae.get("block_out_channels", [0]))
+        return transformer, vae
+
+    def _check_settings(
+        self, dtype: str, decode_dtype: str, guidance_scale: float, max_sequence_length: int, use_t5: bool
+    ) -> None:
+        for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
+            if value not in _DTYPES:
+                raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
+        if not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
+        if not 0 <= max_sequence_length <= self.longest_text:
+            raise ValueError(
+                f"model.max_sequence_length must lie in 0 to {self.longest_text}, the most that this model was trained "
+                f"with, got {max_sequence_length}"
+            )
+        if not use_t5 and not self.t5:
+            raise ValueError(f"model.use_t5=false, but {type(self).__name__} has no T5; leave it out")
 
     def _check(self, transformer: Mapping[str, Any]) -> None:
         """ValueError for settings that do not go with a transformer of this config."""
 
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
-            return self._random(device=self.device, dtype=dtype, decode_dtype=decode_dtype)
+            transformer = self._random.make("transformer", self.transformer_class, device=self.device, dtype=dtype)
+            return self._pipeline_of(
+                transformer=transformer,
+                vae=self._random.make("autoencoder", self.autoencoder_class, device=self.device, dtype=decode_dtype),
+            )
         return self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
 
     def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
@@ -154,30 +186,46 @@ class PipelineModel(Policy):
         without += () if self.use_t5 else self.t5
         return load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **dict.fromkeys(without))
 
+    def _pipeline_of(self, **parts: Any) -> Any:
+        """A pipeline of these parts alone."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters.values()
+        absent = [one.name for one in parameters if one.default is one.empty and one.name != "self"]
+        return self.pipeline_class(**dict.fromkeys(absent) | parts)
+
     def _make_conditions(
-        self, dtype: torch.dtype, decode_dtype: torch.dtype, cache_directory: str | None
+        self, transformer_config: Mapping[str, Any], dtype: str, decode_dtype: str, cache_directory: str | None
     ) -> ConditionCache:
-        random, length = self._random, self.max_sequence_length
+        random = self._random
         if random is not None:
+            widths = self._text_widths(transformer_config)
+
+            def draw(text: str) -> Conditions:
+                num_tokens = self._num_text_tokens(text)
+                row = Conditions(*random.condition(text, num_tokens, widths, self.device, _DTYPES[dtype]))
+                return self._filled(row)
+
             return ConditionCache(
-                encode=lambda texts: (
-                    Conditions(*random.condition(text, length, self.device, dtype)) for text in texts
-                ),
-                encoders="random",
-                directory=None,
-                device=self.device,
+                encode=lambda texts: map(draw, texts), encoders="random", directory=None, device=self.device
             )
 
         def load() -> list[nn.Module]:
-            loaded = self._load(dtype, decode_dtype, without=("transformer", "vae")).components
+            loaded = self._load(_DTYPES[dtype], _DTYPES[decode_dtype], without=("transformer", "vae")).components
             encoders = {name: loaded[name] for name in self.text_encoders}
             self.pipeline.register_modules(**encoders)
             return [module for module in encoders.values() if module is not None]
 
         self._text_encoders = encoders = TextEncoders(
-            load, self._run_encoders, self.device, is_often=cache_directory is None
+            load,
+            lambda text: self._filled(self._run_encoders(text)),
+            self.device,
+            is_often=cache_directory is None,
         )
-        settings = {"pipeline": self.pipeline_class.__name__, "dtype": str(dtype), "length": length, "t5": self.use_t5}
+        settings = {
+            "pipeline": self.pipeline_class.__name__,
+            "dtype": str(_DTYPES[dtype]),
+            "length": self.max_sequence_length,
+            "t5": self.use_t5,
+        }
         assert self._directory is not None
         return ConditionCache(
             encode=encoders,
@@ -186,18 +234,47 @@ class PipelineModel(Policy):
             device=self.device,
         )
 
+    def _filled(self, row: Conditions) -> Conditions:
+        return filled(row, self.max_sequence_length) if self.has_lengths else row
+
     @abstractmethod
     def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
 
     @abstractmethod
-    def _make_network(
-        self, *, attention: Attention, compile: Compile, checkpointing: bool, modulations: Modulations
-    ) -> Network: ...
+    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+        """By a transformer's config: the width of a token's embedding, and of a whole text's, 0 where there is none."""
+
+    def _num_text_tokens(self, text: str) -> int:
+        """Of a random condition: about as many as a text has with its template, where texts are as long as they are."""
+        return (
+            min(16 + 2 * len(text.split()), self.max_sequence_length) if self.has_lengths else self.max_sequence_length
+        )
+
+    def _make_network(self, **settings: Any) -> Network:
+        return self.network_class(**settings)
 
     @abstractmethod
-    def _run_encoders(self, text: str) -> tuple[Tensor, Tensor]:
-        """Embeddings [1, L, C] and pooled embeddings [1, C] of a text."""
+    def _run_encoders(self, text: str) -> Conditions:
+        """One row, of a text, by ``self.pipeline``; ValueError for one that is too long."""
+
+    def _pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+        """By an autoencoder's config: pixels in a row of one latent pixel."""
+        return 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+
+    def _num_channels(self, vae: Mapping[str, Any]) -> int:
+        """By an autoencoder's config: channels of a latent."""
+        return int(vae["latent_channels"])
+
+    def _unscaled(self, x_BCHW: Tensor) -> Tensor:
+        """What the autoencoder decodes, of latents as the transformer knows them."""
+        config = self.pipeline.vae.config
+        return x_BCHW / config.scaling_factor + config.shift_factor
+
+    @staticmethod
+    def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, height, width] in [-1, 1]."""
+        return vae.decode(z_BCHW, return_dict=False)[0]
 
     @property
     def transformer(self) -> Any:
@@ -224,7 +301,7 @@ class PipelineModel(Policy):
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        z_BCHW = (x_BCHW / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        z_BCHW = self._unscaled(x_BCHW).to(vae.dtype)
         if vae.dtype in _HALF:
             z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
         return (self._decode(vae, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
@@ -255,19 +332,6 @@ class PipelineModel(Policy):
             self.pipeline.save_pretrained(directory)
 
 
-def _check_settings(dtype: str, decode_dtype: str, guidance_scale: float, max_sequence_length: int) -> None:
-    for key, value in (("dtype", dtype), ("decode_dtype", decode_dtype)):
-        if value not in _DTYPES:
-            raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
-    if not 1 <= guidance_scale < math.inf:
-        raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
-    if not 0 <= max_sequence_length <= _MAX_TOKENS:
-        raise ValueError(
-            f"model.max_sequence_length must lie in 0 to {_MAX_TOKENS}, the most that these models were trained with, "
-            f"got {max_sequence_length}"
-        )
-
-
 def _check_lossy(lossy: Lossy | None, device: torch.device, is_compiled: bool) -> None:
     # four times the launches of bfloat16: finding a scale, dividing and rounding are kernels of their own in each layer
     if isinstance(lossy, Fp8) and device.type == "cuda" and not is_compiled:
@@ -289,10 +353,6 @@ def _architecture_of(weights: str, architecture: Architecture | None) -> Archite
 def _is_first() -> bool:
     """Whether this process is the one that writes, of those that have the same weights or parts of them."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _decode(vae: Any, z_BCHW: Tensor) -> Tensor:
-    return vae.decode(z_BCHW, return_dict=False)[0]
 
 
 def _fingerprint(transformer: nn.Module) -> str:

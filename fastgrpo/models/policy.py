@@ -36,7 +36,9 @@ class Network(Protocol):
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         """What depends on (t, prompt) alone."""
 
-    def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, *modulations_BE: Tensor) -> Tensor:
+    def forward(
+        self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, lengths_B: Tensor, *modulations_BE: Tensor
+    ) -> Tensor:
         """The rest, a function of tensors."""
 
 
@@ -157,11 +159,11 @@ class Policy(ABC):
             return self._conditional(x_BCHW, t, conditions)
         if self._is_sampling and unconditional is None:
             v_BCHW = self._run(self.adaptation.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
-            return self._guided(v_BCHW)
+            return self.guided(*v_BCHW.chunk(2))
         if unconditional is None:
             with torch.no_grad():
                 unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW))
-        return GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale)
+        return self.guided(self._conditional(x_BCHW, t, conditions), unconditional)
 
     def velocity_and_reference(
         self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
@@ -180,10 +182,7 @@ class Policy(ABC):
             )
         unconditional = v_BCHW if unconditional is None else unconditional
         assert unconditional is not None
-        return (
-            GuidedVelocity(self._conditional(x_BCHW, t, conditions), unconditional, self.guidance_scale),
-            self._guided(reference),
-        )
+        return self.guided(self._conditional(x_BCHW, t, conditions), unconditional), self.guided(*reference.chunk(2))
 
     def by_sample(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
         return self.adaptation.by_sample(num_samples)
@@ -197,9 +196,8 @@ class Policy(ABC):
             v_BCHW = self._run(self.adaptation.transformer, t, x_BCHW, conditions)
         return v_BCHW if torch.is_grad_enabled() else v_BCHW.detach()
 
-    def _guided(self, both_BCHW: Tensor) -> GuidedVelocity:
-        """Of a batch whose first half is conditional."""
-        conditional, unconditional = both_BCHW.chunk(2)
+    def guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor | GuidedVelocity:
+        """Of both branches [B, C, H, W], of which the first alone has a gradient."""
         return GuidedVelocity(conditional, unconditional, self.guidance_scale)
 
     def _without_text(self, x_BCHW: Tensor) -> Inputs:
@@ -215,4 +213,4 @@ class Policy(ABC):
         if not self._is_sampling or isinstance(transformer, FSDPModule):
             return over(transformer, self._network, x_BCHW, t, conditions)
         modulations = self._network.modulations(transformer, t, conditions)
-        return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, *modulations)
+        return self._sampled[self._is_lossy](x_BCHW, conditions.embeds_BLC, conditions.lengths_B, *modulations)

@@ -3,9 +3,9 @@
     matrices, convolutions   N(0, 1 / inputs)   so that activations keep their scale from layer to layer
     scales of norms          1
     biases                   0
-    tables of positions      N(0, 1 / 2)        the power of the sines and cosines that they stand for
+    buffers                  as they are made   tables of positions
 
-A module is made without storage, then drawn on its device in its type: nothing is computed in float32 or on the CPU.
+Weights are made without storage, then drawn on their device in their type: none is computed in float32 or on the CPU.
 Letters: L text tokens, C width of an embedding.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from fastgrpo.on_device import on_device
@@ -21,7 +22,7 @@ from fastgrpo.on_device import on_device
 
 def random_module(make: Callable[[], Any], *, device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
     """What ``make`` makes, with random weights: equal in every process for one kind of device, type and seed."""
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         module: nn.Module = make()
     # sharing of weights would be lost; no transformer or autoencoder here has any
     for part in module.modules():
@@ -29,13 +30,11 @@ def random_module(make: Callable[[], Any], *, device: torch.device | str, dtype:
         for name, weight in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(torch.empty_like(weight, device=device, dtype=dtype)))
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty_like(buffer, device=device, dtype=dtype))
+            setattr(part, name, buffer.to(device, dtype if buffer.is_floating_point() else None))
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             _fill(name, weight, generator)
-        for buffer in module.buffers():
-            buffer.normal_(std=0.5**0.5, generator=generator)
     return module
 
 

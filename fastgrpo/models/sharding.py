@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-Result = TypeVar("Result")
+from fastgrpo.models.blocks.layout import blocks_of, modulators
 
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+Result = TypeVar("Result")
 
 
 def over(module: Any, function: Callable[..., Result], *inputs: Any) -> Result:
@@ -114,12 +114,9 @@ def whole(weight: Tensor) -> Tensor:
 
 def _units(transformer: nn.Module) -> Iterator[nn.Module]:
     """What is gathered together, the innermost first: layers that make modulations, the rest of a block, the rest."""
-    for name in _BLOCKS:
-        for block in getattr(transformer, name, ()):
-            for norm in block.children():
-                if isinstance(linear := getattr(norm, "linear", None), nn.Linear):
-                    yield linear
-            yield block
+    for _, block in blocks_of(transformer):
+        yield from modulators(block)
+        yield block
     yield transformer
 
 

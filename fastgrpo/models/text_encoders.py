@@ -3,7 +3,6 @@
 T5-XXL alone is 9.4 GB and takes a minute to load; with conditions cached on disk a run never loads it.  Their weights
 never change, so they stay in host memory, and what is on the device is a copy that is dropped: 11 GB go one way, and
 none come back.
-Letters: L text tokens, C width of an embedding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from fastgrpo.types import Conditions
 class TextEncoders:
     """(texts) -> one row of conditions each.
 
-    load: makes the encoders, and puts them where ``run`` finds them.  run: text -> [1, L, C] and [1, C].
+    load: makes the encoders, and puts them where ``run`` finds them.  run: text -> its row.
     is_often: whether they are wanted again and again.  Their pages are then locked, which takes its time once, so that
         a GPU reads them at the speed of the bus.
     """
@@ -26,7 +25,7 @@ class TextEncoders:
     def __init__(
         self,
         load: Callable[[], list[nn.Module]],
-        run: Callable[[str], tuple[Tensor, Tensor]],
+        run: Callable[[str], Conditions],
         device: torch.device,
         *,
         is_often: bool = False,
@@ -44,8 +43,8 @@ class TextEncoders:
             for text in texts:
                 # one text alone: a row is rounded as its batch wills, and a resumed run meets texts in other batches
                 with torch.no_grad():
-                    embeds_BLC, pooled_BC = self._run(text)
-                yield Conditions(embeds_BLC, pooled_BC)
+                    row = self._run(text)
+                yield row
         finally:
             for weight, on_host in self._weights:
                 weight.data = on_host

@@ -31,7 +31,10 @@ def make_config(*overrides: str) -> DictConfig:
 @pytest.mark.slow
 def test_layers_of_full_width_are_planned_without_their_memory() -> None:
     """Six of SD3.5-medium's 24 layers, as each costs the test seconds."""
-    layers = ("model.architecture.num_layers=6", "model.architecture.num_dual_layers=6")
+    layers = (
+        "model.architecture.transformer.num_layers=6",
+        "model.architecture.transformer.dual_attention_layers=[0,1,2,3,4,5]",
+    )
     plan = counted_plan(make_config("optimizer_steps=2", *layers), 80 * GIB)
     training = plan.choices[TRAINING].cost
     # 2.02 GB a sequence in all 24 layers of diffusers' own forward pass; modulations are kept once a prompt here

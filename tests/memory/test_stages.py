@@ -98,6 +98,7 @@ def test_what_is_kept_of_a_sample_is_what_a_rollout_leaves(
         steps = trajectories.trained
         tensors = [trajectories.images_BCHW, trajectories.start_BCHW, steps.x_TBCHW, steps.x_next_TBCHW]
         tensors += [steps.unconditional_TBCHW, steps.mean_TBCHW, conditions.embeds_BLC, conditions.pooled_BC]
+        tensors.append(conditions.lengths_B)
         left.append(sum(tensor.nbytes for tensor in tensors) // len(samples))
         return trajectories
 

@@ -51,6 +51,87 @@ def assert_is_attention(attend: Attention, qkv: list[Tensor]) -> None:
         assert difference <= TOLERANCES[qkv[0].dtype]
 
 
+def one_by_one(
+    q_RHD: Tensor, k_RHD: Tensor, v_RHD: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    """What kernels for sequences end to end compute, R rows in all."""
+    assert cu_q.dtype == torch.int32
+    assert torch.equal(cu_q, cu_k)
+    sizes = cu_q.diff().tolist()
+    assert sum(sizes) == len(q_RHD)
+    assert max(sizes) <= max_q == max_k
+    parts = zip(*(part.split(sizes) for part in (q_RHD, k_RHD, v_RHD)), strict=True)
+    return torch.cat([reference(*(one[None] for one in part))[0] if len(part[0]) else part[0] for part in parts])
+
+
+def install_nothing(monkeypatch: pytest.MonkeyPatch) -> Attention:
+    return attention_backend("sdpa")
+
+
+def install_varlen(monkeypatch: pytest.MonkeyPatch) -> Attention:
+    return lambda q, k, v, lengths=None, /: attention._packed(one_by_one, q, k, v, lengths)
+
+
+def installed(install: Any, load: Any) -> Any:
+    def made(monkeypatch: pytest.MonkeyPatch) -> Attention:
+        install(monkeypatch, Calls())
+        return load()
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["sdpa", "packed", "flash", "flash3"])
+@pytest.mark.parametrize("lengths", [(7, 3, 5), (7, 7, 7), (1, 7, 2)])
+def test_a_sample_sees_its_own_tokens_alone(
+    name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend: Attention = {
+        "sdpa": install_nothing,
+        "packed": install_varlen,
+        "flash": installed(install_flash, attention._load_flash),
+        "flash3": installed(install_flash3, attention._load_flash3),
+    }[name](monkeypatch)
+    qkv = make_qkv((3, 7, 2, 8), torch.float64)
+    weights = torch.randn(3, 7, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        weights[row, length:] = 0
+    out = attend(*qkv, torch.tensor(lengths, dtype=torch.int32))
+    found = [out * (weights != 0), *torch.autograd.grad((out * weights).sum(), qkv)]
+    expected = [torch.zeros_like(part) for part in found]
+    for row, length in enumerate(lengths):
+        alone = [part[row : row + 1, :length].detach().requires_grad_() for part in qkv]
+        own = reference(*alone)
+        grads = torch.autograd.grad((own * weights[row : row + 1, :length]).sum(), alone)
+        for place, part in zip(expected, (own, *grads), strict=True):
+            place[row, :length] = part[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "flash", "flash3"])
+def test_lengths_on_a_gpu(name: str) -> None:
+    device = torch.device("cuda")
+    if why := why_not(name, device, torch.bfloat16):
+        pytest.skip(why)
+    attend = attention_backend(name, device=device, dtype=torch.bfloat16, has_lengths=True)
+    lengths = torch.tensor([1229, 1100, 1024], dtype=torch.int32, device=device)
+    qkv = make_qkv((3, 1229, 24, 64), torch.bfloat16, "cuda")
+    for run in (attend, torch.compile(attend, fullgraph=True)):
+        found = run(*qkv, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            exact = reference(*(part[row : row + 1, :length].double() for part in qkv))[0]
+            assert (found[row, :length].double() - exact).abs().max() <= TOLERANCES[torch.bfloat16] * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["cudnn", "xformers"])
+def test_backends_without_lengths_say_so(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"runtime\.attention={name} cannot leave out the tokens that fill up the texts"
+    ):
+        attention_backend(name, device="cpu", has_lengths=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 def test_sdpa_on_a_cpu_is_attention_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -124,7 +205,24 @@ def install_flash(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
         assert alibi_slopes is None
         return calls(q, k, v, softmax_scale, deterministic=deterministic)
 
-    install(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> Tensor:
+        assert (dropout_p, softmax_scale, causal) == (0.0, None, False)
+        return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
+    install(monkeypatch, "flash_attn", **functions)
 
 
 def install_flash3(monkeypatch: pytest.MonkeyPatch, calls: Calls, *, compiles: bool = True) -> None:
@@ -152,7 +250,25 @@ def install_flash3(monkeypatch: pytest.MonkeyPatch, calls: Calls, *, compiles: b
         assert (sm_margin, return_attn_probs) == (0, False)
         return calls(q, k, v, softmax_scale, deterministic=deterministic)
 
-    install(monkeypatch, "flash_attn_interface", flash_attn_func=flash_attn_func)
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> Tensor:
+        assert (seqused_q, seqused_k, softmax_scale, causal) == (None, None, None, False)
+        return one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
+    install(monkeypatch, "flash_attn_interface", **functions)
     operators = ModuleType("flash_attn_3")
     if compiles:
         vars(operators)["_flash_attn_forward"] = object()

@@ -48,6 +48,8 @@ def assert_equal(a: Conditions, b: Conditions) -> None:
     assert torch.equal(a.embeds_BLC, b.embeds_BLC)
     assert torch.equal(a.pooled_BC, b.pooled_BC)
     assert a.embeds_BLC.dtype == b.embeds_BLC.dtype
+    assert torch.equal(a.lengths_B, b.lengths_B)
+    assert a.lengths_B.dtype == b.lengths_B.dtype == torch.int32
     assert a.keys == b.keys
 
 
@@ -155,8 +157,8 @@ def test_the_directory_is_for_its_user_alone_and_links_are_refused(tmp_path: Pat
 
 def test_rows_in_memory_stay_within_their_bytes_and_the_longest_unused_leaves_first() -> None:
     encoders = Encoders()
-    # a row is (5 * 3 + 2) * 2 bytes
-    cache = make_cache(None, encoders, memory_bytes=2 * 34)
+    # a row is (5 * 3 + 2) * 2 bytes, and 4 of its length
+    cache = make_cache(None, encoders, memory_bytes=2 * 38)
     cache.get(["a", "bb"])
     cache.get(["a"])
     cache.get(["ccc"])

@@ -17,10 +17,9 @@ from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.config import load_config
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.attention import attention_backend
-from fastgrpo.models.flux import Flux
-from fastgrpo.models.flux_network import FluxNetwork
+from fastgrpo.models.blocks.modulation import Modulations
+from fastgrpo.models.flux import Flux, FluxNetwork
 from fastgrpo.models.lora import LoRA
-from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.pieces import build
 from fastgrpo.sampler import Sampler

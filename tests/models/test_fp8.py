@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fastgrpo.compile.blocks import Uncompiled
 from fastgrpo.models import fp8
 from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.models.blocks.heads import added_stack, self_stack
 from fastgrpo.models.fp8 import Fp8, block_layers, fp8_linear, fp8_product_reference, quantize_rows
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.low_rank import projected
-from fastgrpo.models.mmdit import added_stack, self_stack
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo_kernels import combined
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.models import gelu_product, mmdit
+from fastgrpo.models import gelu_product
+from fastgrpo.models.blocks import feed_forward as module
 from fastgrpo.models.lora import LoRA
 
 
@@ -55,29 +56,26 @@ def test_it_runs_where_there_is_a_gradient_for_nothing_but_the_input(
     second.weight.requires_grad_(not is_frozen)
     called = []
     feed_forward = gelu_product.frozen_feed_forward
-    monkeypatch.setattr(mmdit, "has_epilogues", lambda *layers: has_epilogues)
+    monkeypatch.setattr(module, "has_epilogues", lambda *layers: has_epilogues)
 
     def count(*layers: Any) -> Tensor:
         called.append(1)
         return feed_forward(*layers)
 
-    monkeypatch.setattr(mmdit, "frozen_feed_forward", count)
+    monkeypatch.setattr(module, "frozen_feed_forward", count)
     ff = nn.Module()
     ff.net = nn.ModuleList([nn.ModuleDict({"proj": first}), nn.Identity(), second])
     ff.net[0].proj = first
-    shift, scale, gate = (torch.full((2, 1, 6), value, dtype=torch.float64) for value in (0.1, 0.2, 0.3))
-    x = inputs()
     with torch.set_grad_enabled(with_gradient):
-        found = mmdit.feed_forward(ff, x, shift, scale, gate)
-    normed = F.layer_norm(x, (6,), eps=1e-6)
-    torch.testing.assert_close(found, x + 0.3 * plain(first, second, normed * 1.2 + 0.1), rtol=0, atol=1e-13)
+        found = module.gelu_feed_forward(ff, inputs())
+    torch.testing.assert_close(found, plain(first, second, inputs()), rtol=0, atol=1e-13)
     assert bool(called) == is_used
 
 
 def test_adapted_feed_forwards_do_without() -> None:
     block = nn.ModuleDict({"ff": nn.ModuleDict({"a": nn.Linear(4, 4)})})
     LoRA(rank=2, targets=("a",))(block)
-    assert not mmdit._is_frozen(block["ff"]["a"])  # type: ignore[index]
+    assert not module._is_frozen(block["ff"]["a"])  # type: ignore[index]
 
 
 class OnGPU:

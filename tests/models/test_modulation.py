@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.models.adaptation import FullFineTuning
+from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.lora import LoRA
-from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.models.sd3_network import modulate
 from fastgrpo.types import Conditions
 from fastgrpo_kernels import GuidedVelocity
 
@@ -52,7 +51,7 @@ def counted(transformer: Any) -> Iterator[list[int]]:
 
 
 def modulations_of(kept: Modulations, model: StableDiffusion3, t: float, conditions: Conditions) -> list[Tensor]:
-    return list(kept(model.transformer, t, conditions, modulate))
+    return list(kept(model.transformer, t, conditions, model._network.modulate))
 
 
 def test_kept_modulations_are_those_that_are_computed_for_each_row(model: StableDiffusion3) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.config import load_config
-from fastgrpo.models.architectures import Architecture, FluxArchitecture, SD3Architecture
+from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
@@ -27,21 +27,58 @@ from tests.tiny_config import make_overrides
 
 # parameters of the published transformers
 SIZES = {"sd35_medium": 2_243_171_520, "sd35_large": 8_056_627_520, "flux_dev": 11_901_408_320}
-SMALL: dict[str, Any] = {"num_heads": 2, "text_width": 32, "pooled_width": 24, "decoder_channels": (8, 8, 16, 16)}
-# what a config may hold, whatever the types say
-ONE_NUMBER: Any = 8
-TWO_NUMBERS: Any = (64, 64)
-SMALL_SD3 = SD3Architecture(**SMALL, num_layers=3, num_dual_layers=1)
-SMALL_FLUX = FluxArchitecture(**SMALL, num_layers=2, num_single_layers=2)
+FAMILIES: dict[str, Any] = {"sd35_medium": StableDiffusion3, "sd35_large": StableDiffusion3, "flux_dev": Flux}
+AUTOENCODER: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [8, 8, 16, 16],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+SMALL_SD3 = Architecture(
+    transformer={
+        "sample_size": 128,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 128,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": [0],
+        "qk_norm": "rms_norm",
+    },
+    autoencoder=AUTOENCODER,
+)
+SMALL_FLUX = Architecture(
+    transformer={
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+        "guidance_embeds": True,
+    },
+    autoencoder=AUTOENCODER,
+)
 
 
-def make_model(architecture: Architecture, dtype: str = "float32") -> StableDiffusion3 | Flux:
-    make: Any = Flux if isinstance(architecture, FluxArchitecture) else StableDiffusion3
+def other_sizes(architecture: Architecture, **transformer: Any) -> Architecture:
+    return replace(architecture, transformer={**architecture.transformer, **transformer})
+
+
+def make_model(architecture: Architecture, dtype: str = "float32", resolution: int = 64) -> StableDiffusion3 | Flux:
+    make: Any = Flux if "num_single_layers" in architecture.transformer else StableDiffusion3
     return make(
         weights="random",
         architecture=architecture,
         adaptation=LoRA(rank=2),
-        resolution=64,
+        resolution=resolution,
         max_sequence_length=5,
         dtype=dtype,
         decode_dtype=dtype,
@@ -55,8 +92,9 @@ def architecture_of(name: str) -> Architecture:
 @pytest.mark.parametrize(("name", "num_parameters"), SIZES.items())
 def test_the_sizes_are_the_published_ones(name: str, num_parameters: int) -> None:
     with torch.device("meta"):
-        transformer = architecture_of(name).make_transformer()
-        autoencoder = architecture_of(name).make_autoencoder()
+        sizes, family = architecture_of(name), FAMILIES[name]
+        transformer = family.transformer_class(**sizes.sizes("transformer", family.transformer_class))
+        autoencoder = AutoencoderKL(**sizes.sizes("autoencoder", AutoencoderKL))
     assert sum(weight.numel() for weight in transformer.parameters()) == num_parameters
     # as all three publish it
     assert sum(weight.numel() for weight in autoencoder.parameters()) == 83_819_683
@@ -65,11 +103,9 @@ def test_the_sizes_are_the_published_ones(name: str, num_parameters: int) -> Non
 @pytest.mark.parametrize("depth", ["two blocks", pytest.param("all blocks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SIZES)
 def test_a_full_size_model_gives_a_velocity_its_gradient_and_an_image(name: str, depth: str) -> None:
-    shorter = ["model.architecture.num_layers=2"] * (depth == "two blocks")
-    if shorter:
-        dual = 1 if name == "sd35_medium" else 0
-        kind = "num_single_layers=2" if name == "flux_dev" else f"num_dual_layers={dual}"
-        shorter.append(f"model.architecture.{kind}")
+    kind = {"sd35_medium": "dual_attention_layers=[0]", "sd35_large": "seed=0", "flux_dev": "num_single_layers=2"}[name]
+    shorter = ["num_layers=2", *([kind] if kind != "seed=0" else [])] if depth == "two blocks" else []
+    shorter = [f"model.architecture.transformer.{size}" for size in shorter]
     config = load_config("train", [f"model={name}", "model.weights=random", *shorter])
     # shapes and types without a single value
     with FakeTensorMode():
@@ -88,7 +124,8 @@ def test_a_full_size_model_gives_a_velocity_its_gradient_and_an_image(name: str,
 @pytest.mark.parametrize("architecture", [SMALL_SD3, SMALL_FLUX], ids=["sd3", "flux"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_neither_vanish_nor_blow_up(architecture: Architecture, dtype: str) -> None:
-    deep = replace(architecture, num_layers=12, decoder_channels=(32, 32, 64, 64))
+    autoencoder = {**architecture.autoencoder, "block_out_channels": [32, 32, 64, 64], "norm_num_groups": 32}
+    deep = replace(other_sizes(architecture, num_layers=12), autoencoder=autoencoder)
     model = make_model(deep, dtype)
     x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     with model.sampling():
@@ -119,17 +156,20 @@ def test_the_velocity_depends_on_text_latent_and_time(architecture: Architecture
 
 
 def test_weights_are_of_the_asked_type_and_a_function_of_the_seed() -> None:
-    def weights(architecture: SD3Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
-        pipeline = architecture(device=torch.device("cpu"), dtype=dtype, decode_dtype=torch.float32)
-        assert {weight.dtype for weight in pipeline.vae.parameters()} == {torch.float32}
-        return pipeline.transformer.state_dict()
+    def weights(architecture: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
+        return architecture.make(
+            "transformer", SD3Transformer2DModel, device=torch.device("cpu"), dtype=dtype
+        ).state_dict()
 
     first, again = (weights(SMALL_SD3, torch.bfloat16) for _ in range(2))
     other = weights(replace(SMALL_SD3, seed=1), torch.bfloat16)
     assert {weight.dtype for weight in first.values()} == {torch.bfloat16}
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
-    matrices = [name for name, weight in first.items() if weight.ndim > 1]
+    matrices = [name for name, weight in first.items() if weight.ndim > 1 and name != "pos_embed.pos_embed"]
     assert not any(torch.equal(first[name], other[name]) for name in matrices)
+    # a table of positions is what it is in diffusers
+    made = SD3Transformer2DModel(**SMALL_SD3.transformer).pos_embed.pos_embed
+    assert torch.equal(first["pos_embed.pos_embed"], made.bfloat16())
 
 
 def test_matrices_keep_the_scale_of_their_inputs() -> None:
@@ -147,7 +187,7 @@ print(random_embedding("a", 1, 24, seed=0, dtype=torch.float32, device=torch.dev
 
 def test_conditions_are_a_function_of_the_text_in_every_process() -> None:
     def condition(text: str) -> tuple[Tensor, Tensor]:
-        return SMALL_SD3.condition(text, 5, torch.device("cpu"), torch.float32)
+        return SMALL_SD3.condition(text, 82, (32, 24), torch.device("cpu"), torch.float32)
 
     script = [sys.executable, "-c", IN_ANOTHER_PROCESS]
     output = subprocess.run(script, capture_output=True, text=True, check=True).stdout
@@ -159,7 +199,7 @@ def test_conditions_are_a_function_of_the_text_in_every_process() -> None:
 
 @pytest.mark.parametrize("model", ["sd35_miniature", "flux_miniature"])
 def test_a_miniature_trains_without_any_file(model: str, tmp_path: Path) -> None:
-    settings = ["model.resolution=32", "model.architecture.num_layers=2"]
+    settings = ["model.resolution=32", "model.architecture.transformer.num_layers=2"]
     overrides = make_overrides(Path("random"), tmp_path / "run", f"model={model}", *settings)
     trainer = build_trainer(load_config("train", overrides))
     for _ in range(2):
@@ -186,59 +226,40 @@ def test_adapters_are_saved_and_a_whole_pipeline_is_not(
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("sizes", "message"),
     [
-        (lambda: replace(SMALL_SD3, num_layers=0), r"num_layers must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, num_heads=-2), r"num_heads must be at least 1, got -2"),
-        (lambda: replace(SMALL_SD3, head_width=0), r"head_width must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, text_width=0), r"text_width must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, pooled_width=0), r"pooled_width must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, decoder_layers=0), r"decoder_layers must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, max_positions=0), r"max_positions must be at least 1, got 0"),
-        (lambda: replace(SMALL_SD3, seed=-1), r"seed must be at least 0, got -1"),
-        (lambda: replace(SMALL_SD3, num_dual_layers=4), r"num_dual_layers must lie in 0 to num_layers=3, got 4"),
-        (lambda: replace(SMALL_SD3, num_dual_layers=-1), r"num_dual_layers must lie in 0 to num_layers=3, got -1"),
-        (lambda: replace(SMALL_SD3, head_width=63), r"num_heads \* head_width must be a multiple of 4, .* got 2 \* 63"),
-        (lambda: replace(SMALL_SD3, decoder_channels=()), r"decoder_channels must be positive, got \(\)"),
-        (lambda: replace(SMALL_SD3, decoder_channels=(8, 0)), r"decoder_channels must be positive, got \(8, 0\)"),
-        (
-            lambda: replace(SMALL_SD3, decoder_channels=ONE_NUMBER),
-            r"decoder_channels is a list of whole numbers, .* got 8",
-        ),
-        (lambda: replace(SMALL_FLUX, num_single_layers=-1), r"num_single_layers must be at least 0, got -1"),
-        (lambda: replace(SMALL_FLUX, head_width=64), r"rotated_widths must add up to head_width: \(16, 56, 56\), 64"),
-        (
-            lambda: replace(SMALL_FLUX, rotated_widths=TWO_NUMBERS),
-            r"rotated_widths must be three even positive numbers",
-        ),
-        (
-            lambda: replace(SMALL_FLUX, rotated_widths=(15, 57, 56)),
-            r"rotated_widths must be three even positive number",
-        ),
+        ({"layers": 2}, r"^unknown key model\.architecture\.transformer\.layers; SD3Transformer2DModel takes sample_s"),
+        ({"num_attention_heads": 0}, r"^model\.architecture\.transformer: SD3Transformer2DModel cannot be made .* \(Z"),
+        ({"num_layers": "two"}, r"^model\.architecture\.transformer: SD3Transformer2DModel cannot be made .* \(Type"),
     ],
 )
-def test_wrong_sizes_are_refused_by_their_name(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"^model\.architecture\." + message):
-        make()
+def test_wrong_sizes_are_refused_by_their_name(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(other_sizes(SMALL_SD3, **sizes))
+
+
+def test_parts_of_an_architecture_have_keys_of_their_own() -> None:
+    number: Any = 3
+    with pytest.raises(ValueError, match=r"^model\.architecture\.transformer has keys of its own, got 3"):
+        replace(SMALL_SD3, transformer=number)
+    with pytest.raises(ValueError, match=r"^model\.architecture\.seed must be at least 0, got -1"):
+        replace(SMALL_SD3, seed=-1)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "largest"),
-    [
-        (replace(SMALL_SD3, max_positions=6), 6 * 2 * 8),
-        (replace(SMALL_SD3, max_positions=9, decoder_channels=(8, 8)), 9 * 2 * 2),
-    ],
+    ("positions", "levels", "largest"), [(6, 4, 6 * 2 * 8), (9, 2, 9 * 2 * 2)], ids=["eight pixels", "two pixels"]
 )
-def test_a_table_of_positions_bounds_the_resolution(architecture: SD3Architecture, largest: int) -> None:
-    def make(resolution: int) -> None:
-        StableDiffusion3(weights="random", architecture=architecture, adaptation=LoRA(), resolution=resolution)
-
-    step = 2 * 2 ** (len(architecture.decoder_channels) - 1)
+def test_a_table_of_positions_bounds_the_resolution(positions: int, levels: int, largest: int) -> None:
+    autoencoder = {**AUTOENCODER, "block_out_channels": [8] * levels}
+    for key in ("down_block_types", "up_block_types"):
+        autoencoder[key] = AUTOENCODER[key][:levels]
+    architecture = replace(other_sizes(SMALL_SD3, pos_embed_max_size=positions), autoencoder=autoencoder)
+    step = 2 * 2 ** (levels - 1)
     with FakeTensorMode():
-        make(largest)
+        make_model(architecture, resolution=largest)
         with pytest.raises(ValueError, match=rf"model\.resolution must be at most {largest}, got {largest + step}"):
-            make(largest + step)
+            make_model(architecture, resolution=largest + step)
         with pytest.raises(
             ValueError, match=rf"model\.resolution must be a positive multiple of {step}, got {step + 1}"
         ):
-            make(step + 1)
+            make_model(architecture, resolution=step + 1)

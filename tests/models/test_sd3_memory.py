@@ -8,13 +8,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.config import load_config
 from fastgrpo.memory.byte_count import LiveBytes
-from fastgrpo.models.architectures import SD3Architecture
 from fastgrpo.models.attention import attention_backend
+from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.lora import LoRA
-from fastgrpo.models.modulation import Modulations
-from fastgrpo.models.random_weights import random_module
-from fastgrpo.models.sd3_network import SD3Network
+from fastgrpo.models.sd3 import SD3Network
+from fastgrpo.pieces import build
 from fastgrpo.types import Conditions
 
 WIDTH, NUM_BLOCKS, IMAGE_TOKENS, TEXT_TOKENS = 1536, 24, 1024, 205
@@ -26,7 +26,10 @@ Forward = Callable[[SD3Transformer2DModel, Tensor, Conditions], Tensor]
 
 def make_transformer() -> SD3Transformer2DModel:
     """SD3.5-medium in bfloat16 with Flow-GRPO's adapters."""
-    transformer = random_module(SD3Architecture().make_transformer, device="cpu", dtype=torch.bfloat16, seed=0)
+    architecture = build(load_config("train", ["model=sd35_medium"]).model.architecture)
+    transformer = architecture.make(
+        "transformer", SD3Transformer2DModel, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
     LoRA()(transformer)
     return transformer
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastgrpo.config import load_config
 from fastgrpo.models.attention import attention_backend
+from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.lora import LoRA
-from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.random_weights import random_module
-from fastgrpo.models.sd3_network import SD3Network
+from fastgrpo.models.sd3 import SD3Network
 from fastgrpo.types import Conditions
 
 T = 0.5

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgrpo.distributed.world import World
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.prompts import PromptSource
 from fastgrpo.train import _encode_ahead, _texts_to_come, train
 from fastgrpo.trainer import Trainer
+from fastgrpo.types import Conditions
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config
 
@@ -23,9 +24,9 @@ on_ranks = ranks_of_module()
 def make_encoders(device: str) -> tuple[TextEncoders, nn.Linear]:
     linear = nn.Linear(2, 3, dtype=torch.float64)
 
-    def run(text: str) -> tuple[Tensor, Tensor]:
+    def run(text: str) -> Conditions:
         x_BLC = torch.full((1, 1, 2), float(len(text)), dtype=torch.float64, device=device)
-        return linear(x_BLC), linear(x_BLC)[:, 0]
+        return Conditions(linear(x_BLC), linear(x_BLC)[:, 0])
 
     return TextEncoders(lambda: [linear], run, torch.device(device)), linear
 

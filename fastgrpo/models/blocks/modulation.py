@@ -2,7 +2,7 @@
 
 They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen, and a batch is at one
 time, they are computed once a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
-Letters: B samples, E width of a modulation.
+Letters: B samples, L tokens, C width of a token, E width of a modulation.
 """
 
 from collections import OrderedDict
@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgrpo.types import Conditions, Time
+
+_EPS = 1e-6
 
 # (transformer, t, pooled_BC) -> modulations, [B, E] each, in the order in which the forward pass takes them
 Modulate = Callable[[Any, Time, Tensor], Iterator[Tensor]]
@@ -51,3 +54,16 @@ class Modulations:
         while len(self._rows) * row_E.nbytes > self._max_bytes and len(self._rows) > 1:
             self._rows.popitem(last=False)
         return row_E
+
+
+def parts(modulation_BE: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The shifts, scales and gates [B, 1, C] that one modulation holds."""
+    return modulation_BE[:, None].chunk(count, dim=2)
+
+
+def normed(x_BLC: Tensor) -> Tensor:
+    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=_EPS)
+
+
+def modulated(x_BLC: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x_BLC * (1 + scale) + shift
