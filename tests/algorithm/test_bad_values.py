@@ -30,6 +30,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (SD3Schedule, {"num_steps": 4, "shift": -1}, "schedule.shift must be positive and finite, got -1"),
     (FluxSchedule, {"num_steps": 0, "resolution": 512}, "schedule.num_steps must be at least 1, got 0"),
+    (
+        FluxSchedule,
+        {"num_steps": 4, "resolution": 512, "terminal": 1.0},
+        "schedule.terminal must lie in [0, 1), got 1.0",
+    ),
+    (
+        FluxSchedule,
+        {"num_steps": 4, "resolution": 512, "max_tokens": 256},
+        "schedule.base_tokens must be positive and less than max_tokens, got 256 and 256",
+    ),
     (FluxSchedule, {"num_steps": 4, "resolution": 8}, "schedule.resolution must be at least 16 pixels, got 8"),
     (
         FluxSchedule,

@@ -2,7 +2,9 @@ from itertools import pairwise
 
 import pytest
 
-from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.schedule import FewSteps, Flux2Schedule, FluxSchedule, GivenTimes, LinearSchedule, SD3Schedule
+from fastgrpo.config import load_config
+from fastgrpo.pieces import build
 
 
 def test_sd3_grid_is_the_published_one():
@@ -46,6 +48,78 @@ def test_flux_shifts_more_at_a_larger_resolution():
     # exp(.5) and exp(1.15) at u = 1/2
     assert FluxSchedule(2, 256)()[1] == pytest.approx(0.6224593)
     assert FluxSchedule(2, 1024)()[1] == pytest.approx(0.7595109)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+@pytest.mark.parametrize("resolution", [256, 512, 1328])
+def test_qwen_images_grid_is_that_of_diffusers(num_steps, resolution):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        # of one step there is nothing to stretch, and diffusers makes NaN of it
+        shift_terminal=0.02 if num_steps > 1 else None,
+    )
+    config = scheduler.config
+    lengths = (config.base_image_seq_len, config.max_image_seq_len)
+    mu = calculate_shift((resolution // 16) ** 2, *lengths, config.base_shift, config.max_shift)
+    scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
+    overrides = ["algorithm/schedule=qwen_image", f"algorithm.schedule.num_steps={num_steps}"]
+    schedule = build(load_config("train", [*overrides, f"model.resolution={resolution}"]).algorithm.schedule)
+    assert schedule() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert num_steps == 1 or schedule()[-2] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("num_steps", [4, 50])
+@pytest.mark.parametrize("resolution", [512, 1024, 1536])
+def test_flux_2s_grid_is_that_of_diffusers(num_steps, resolution):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = compute_empirical_mu((resolution // 16) ** 2, num_steps)
+    scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
+    assert Flux2Schedule(num_steps, resolution)() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_z_images_grid_is_that_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+
+    schedule = build(load_config("train", ["algorithm/schedule=z_image"]).algorithm.schedule)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
+    scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(schedule.num_steps))
+    assert schedule() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_given_times_are_taken_as_they_are_and_have_no_other_number_of_steps():
+    schedule = GivenTimes((1, 0.9, 0.5, 0))
+    assert schedule() == schedule.evaluated(3) == (1.0, 0.9, 0.5, 0.0)
+    # between .9 and .5: .7 / .3
+    assert schedule.shift == pytest.approx(7 / 3)
+    assert GivenTimes((1, 0.75, 0)).shift == pytest.approx(3)
+    with pytest.raises(
+        ValueError, match=r"times are 3 steps, and an evaluation of 10 was asked for; use evaluate\.num_s"
+    ):
+        schedule.evaluated(10)
+
+
+@pytest.mark.parametrize("times", [(1,), (0.9, 0), (1, 0.5), (1, 0.5, 0.5, 0), (1, 0.2, 0.5, 0), (1, float("nan"), 0)])
+def test_given_times_must_fall_from_one_to_zero(times):
+    with pytest.raises(
+        ValueError, match=r"^algorithm\.schedule\.times must fall from 1 to 0, as in \[1,\.9,\.5,0\], got"
+    ):
+        GivenTimes(times)
+
+
+@pytest.mark.parametrize("times", ["1,0", 4, ("a", 0)])
+def test_given_times_are_numbers(times):
+    with pytest.raises(ValueError, match=r"^algorithm\.schedule\.times is a list of numbers"):
+        GivenTimes(times)
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule, SD3Schedule])
