@@ -25,9 +25,9 @@ from fastgrpo.pieces import check, fits
 
 _CONFIGS = "fastgrpo_configs"
 _RESUMING = ("train", "submit")
+# groups of which a model chooses another option, as its size wants it; its time grid is another
+_BROUGHT = {"compile", "runtime", "adaptation"}
 # caches are the user's own, whoever that is when they are opened
-# groups of which a model chooses another option, as its size wants it
-_BROUGHT = {"compile", "runtime"}
 _CACHES = ("cache", "condition_cache", "directory")
 HISTORY = "history"
 
@@ -124,9 +124,10 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     config = OmegaConf.merge({key: default[key] for key in default if not _has_target(default[key])}, begun)
     pieces = [OmegaConf.select(one, "adaptation._target_") for one in (default, begun)]
     if pieces[0] == pieces[1] is not None:
-        config.adaptation = OmegaConf.merge(default.adaptation, begun.adaptation)
+        # the run's may have keys that the default one has not
+        config.adaptation = {**default.adaptation, **begun.adaptation}
     # a model that is named again does not bring its own of these once more, nor a reward its backend
-    _take_differences(config, *(OmegaConf.masked_copy(one, [*({*one} - _BROUGHT)]) for one in (default, chosen)))
+    _take_differences(config, _without_brought(default), _without_brought(chosen))
     for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):
         if (subtree := OmegaConf.select(chosen, group)) is not None:
             OmegaConf.update(config, group, subtree, merge=False, force_add=True)
@@ -142,6 +143,14 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     _expand_home(config)
     assert isinstance(config, DictConfig)
     return config
+
+
+def _without_brought(config: DictConfig) -> DictConfig:
+    """The config without what a model chooses."""
+    rest = deepcopy(OmegaConf.masked_copy(config, [str(key) for key in config if key not in _BROUGHT]))
+    if "algorithm" in rest:
+        rest.algorithm.pop("schedule", None)
+    return rest
 
 
 def _take_differences(config: Any, before: Any, after: Any) -> None:

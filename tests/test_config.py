@@ -56,6 +56,13 @@ def differences(a: Any, b: Any, key: str = "") -> set[str]:
         (["model=sd35_medium", "compile=graphs", "runtime.micro_batch=4"], ["model=sd35_medium"], set()),
         (["model=sd35_medium", "compile=eager"], ["model=sd35_medium", "compile=blocks"], {"compile"}),
         (["experiment=flow_grpo_sd35", "compile=eager"], ["experiment=flow_grpo_sd35"], set()),
+        # nor its adapters and its time grid
+        (
+            ["model=flux_dev", "adaptation.rank=16", "algorithm/schedule=linear", "algorithm.schedule.num_steps=7"],
+            ["model=flux_dev"],
+            set(),
+        ),
+        (["model=flux_dev"], ["model=flux_dev", "algorithm/schedule=linear"], {"schedule"}),
         # a key that only the run's recipe has
         (["algorithm/noise=elite"], ["algorithm.noise.elites=3"], {"elites"}),
         (["+reward.weights.more=2.0"], ["+reward.weights.more=2.0"], set()),
@@ -111,6 +118,30 @@ def test_adapters_of_an_earlier_version_get_the_keys_that_they_lack(tmp_path: Pa
     OmegaConf.save(old, output / "config.yaml")
     config = resumed(output, "adaptation.backup=host")
     assert (config.adaptation.rank, config.adaptation.backup) == (8, "host")
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule", "adaptation"),
+    [
+        ([], "FluxSchedule", "lora.LoRA"),
+        # what is on the line comes before what a model brings
+        (["algorithm/schedule=linear", "adaptation=full"], "LinearSchedule", "adaptation.FullFineTuning"),
+        (["algorithm=flow_grpo"], "FluxSchedule", "lora.LoRA"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "doctor", "submit"])
+def test_a_model_brings_its_time_grid_and_its_adapters(
+    command: str, words: list[str], schedule: str, adaptation: str
+) -> None:
+    config = load_config(command, ["model=flux_dev", *words])
+    assert config.algorithm.schedule._target_.endswith(f".{schedule}")
+    assert config.adaptation._target_.endswith(adaptation)
+    assert "net.0.proj" in config.adaptation.get("targets", ["net.0.proj"])
+
+
+@pytest.mark.parametrize("words", [["encode", "prompts.path=a"], ["export", "run=a"]])
+def test_commands_that_draw_nothing_take_a_model_too(words: list[str]) -> None:
+    assert load_config(words[0], ["model=flux_dev", words[1]]).model._target_ == "fastgrpo.models.flux.Flux"
 
 
 def test_a_key_that_the_run_does_not_have_is_unknown(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ class SD3Network(BlockNetwork):
             x_BLC, context_BMC = self.run(joint_block, block, x_BLC, context_BMC, next(modulations), next(modulations))
         scale, shift = parts(next(modulations), 2)
         x_BLC = transformer.proj_out(modulated(normed(x_BLC), shift, scale))
-        return unpatched(x_BLC, *x_BCHW.shape[-2:], transformer.config.patch_size, channels_last=True)
+        height, width = x_BCHW.shape[-2:]
+        return unpatched(x_BLC, height, width, transformer.config.patch_size, channels_last=True)
 
 
 class StableDiffusion3(PipelineModel):

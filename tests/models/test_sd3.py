@@ -15,7 +15,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Prompts, Samples
+from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import GuidedVelocity, combined
 from tests.tiny import make_pipeline
 
@@ -169,7 +169,7 @@ def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPa
     encoded: list[str] = []
     run = StableDiffusion3._run_encoders
 
-    def counting(model: StableDiffusion3, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def counting(model: StableDiffusion3, text: str) -> Conditions:
         encoded.append(text)
         return run(model, text)
 
