@@ -218,7 +218,8 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         optimizer_steps=parts.training.optimizer_steps,
         updates=parts.training.num_updates,
         rewards=rewards,
-        prompt=parts.texts[0],
+        # the longest takes most memory, where texts are as long as they are
+        prompt=max(parts.texts, key=len),
         reweights=parts.training.reweights,
         lags=parts.training.old_policy_growth > 0,
     )

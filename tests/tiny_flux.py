@@ -17,11 +17,11 @@ WORDS = sorted({word for text in PROMPTS for word in text.split()})
 def make_pipeline(directory: Path, seed: int = 0, *, guidance_embeds: bool = True) -> Path:
     """Write the pipeline's directory in float32; returns it."""
     torch.manual_seed(seed)
-    clip_tokenizer, t5_tokenizer = train_tokenizer(), _make_t5_tokenizer()
+    clip_tokenizer, t5_tokenizer = train_tokenizer(), make_t5_tokenizer()
     pipeline = FluxPipeline(
         transformer=make_transformer(guidance_embeds=guidance_embeds),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_make_autoencoder(),
+        vae=make_autoencoder(),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip_tokenizer),
@@ -59,7 +59,7 @@ def make_transformer(*, guidance_embeds: bool = True) -> FluxTransformer2DModel:
     )
 
 
-def _make_t5_tokenizer() -> PreTrainedTokenizerFast:
+def make_t5_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of T5's kind that knows the words of the prompts."""
     words = ["<pad>", "</s>", "<unk>", *WORDS, *(f"<extra_{i}>" for i in range(40))]
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -69,16 +69,16 @@ def _make_t5_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, **special)
 
 
-def _make_autoencoder() -> AutoencoderKL:
+def make_autoencoder(latent_channels: int = 16, shift_factor: float | None = 0.1159) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         scaling_factor=0.3611,
-        shift_factor=0.1159,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,

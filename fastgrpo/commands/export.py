@@ -1,5 +1,8 @@
 """A finished run's weights for diffusers: the LoRA alone, and on request a whole pipeline with the weights in it."""
 
+import json
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from fastgrpo.commands.output_directory import new_directory
@@ -18,8 +21,12 @@ def export(config: DictConfig) -> None:
         print(f'  {directory / "lora"}  pipeline.load_lora_weights("{directory / "lora"}")')
     if config.merged:
         model.save_merged(directory / "merged")
-        # diffusers wants to be told that a pipeline has no T5, which it cannot see
-        has_t5 = (directory / "merged" / "text_encoder_3").is_dir()
-        without_t5 = "" if has_t5 else ", text_encoder_3=None, tokenizer_3=None"
-        call = f'StableDiffusion3Pipeline.from_pretrained("{directory / "merged"}"{without_t5})'
-        print(f"  {directory / 'merged'}  {call}")
+        print(f"  {directory / 'merged'}  {_reading(directory / 'merged')}")
+
+
+def _reading(pipeline: Path) -> str:
+    """The call that reads a pipeline's directory."""
+    index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
+    # diffusers wants to be told of parts that a pipeline has not, which it cannot see
+    absent = "".join(f", {name}=None" for name, part in index.items() if part == [None, None])
+    return f'{index["_class_name"]}.from_pretrained("{pipeline}"{absent})'

@@ -24,6 +24,8 @@ from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 HERE = "here"
+# fills up whatever a model reads of a text
+_LONG_PROMPT = "word " * 1024
 
 
 def show_plan(config: DictConfig, console: Console) -> None:
@@ -55,7 +57,7 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
         rewards=build_rewards(config, prompts)[0],
-        prompt=prompts[0],
+        prompt=max(prompts, key=len),
     )
     return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 
@@ -74,6 +76,7 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
+        prompt=_LONG_PROMPT,
     )
     # where it is counted is no matter, but CUDA tensors without a GPU cannot be made
     config.runtime.device = "cpu"

@@ -122,7 +122,7 @@ class Flux(PipelineModel):
     def has_two_branches(self) -> bool:
         return False
 
-    def _check(self, transformer: Mapping[str, Any]) -> None:
+    def check(self, transformer: Mapping[str, Any]) -> None:
         if not self.use_t5 or self.max_sequence_length < 1:
             raise ValueError(
                 "FLUX reads texts through T5: leave out model.use_t5, set model.max_sequence_length to 128"
@@ -133,17 +133,17 @@ class Flux(PipelineModel):
                 "use model.guidance_scale=1"
             )
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions are turned into angles as they come
         return _PATCH, None
 
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
 
-    def _make_network(self, **settings: Any) -> FluxNetwork:
+    def make_network(self, **settings: Any) -> FluxNetwork:
         return FluxNetwork(guidance_scale=self.guidance_scale, **settings)
 
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         embeds_BLC, pooled_BC, _ = self.pipeline.encode_prompt(
             prompt=[text], prompt_2=None, max_sequence_length=self.max_sequence_length
         )

@@ -106,9 +106,9 @@ class PipelineModel(Policy):
         self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
         # all that can be refused is refused before gigabytes are read
         transformer_config, vae_config = self._configs()
-        self._check(transformer_config)
-        patch, most_tokens = self._tokens_of(transformer_config)
-        pixels = self._pixels_of_latent(vae_config)
+        self.check(transformer_config)
+        patch, most_tokens = self.tokens_of(transformer_config)
+        pixels = self.pixels_of_latent(vae_config)
         ImageSizes.of(patch=patch, pixels=pixels, most_tokens=most_tokens).check(resolution)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
@@ -116,12 +116,12 @@ class PipelineModel(Policy):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         side = resolution // pixels
-        self.latent_shape = (self._num_channels(vae_config), side, side)
+        self.latent_shape = (self.num_channels(vae_config), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
         start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
         adapted = adaptation(self.transformer)
         self.fingerprint = f"{start} {adapted.description}"
-        network = self._make_network(
+        network = self.make_network(
             attention=backend,
             compile=compile,
             checkpointing=checkpointing,
@@ -169,13 +169,13 @@ class PipelineModel(Policy):
         if not use_t5 and not self.t5:
             raise ValueError(f"model.use_t5=false, but {type(self).__name__} has no T5; leave it out")
 
-    def _check(self, transformer: Mapping[str, Any]) -> None:
+    def check(self, transformer: Mapping[str, Any]) -> None:
         """ValueError for settings that do not go with a transformer of this config."""
 
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
             transformer = self._random.make("transformer", self.transformer_class, device=self.device, dtype=dtype)
-            return self._pipeline_of(
+            return self.pipeline_of(
                 transformer=transformer,
                 vae=self._random.make("autoencoder", self.autoencoder_class, device=self.device, dtype=decode_dtype),
             )
@@ -186,7 +186,7 @@ class PipelineModel(Policy):
         without += () if self.use_t5 else self.t5
         return load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **dict.fromkeys(without))
 
-    def _pipeline_of(self, **parts: Any) -> Any:
+    def pipeline_of(self, **parts: Any) -> Any:
         """A pipeline of these parts alone."""
         parameters = inspect.signature(self.pipeline_class.__init__).parameters.values()
         absent = [one.name for one in parameters if one.default is one.empty and one.name != "self"]
@@ -197,10 +197,10 @@ class PipelineModel(Policy):
     ) -> ConditionCache:
         random = self._random
         if random is not None:
-            widths = self._text_widths(transformer_config)
+            widths = self.text_widths(transformer_config)
 
             def draw(text: str) -> Conditions:
-                num_tokens = self._num_text_tokens(text)
+                num_tokens = self.num_text_tokens(text)
                 row = Conditions(*random.condition(text, num_tokens, widths, self.device, _DTYPES[dtype]))
                 return self._filled(row)
 
@@ -216,7 +216,7 @@ class PipelineModel(Policy):
 
         self._text_encoders = encoders = TextEncoders(
             load,
-            lambda text: self._filled(self._run_encoders(text)),
+            lambda text: self._filled(self.run_encoders(text)),
             self.device,
             is_often=cache_directory is None,
         )
@@ -238,38 +238,39 @@ class PipelineModel(Policy):
         return filled(row, self.max_sequence_length) if self.has_lengths else row
 
     @abstractmethod
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
 
     @abstractmethod
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         """By a transformer's config: the width of a token's embedding, and of a whole text's, 0 where there is none."""
 
-    def _num_text_tokens(self, text: str) -> int:
+    def num_text_tokens(self, text: str) -> int:
         """Of a random condition: about as many as a text has with its template, where texts are as long as they are."""
         return (
             min(16 + 2 * len(text.split()), self.max_sequence_length) if self.has_lengths else self.max_sequence_length
         )
 
-    def _make_network(self, **settings: Any) -> Network:
+    def make_network(self, **settings: Any) -> Network:
         return self.network_class(**settings)
 
     @abstractmethod
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         """One row, of a text, by ``self.pipeline``; ValueError for one that is too long."""
 
-    def _pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
         """By an autoencoder's config: pixels in a row of one latent pixel."""
         return 2 ** (len(vae.get("block_out_channels", [0])) - 1)
 
-    def _num_channels(self, vae: Mapping[str, Any]) -> int:
+    def num_channels(self, vae: Mapping[str, Any]) -> int:
         """By an autoencoder's config: channels of a latent."""
         return int(vae["latent_channels"])
 
-    def _unscaled(self, x_BCHW: Tensor) -> Tensor:
+    def unscaled(self, x_BCHW: Tensor) -> Tensor:
         """What the autoencoder decodes, of latents as the transformer knows them."""
         config = self.pipeline.vae.config
-        return x_BCHW / config.scaling_factor + config.shift_factor
+        # some autoencoders have no shift
+        return x_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     @staticmethod
     def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ class PipelineModel(Policy):
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        z_BCHW = self._unscaled(x_BCHW).to(vae.dtype)
+        z_BCHW = self.unscaled(x_BCHW).to(vae.dtype)
         if vae.dtype in _HALF:
             z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
         return (self._decode(vae, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()

@@ -113,16 +113,16 @@ class StableDiffusion3(PipelineModel):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     t5 = ("text_encoder_3", "tokenizer_3")
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(transformer.get("patch_size", 2)), int(transformer.get("pos_embed_max_size", 96))
 
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
 
-    def _num_text_tokens(self, text: str) -> int:
+    def num_text_tokens(self, text: str) -> int:
         return _CLIP_TOKENS + self.max_sequence_length
 
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         embeds_BLC, _, pooled_BC, _ = self.pipeline.encode_prompt(
             prompt=[text],
             prompt_2=None,

@@ -167,13 +167,13 @@ def test_checkpointing_keeps_fewer_activations_and_the_same_gradient(adaptation,
 
 def test_a_text_is_encoded_once(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    run = StableDiffusion3._run_encoders
+    run = StableDiffusion3.run_encoders
 
     def counting(model: StableDiffusion3, text: str) -> Conditions:
         encoded.append(text)
         return run(model, text)
 
-    monkeypatch.setattr(StableDiffusion3, "_run_encoders", counting)
+    monkeypatch.setattr(StableDiffusion3, "run_encoders", counting)
     model = make_model(tiny_weights)
     first = model.encode(TEXTS)
     again = model.encode(["two blue squares", "a red circle", "a green circle"])
