@@ -50,7 +50,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
         raise ValueError(_explain(error, name)) from error
     if begun:
         check_named(OmegaConf.to_container(config), _config_in(config.output), line, PIECES)
-    leave_out(config, line)
+    leave_out(config, default, line)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
@@ -135,7 +135,8 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     config = OmegaConf.merge({key: default[key] for key in default if not _has_target(default[key])}, begun)
     pieces = [OmegaConf.select(one, "adaptation._target_") for one in (default, begun)]
     if pieces[0] == pieces[1] is not None:
-        config.adaptation = OmegaConf.merge(default.adaptation, begun.adaptation)
+        # not merged: some keys of the run's own are none of the default's
+        config.adaptation = {**default.adaptation, **begun.adaptation}
     # a model that is named again does not bring its own of these once more, nor a reward its backend
     _take_differences(config, *(OmegaConf.masked_copy(one, [*({*one} - _BROUGHT)]) for one in (default, chosen)))
     for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):

@@ -48,14 +48,14 @@ def _check_call(node: DictConfig, key: str) -> None:
             raise ValueError(f"{key}.{name} must be {_in_words(hints[name])}, got {node[name]!r}")
 
 
-def leave_out(config: DictConfig, line: Collection[str]) -> None:
-    """Leave out what a ``_target_`` of the line does not take and the line does not set: the group's, of another piece.
+def leave_out(config: DictConfig, default: DictConfig, line: Collection[str]) -> None:
+    """Leave out what a ``_target_`` of the line does not take and the line does not set: keys of the default's piece.
 
     ``line`` has the keys of the line.
     """
     for key in (key.removesuffix("._target_") for key in line if key.endswith("._target_")):
-        node = OmegaConf.select(config, key)
-        if not OmegaConf.is_dict(node) or "_target_" not in node:
+        node, before = OmegaConf.select(config, key), OmegaConf.select(default, key)
+        if not all(OmegaConf.is_dict(one) and "_target_" in one for one in (node, before)):
             continue
         path = str(node["_target_"])
         parameters = _parameters(find_target(path, key), f"{key}._target_={path}")

@@ -30,8 +30,15 @@ def check_named(node: Any, source: Path, line: Mapping[str, Any], pieces: tuple[
     for place, path in _code(node, key):
         if not is_dotted(path):
             raise ValueError(f"{source}: {place} is {path!r}, which names no class; correct it")
-        if line.get(place) != path and not _is_piece(path, pieces):
-            unnamed[place] = path
+        if line.get(place) == path or _is_piece(path, pieces):
+            continue
+        if "[" in place:
+            # no word of a command line names a part of a list
+            whole = place.partition("[")[0]
+            raise ValueError(
+                f"{source}: {place} is {path!r}, no piece of fastgrpo's; give {whole} again, or correct it"
+            )
+        unnamed[place] = path
     if unnamed:
         raise ValueError(
             f"{source}: {', '.join(f'{place}={path}' for place, path in unnamed.items())} is no piece of fastgrpo's; "
