@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgrpo.files.locations import resolve_path
-from fastgrpo.overrides import TEXT_KEYS, is_plain, key_of, quoted, value_of
-from fastgrpo.pieces import check, fits
+from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, value_of
+from fastgrpo.own_code.named import PIECES, check_named, check_values
+from fastgrpo.pieces import check, fits, leave_out
 
 _CONFIGS = "fastgrpo_configs"
 _RESUMING = ("train", "submit")
@@ -35,16 +36,21 @@ HISTORY = "history"
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """``configs/<name>.yaml`` with the overrides applied and every interpolation resolved.
 
-    With ``resume=true``, the config that the run in ``output`` began with takes the place of the default one.
+    With ``resume=true``, the config that the run in ``output`` began with takes the place of the default one; what it
+    would import must be fastgrpo's own or named by an override, too.
     """
     overrides = [quoted(override) for override in overrides]
     groups = config_groups(name)
     try:
         default = _resolved(name, [override for override in overrides if key_of(override) in groups])
         begun = _begun(name, overrides, groups) if name in _RESUMING else None
-        config = _continued(begun, name, overrides, groups) if begun else _resolved(name, overrides)
+        config = _continued(begun, name, overrides, groups) if begun else _resolved(name, beside_targets(overrides))
+        line = line_of(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, name)) from error
+    if begun:
+        check_named(OmegaConf.to_container(config), _config_in(config.output), line, PIECES)
+    leave_out(config, default, line)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
@@ -107,12 +113,17 @@ def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> Dict
     # a key of the run's own recipe may be unknown to the default one, so only what says where the run is may be asked
     about = [override for override in overrides if key_of(override) in {*groups, "name", "output", "resume"}]
     config = _resolved(name, about)
-    path = Path(str(config.output)) / "config.yaml"
+    path = _config_in(config.output)
     if config.resume is not True or not path.is_file():
         return None
     begun: Any = OmegaConf.load(path)
     begun.pop(HISTORY, None)
+    check_values(OmegaConf.to_container(begun, resolve=False), "", path)
     return begun
+
+
+def _config_in(output: str) -> Path:
+    return Path(str(output)) / "config.yaml"
 
 
 def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig:
@@ -136,9 +147,9 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     for override in plain:
         key = key_of(override)
         # a key that still has no value is there, though select does not say so
-        if key not in _keys(config):
+        if key not in _keys(config) and f"++{override}" not in beside_targets(overrides):
             raise ValueError(_unknown(key, name))
-        OmegaConf.update(config, key, value_of(override))
+        OmegaConf.update(config, key, value_of(override), force_add=True)
     OmegaConf.resolve(config)
     _expand_home(config)
     assert isinstance(config, DictConfig)

@@ -5,6 +5,7 @@ no valid expression, or a list of values to sweep over, which no command does, i
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,29 @@ def is_plain(override: str) -> bool:
 def value_of(override: str) -> Any:
     """The value, as Hydra reads it."""
     return OverridesParser.create().parse_override(override).value()
+
+
+def line_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What the line sets, by key; the values in mappings and lists by theirs, as ``a.b`` and ``a[0]``."""
+    line: dict[str, Any] = {}
+    for override in overrides:
+        if "=" in override and not override.startswith("~"):
+            line |= _leaves(value_of(override), key_of(override))
+    return line
+
+
+def _leaves(value: Any, key: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, child in value.items() for k, v in _leaves(child, f"{key}.{name}").items()}
+    if isinstance(value, list):
+        return {k: v for index, child in enumerate(value) for k, v in _leaves(child, f"{key}[{index}]").items()}
+    return {key: value}
+
+
+def beside_targets(overrides: Sequence[str]) -> list[str]:
+    """The same line, in which keys beside a ``_target_`` that it names may be new: no default has what that takes."""
+    nodes = tuple(key_of(o).removesuffix("_target_") for o in overrides if key_of(o).endswith("._target_"))
+    return [f"++{o}" if is_plain(o) and key_of(o).startswith(nodes) else o for o in overrides]
 
 
 def quoted(override: str) -> str:

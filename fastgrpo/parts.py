@@ -94,7 +94,7 @@ class RunParts:
             algorithm=algorithm,
             solver=solver,
             model=read_model(config, lossy=build(config.lossy)),
-            dtype=getattr(torch, config.model.dtype),
+            dtype=getattr(torch, config.model.get("dtype", "float32")),
             rewards=read_rewards(config),
             config=plain,
         )

@@ -25,6 +25,7 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
+from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
 from fastgrpo.prompts import PromptSource
@@ -77,7 +78,9 @@ def train(config: DictConfig) -> Path:
         except Preempted:
             _write_lora(trainer, run)
             if world.is_first:
-                print(f"go on with: fastgrpo train {shlex.quote(f'output={parts.output}')} resume=true", flush=True)
+                # what is in a config on disk is imported only where the line names it
+                words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
+                print(f"go on with: fastgrpo train {words.strip()}", flush=True)
             raise
         _write_lora(trainer, run)
     leave_world()

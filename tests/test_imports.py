@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
 _PLAIN = {"files", "types", "settings", "learning_rate", "device_error", "out_of_memory", "numerics", "on_device"}
+_PLAIN |= {"own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
@@ -16,6 +17,7 @@ _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
 _FACE = {"config", "overrides", "pieces", "parts"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "own_code": set(),
     "files": set(),
     "types": set(),
     "learning_rate": set(),
@@ -42,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("checkpoints", "records"), _LINE),
     "trainer": _LINE | {"checkpoints", "records"},
     "overrides": set(),
-    "pieces": set(),
-    "config": {"files", "overrides", "pieces"},
+    "pieces": {"own_code"},
+    "config": {"files", "overrides", "own_code", "pieces"},
     "parts": _CARRIED | {"prompts", "pieces"},
     # the command, where the module is run by torchrun
     "train": _RUN | {"parts", "cli"},

@@ -64,7 +64,7 @@ def doctor(config: DictConfig) -> None:
     limit = config.max_deviation
     if limit < 0:
         exact = 0.0 if stats.deviation_name == "ratio_deviation" else _MAX_VELOCITY_DEVIATION
-        limit = exact if config.model.dtype == "float32" else stats.max_deviation
+        limit = exact if config.model.get("dtype", "float32") == "float32" else stats.max_deviation
     assert stats.deviation is not None
     samples = f"{config.num_prompts * config.group_size} samples, {stats.num_terms} terms of each"
     found = f"{stats.deviation_name} = {stats.deviation:.3g} over {samples}"

@@ -24,7 +24,7 @@ class Encoded:
 def encode(config: DictConfig) -> None:
     """Run a checked ``encode`` config and print what it did; a second run goes on where a first one stopped."""
     prompts = load_prompts(resolve_path(config.prompts.path))
-    if config.model.weights == "random":
+    if config.model.get("weights") == "random":
         raise ValueError("conditions of model.weights=random are drawn, not encoded; give the weights of a model")
     if config.model.get("condition_cache") is None:
         # where a model's config leaves a key out, Hydra wants to be told that it is meant

@@ -64,9 +64,9 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
 
 def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
     """The plan for a GPU of ``memory`` bytes; ValueError for a model whose weights would have to be loaded."""
-    if config.model.weights != "random":
+    if (weights := config.model.get("weights")) != "random":
         raise ValueError(
-            f"memory={config.memory} counts a model without its weights, and model.weights is {config.model.weights}; "
+            f"memory={config.memory} counts a model without its weights, and model.weights is {weights}; "
             "add model.weights=random, for example with model=sd35_medium, or use memory=here"
         )
     algorithm: Algorithm = build(config.algorithm)

@@ -3,6 +3,7 @@
 ``run`` is a run directory, whose newest complete checkpoint is taken, or one ``checkpoints/step_*`` of it.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,27 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.overrides import key_of, line_of, quoted
+from fastgrpo.own_code.named import MODELS, check_named, check_values
 from fastgrpo.parts import build_model
-from fastgrpo.pieces import check, check_own
+from fastgrpo.pieces import check
 
 # what a run brings along; every other key is the command's
 _OF_RUN = ("model", "adaptation")
+_TARGET = "._target_"
 
 
 def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config with the run's model in place of its own; ValueError if the user asked for another one as well."""
+    """The config with the run's model in place of its own; ValueError if the user asked for another one as well.
+
+    What the run's config would import must be of fastgrpo.models, or named by an override ``KEY._target_=PATH``.
+    """
     if not config.run:
         return config
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0].split(".")[0].split("/")[0]
-        if key in _OF_RUN:
+    of_run = [override for override in overrides if re.split(r"[./]", key_of(override))[0] in _OF_RUN]
+    for override in of_run:
+        key = re.split(r"[./]", key_of(override))[0]
+        if not key_of(override).endswith(_TARGET) or override.startswith("~"):
             raise ValueError(f"{override}: run={config.run} brings its own {key}; leave one of the two out")
     run, _ = _find(config.run)
     try:
@@ -36,18 +44,27 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         sections = {key: OmegaConf.to_container(saved[key], resolve=False) for key in _OF_RUN}
     except (OSError, OmegaConfBaseException, YAMLError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{run.config} is not the config of a run ({_one_line(error)})") from error
-    for key, section in sections.items():
-        check_own(section, key, run.config)
+    line = line_of([quoted(override) for override in of_run])
+    for key, path in line.items():
+        _refuse_other(key, path, OmegaConf.select(OmegaConf.create(sections), key), run.config)
+    check_values(sections, "", run.config)
+    check_named(sections, run.config, line, MODELS)
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)
     check(own)
     return own
 
 
+def _refuse_other(key: str, path: str, recorded: object, source: Path) -> None:
+    if path != recorded:
+        has = f"{key}={recorded}" if recorded is not None else f"no {key}"
+        raise ValueError(f"{key}={path}: {source} has {has}; name what it has, or leave this out")
+
+
 def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     """The model of a config that ``with_run`` returned, and in words where its weights are from."""
     if not config.run:
-        return build_model(config), f"the base model {config.model.weights}"
+        return build_model(config), f"the base model {config.model.get('weights', config.model._target_)}"
     run, step = _find(config.run)
     checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
     path = step or checkpoint.latest()

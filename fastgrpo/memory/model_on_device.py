@@ -37,7 +37,7 @@ class ModelSource:
     def __call__(self) -> FlowModel:
         set_threads(self.runtime)
         set_numerics(deterministic=self.runtime.deterministic)
-        return self.make(
+        model = self.make(
             adaptation=self.adaptation,
             device=device_of(self.runtime),
             attention=self.runtime.attention,
@@ -45,6 +45,13 @@ class ModelSource:
             checkpointing=self.runtime.checkpointing,
             lossy=self.lossy,
         )
+        # a model of the user's own; what only the end of a run calls is not to fail there
+        if lacking := [name for name in vars(FlowModel) if not name.startswith("_") and name not in dir(model)]:
+            raise ValueError(
+                f"model._target_: {type(model).__name__} lacks {', '.join(lacking)}; give it all methods of FlowModel, "
+                "see fastgrpo/models/adapter.py"
+            )
+        return model
 
     def with_checkpointing(self, checkpointing: bool) -> "ModelSource":
         """The same, recomputing blocks in the backward pass or not."""

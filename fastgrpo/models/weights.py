@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastgrpo.files.hub import HubId
+from fastgrpo.files.locations import resolve_path
 
 _KEY = "model.weights"
 _INDEX = "model_index.json"
@@ -92,11 +92,10 @@ def load_pipeline(
 
 
 def _package_directory(weights: str) -> Path:
-    package, _, inside = weights.removeprefix("pkg://").partition("/")
     try:
-        return Path(str(files(package) / inside))
-    except (ModuleNotFoundError, ValueError) as error:
-        raise ValueError(f"{_KEY}={weights}: there is no package {package!r}; install it, or correct it") from error
+        return Path(resolve_path(weights))
+    except ValueError as error:
+        raise ValueError(f"{_KEY}={error}") from error
 
 
 def _download(pipeline_class: Any, weights: str, looked_for: Path) -> Path:

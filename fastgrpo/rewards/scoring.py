@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fastgrpo.device_error import is_device_error
 from fastgrpo.out_of_memory import is_out_of_memory, release
+from fastgrpo.own_code.raised_at import raised_at
 from fastgrpo.rewards.answers import as_rewards
-from fastgrpo.rewards.raised_at import raised_at
 from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable
 
 _MAY_PASS = (OSError, HTTPException, RewardUnavailable)

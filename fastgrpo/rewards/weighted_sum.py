@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import types
-from fastgrpo.rewards.raised_at import raised_at
+from fastgrpo.own_code.raised_at import raised_at
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.scoring import Scoring

@@ -1,0 +1,93 @@
+"""What a config that was found on disk may import: fastgrpo's own pieces, and what the command line names again.
+
+The command line is the user's word.  A config on disk is data, of whoever wrote it: its paths to code are compared with
+the line before anything is imported.
+"""
+
+import inspect
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.own_code.found import find, is_dotted, is_ours
+
+TARGET = "_target_"
+# all packages of pieces; other parts of fastgrpo import or run what they are told to
+PIECES = tuple(f"fastgrpo.{package}" for package in ("algorithm", "models", "compile", "rewards", "tensorrt"))
+# those of a model
+MODELS = ("fastgrpo.models",)
+# some rewards are functions; these import what their path names
+_REWARDS, _OF_PATH = "fastgrpo.rewards.", "fastgrpo.rewards.custom."
+
+
+def check_named(node: Any, source: Path, line: Mapping[str, Any], pieces: tuple[str, ...], key: str = "") -> None:
+    """Refuse what a plain config from the file ``source`` would import, unless it is a piece or the line names it too.
+
+    ``line`` has the values of the command line by their keys, ``pieces`` the packages that may be imported from.
+    """
+    unnamed = {}
+    for place, path in _code(node, key):
+        if not is_dotted(path):
+            raise ValueError(f"{source}: {place} is {path!r}, which names no class; correct it")
+        if line.get(place) == path or _is_piece(path, pieces):
+            continue
+        if "[" in place:
+            # no word of a command line names a part of a list
+            whole = place.partition("[")[0]
+            raise ValueError(
+                f"{source}: {place} is {path!r}, no piece of fastgrpo's; give {whole} again, or correct it"
+            )
+        unnamed[place] = path
+    if unnamed:
+        raise ValueError(
+            f"{source}: {', '.join(f'{place}={path}' for place, path in unnamed.items())} is no piece of fastgrpo's; "
+            f"if it is code of yours, add {_as_words(unnamed)} to the command, so that it may be imported"
+        )
+
+
+def check_values(node: Any, key: str, source: Path) -> None:
+    """Refuse interpolations in a plain config from the file ``source``: they read what the config does not say."""
+    for name, child in _children(node, key):
+        check_values(child, name, source)
+    if isinstance(node, str) and "${" in node:
+        raise ValueError(f"{source}: {key} is the interpolation {node!r}; the config of a run holds values only")
+
+
+def to_name_again(config: Any) -> str:
+    """Of a plain config, what a command line that finds it on disk has to name: words, or nothing."""
+    return _as_words({place: path for place, path in _code(config, "") if not is_ours(path)})
+
+
+def _as_words(code: Mapping[str, str]) -> str:
+    return " ".join(shlex.quote(f"{place}={path}") for place, path in code.items())
+
+
+def _code(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Key and dotted path of all that a plain config has imported."""
+    if isinstance(node, Mapping) and TARGET in node:
+        target = str(node[TARGET])
+        yield f"{key}.{TARGET}".lstrip("."), target
+        if target.startswith(_OF_PATH) and "path" in node:
+            yield f"{key}.path".lstrip("."), str(node["path"])
+    for name, child in _children(node, key):
+        yield from _code(child, name)
+
+
+def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield f"{key}.{name}".lstrip("."), child
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield f"{key}[{index}]", child
+
+
+def _is_piece(path: str, packages: tuple[str, ...]) -> bool:
+    """Whether the module that it leads to, of one of the packages, defines it: a class, or a reward's function."""
+    module = path.rpartition(".")[0]
+    if not module.startswith(tuple(f"{package}." for package in packages)):
+        return False
+    found = find(path, TARGET, "fastgrpo.models.sd3.StableDiffusion3")
+    is_one = inspect.isclass(found) or (inspect.isfunction(found) and path.startswith(_REWARDS))
+    return is_one and found.__module__ == module
