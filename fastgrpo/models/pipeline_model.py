@@ -26,9 +26,9 @@ from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.modulation import Modulations
+from fastgrpo.models.pipeline_files import PipelineFiles
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
-from fastgrpo.models.weights import load_pipeline, pipeline_directory, read_config, refuse_damaged_files
 from fastgrpo.types import Conditions
 
 _DTYPES = {
@@ -48,6 +48,9 @@ class PipelineModel(Policy):
 
     weights: a directory, a hub id owner/name or owner/name@revision, ``pkg://package/path`` for a directory inside an
         installed package, or ``random`` for random weights and conditions in an ``architecture``.
+    variant: of which files the weights are read, as fp16; None reads the plain ones.
+    transformer: a .safetensors file, a directory or a hub id whose transformer takes the place of the pipeline's; None
+        keeps the pipeline's own.
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
@@ -72,6 +75,8 @@ class PipelineModel(Policy):
         adaptation: Callable[[nn.Module], Adaptation],
         resolution: int,
         architecture: Architecture | None = None,
+        variant: str | None = None,
+        transformer: str | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int = 128,
         use_t5: bool = True,
@@ -95,11 +100,15 @@ class PipelineModel(Policy):
         _check_lossy(lossy, self.device, is_compiled)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype])
         self._random = _architecture_of(weights, architecture)
-        self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
+        if self._random is not None and (variant, transformer) != (None, None):
+            raise ValueError("model.weights=random reads no files; leave out model.variant and model.transformer")
+        self._files = (
+            PipelineFiles.find(self.pipeline_class, weights, variant, transformer) if self._random is None else None
+        )
         # all that can be refused is refused before gigabytes are read
-        transformer, num_levels = self._describe()
-        self._check(transformer)
-        patch, most_tokens = self._tokens_of(transformer)
+        described, num_levels = self._describe()
+        self._check(described)
+        patch, most_tokens = self._tokens_of(described)
         ImageSizes.of(patch=patch, num_levels=num_levels, most_tokens=most_tokens).check(resolution)
         self.conditions = self._make_conditions(_DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
@@ -135,10 +144,10 @@ class PipelineModel(Policy):
         """The config of the transformer, and the number of the autoencoder's levels; ValueError for damaged files."""
         if self._random is not None:
             return self._random.transformer_config, len(self._random.decoder_channels)
-        assert self._directory is not None
-        encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
-        refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
-        transformer, vae = (read_config(self._directory / part / "config.json") for part in ("transformer", "vae"))
+        assert self._files is not None
+        left_out = () if self.use_t5 else self.t5
+        encoders = [part for part in self.text_encoders if part not in left_out]
+        transformer, vae = self._files.describe(encoders, left_out)
         return transformer, len(vae.get("block_out_channels", [0]))
 
     def _check(self, transformer: Mapping[str, Any]) -> None:
@@ -150,9 +159,9 @@ class PipelineModel(Policy):
         return self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
 
     def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
-        assert self._directory is not None
+        assert self._files is not None
         without += () if self.use_t5 else self.t5
-        return load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **dict.fromkeys(without))
+        return self._files.load(dtype, decode_dtype, without)
 
     def _make_conditions(
         self, dtype: torch.dtype, decode_dtype: torch.dtype, cache_directory: str | None
@@ -178,10 +187,12 @@ class PipelineModel(Policy):
             load, self._run_encoders, self.device, is_often=cache_directory is None
         )
         settings = {"pipeline": self.pipeline_class.__name__, "dtype": str(dtype), "length": length, "t5": self.use_t5}
-        assert self._directory is not None
+        assert self._files is not None
+        if self._files.variant is not None:
+            settings["variant"] = self._files.variant
         return ConditionCache(
             encode=encoders,
-            encoders=encoder_identity(self._directory, settings),
+            encoders=encoder_identity(self._files.directory, settings),
             directory=None if cache_directory is None else Path(cache_directory).expanduser(),
             device=self.device,
         )
