@@ -90,14 +90,7 @@ class TransformerFile:
         if not _difference(stored, expected):
             return
         _refuse_other_weights(self.path, stored, expected, self.transformer_class)
-        try:
-            difference = _difference(self._converted(stored), expected)
-        except (KeyError, IndexError, ValueError, RuntimeError) as error:
-            reason = f"lacks or misnames {error}" if isinstance(error, KeyError) else _short(error)
-            # of the two layouts it is in the one that it is nearer to
-            is_ours = len(stored.keys() & expected.keys()) > len(stored) / 2
-            difference = _difference(stored, expected) if is_ours else reason
-        if difference:
+        if difference := self._difference_of_either_layout(stored, expected):
             raise ValueError(
                 f"{_KEY}: {self.path} {difference}; it must hold all weights of a {self.transformer_class.__name__} "
                 f"of {self._config_path}, so give the model that it was made from as model.weights"
@@ -118,6 +111,18 @@ class TransformerFile:
     @property
     def _config_path(self) -> Path:
         return self.pipeline / "transformer" / "config.json"
+
+    def _difference_of_either_layout(self, stored: Shapes, expected: Shapes) -> str:
+        """How it differs in the layout that it is nearer to, where it is not what is expected as it stands."""
+        as_it_is = len(stored.keys() ^ expected.keys())
+        try:
+            converted = self._converted(stored)
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            if as_it_is < len(expected):
+                return _difference(stored, expected)
+            return f"lacks or misnames {error}" if isinstance(error, KeyError) else f"cannot be read ({_short(error)})"
+        is_ours = as_it_is < len(converted.keys() ^ expected.keys())
+        return _difference(stored if is_ours else converted, expected)
 
     def _converted(self, stored: Shapes) -> Shapes:
         """What diffusers makes of these weights, and what it leaves over; no number is read."""
