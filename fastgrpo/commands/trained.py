@@ -47,7 +47,8 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     """The model of a config that ``with_run`` returned, and in words where its weights are from."""
     if not config.run:
-        return build_model(config), f"the base model {config.model.weights}"
+        own = config.model.get("transformer")
+        return build_model(config), f"the base model {config.model.weights}{f' with {own}' if own else ''}"
     run, step = _find(config.run)
     checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
     path = step or checkpoint.latest()

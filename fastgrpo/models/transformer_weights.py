@@ -100,12 +100,21 @@ class TransformerFile:
         with safe_open(self.path, framework="pt") as file:
             names = _without_prefix({name: name for name in file.keys()})  # noqa: SIM118
             tensors = {name: file.get_tensor(stored_as) for name, stored_as in names.items()}
+        before = torch.get_default_dtype()
+        # as from_pretrained does; the argument dtype= would round what is computed and not stored as well
+        torch.set_default_dtype(dtype)
         try:
             module: nn.Module = self.transformer_class.from_single_file(
-                tensors, config=str(self.pipeline), subfolder="transformer", dtype=dtype, local_files_only=True
+                tensors, config=str(self.pipeline), subfolder="transformer", local_files_only=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
             raise ValueError(f"{_KEY}: {self.path} cannot be loaded ({_short(error)}); give another file") from error
+        finally:
+            torch.set_default_dtype(before)
+        stored = module.state_dict()
+        for name, buffer in module.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.data = buffer.to(dtype)
         return module
 
     @property

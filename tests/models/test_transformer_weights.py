@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -379,27 +380,44 @@ def test_a_file_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # other families, of which the file alone is looked at
 
 
-def save_config(module: Any, directory: Path) -> Path:
-    module.save_config(directory / "transformer")
-    return directory
-
-
-def random_state(module: torch.nn.Module) -> State:
+def save(module: Any, directory: Path) -> tuple[Path, State]:
+    """A directory with the module in it as a pipeline's transformer, with random weights, and these."""
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(weight.shape, generator=generator) for name, weight in module.state_dict().items()}
+    state = {name: torch.randn(weight.shape, generator=generator) for name, weight in module.state_dict().items()}
+    module.load_state_dict(state)
+    module.save_pretrained(directory / "transformer")
+    return directory, state
 
 
-def check_load(file: TransformerFile, expected: State) -> None:
+def check_load(path: Path, transformer_class: Any, base: Path) -> None:
+    """It is the transformer in ``base``, which diffusers reads from there."""
+    file = TransformerFile(path, transformer_class, base)
     file.check()
-    loaded = file.load(torch.float32).state_dict()
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = file.load(dtype)
+        expected = transformer_class.from_pretrained(base, subfolder="transformer", torch_dtype=dtype)
+        # what is computed and not stored is in named_buffers alone
+        pairs = [(dict(kind(loaded)), dict(kind(expected))) for kind in (named_weights, named_buffers)]
+        for ours, theirs in pairs:
+            assert ours.keys() == theirs.keys()
+            for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype
+                assert torch.equal(ours[name], tensor)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def named_weights(module: torch.nn.Module) -> State:
+    return module.state_dict()
+
+
+def named_buffers(module: torch.nn.Module) -> State:
+    return dict(module.named_buffers())
 
 
 def test_z_image_is_read_from_the_original_layout(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     module = ZImageTransformer2DModel(**settings, cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[8, 8, 8])
-    state = random_state(module)
+    base, state = save(module, tmp_path)
     theirs: State = {}
     for name, weight in state.items():
         if ".attention.to_q." in name:
@@ -410,10 +428,9 @@ def test_z_image_is_read_from_the_original_layout(tmp_path: Path) -> None:
             short = short.replace(".attention.to_out.0.", ".attention.out.")
             theirs[short.replace(".norm_q", ".q_norm").replace(".norm_k", ".k_norm")] = weight
     assert theirs.keys() != state.keys()
-    base = save_config(module, tmp_path)
     for name, contents in (("theirs", theirs), ("ours", state)):
         path = written(contents, tmp_path / f"{name}.safetensors")
-        check_load(TransformerFile(path, ZImageTransformer2DModel, base), state)
+        check_load(path, ZImageTransformer2DModel, base)
     path = written(without("cap_pad_token")(state), tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match="lacks cap_pad_token"):
         TransformerFile(path, ZImageTransformer2DModel, base).check()
@@ -423,10 +440,19 @@ def test_qwen_image_is_read_with_the_prefix(tmp_path: Path) -> None:
     module = QwenImageTransformer2DModel(
         num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6)
     )
-    state = random_state(module)
+    base, state = save(module, tmp_path)
     theirs = {f"model.diffusion_model.{name}": weight for name, weight in state.items()}
     path = written(theirs, tmp_path / "tuned.safetensors")
-    check_load(TransformerFile(path, QwenImageTransformer2DModel, save_config(module, tmp_path)), state)
+    check_load(path, QwenImageTransformer2DModel, base)
+
+
+def test_qwen_image_21_keeps_what_is_computed_as_exact_as_it_is(tmp_path: Path) -> None:
+    module = QwenImage21Transformer2DModel(
+        num_layers=1, attention_head_dim=16, num_attention_heads=2, context_in_dim=16, axes_dims_rope=(4, 6, 6)
+    )
+    base, state = save(module, tmp_path)
+    assert "time_text_embed.time_proj.freqs" in dict(module.named_buffers()).keys() - state.keys()
+    check_load(written(state, tmp_path / "tuned.safetensors"), QwenImage21Transformer2DModel, base)
 
 
 def flux_original() -> dict[str, list[int]]:
@@ -475,7 +501,8 @@ def write_hollow(shapes: dict[str, list[int]], path: Path) -> None:
 def test_flux_fits_in_its_real_width(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    file = TransformerFile(tmp_path / "flux.safetensors", FluxTransformer2DModel, save_config(module, tmp_path))
+    module.save_config(tmp_path / "transformer")
+    file = TransformerFile(tmp_path / "flux.safetensors", FluxTransformer2DModel, tmp_path)
     write_hollow(flux_original(), file.path)
     file.check()
     write_hollow({name: shape for name, shape in flux_original().items() if "guidance" not in name}, file.path)

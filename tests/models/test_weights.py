@@ -3,13 +3,20 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines import pipeline_utils
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.models.lora import LoRA
@@ -160,6 +167,30 @@ def test_what_the_hub_does_not_give_says_why_and_what_to_do(
     with pytest.raises(ValueError, match="owner/name") as raised:
         load_model("owner/name")
     assert str(raised.value) == f"model.weights=owner/name{says}"
+
+
+@pytest.mark.parametrize("refusing", ["model_info", "hf_hub_download"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_gated_model_says_what_to_do_wherever_diffusers_meets_the_gate(
+    refusing: str, variant: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **settings: Any) -> Any:
+        # what is here may be read
+        if settings.get("local_files_only"):
+            raise LocalEntryNotFoundError("not here")
+        raise refusal(GatedRepoError)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in ("model_index.json", TRANSFORMER)]
+    # of a gated model the hub shows the names of its files
+    monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", refuse)
+    monkeypatch.setattr(pipeline_utils, refusing, refuse)
+    with pytest.raises(ValueError, match="owner/name") as raised:
+        StableDiffusion3(weights="owner/name", variant=variant, adaptation=LoRA(rank=2), resolution=32)
+    assert str(raised.value) == (
+        "model.weights=owner/name is for who has accepted its licence: do so at https://huggingface.co/owner/name, "
+        "then log in with `hf auth login`"
+    )
 
 
 def test_a_real_hub_that_is_off_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
