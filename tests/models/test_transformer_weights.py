@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo.models import transformer_weights
+from fastgrpo.models.flux import Flux
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.models.transformer_weights import TransformerFile
@@ -453,6 +454,15 @@ def test_qwen_image_21_keeps_what_is_computed_as_exact_as_it_is(tmp_path: Path) 
     base, state = save(module, tmp_path)
     assert "time_text_embed.time_proj.freqs" in dict(module.named_buffers()).keys() - state.keys()
     check_load(written(state, tmp_path / "tuned.safetensors"), QwenImage21Transformer2DModel, base)
+
+
+def test_flux_takes_a_file_in_the_layout_of_diffusers(tmp_path: Path) -> None:
+    base, other = (tiny_flux.make_pipeline(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    path = written(load_file(other / WEIGHTS), tmp_path / "tuned.safetensors")
+    settings: dict[str, Any] = {"adaptation": LoRA(rank=2, targets=("to_q",)), "resolution": 64}
+    expected = Flux(weights=str(other), **settings).fingerprint
+    assert Flux(weights=str(base), transformer=str(path), **settings).fingerprint == expected
+    assert Flux(weights=str(base), **settings).fingerprint != expected
 
 
 def flux_original() -> dict[str, list[int]]:
