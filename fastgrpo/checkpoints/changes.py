@@ -42,6 +42,8 @@ MAY_CHANGE = (
 _NOT_COMPARED = ("name", "output", "resume", "job", "history")
 # keys of these groups that a run does not have are of a later version, and have their default
 _PLAIN = ("train", "prompts")
+# null in these groups is what a key means that a run of an earlier version does not have
+_NULL_IS_NONE = ("model",)
 _SHOWN = 3
 _ABSENT = "absent"
 
@@ -66,7 +68,7 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
         for key in dict.fromkeys((*before, *after))
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
         and not _begins(key, _NOT_COMPARED)
-        and not (key not in before and _begins(key, _PLAIN))
+        and not (key not in before and (_begins(key, _PLAIN) or (_begins(key, _NULL_IS_NONE) and after[key] is None)))
     ]
     if refused := [change for change in found if not _begins(change.key, MAY_CHANGE)]:
         shown = "; ".join(f"{c.key} was {c.before} and would be {c.after}" for c in refused[:_SHOWN])

@@ -64,7 +64,8 @@ def _refuse_other(key: str, path: str, recorded: object, source: Path) -> None:
 def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     """The model of a config that ``with_run`` returned, and in words where its weights are from."""
     if not config.run:
-        return build_model(config), f"the base model {config.model.get('weights', config.model._target_)}"
+        own, base = config.model.get("transformer"), config.model.get("weights", config.model._target_)
+        return build_model(config), f"the base model {base}{f' with {own}' if own else ''}"
     run, step = _find(config.run)
     checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
     path = step or checkpoint.latest()

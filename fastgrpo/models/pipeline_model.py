@@ -28,10 +28,10 @@ from fastgrpo.models.encoder_identity import encoder_identity
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
+from fastgrpo.models.pipeline_files import PipelineFiles
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
-from fastgrpo.models.weights import load_pipeline, pipeline_directory, read_config, refuse_damaged_files
 from fastgrpo.types import Conditions
 
 _DTYPES = {
@@ -49,6 +49,9 @@ class PipelineModel(Policy):
 
     weights: a directory, a hub id owner/name or owner/name@revision, ``pkg://package/path`` for a directory inside an
         installed package, or ``random`` for random weights and conditions in an ``architecture``.
+    variant: of which files the weights are read, as fp16; None reads the plain ones.
+    transformer: a .safetensors file, a directory or a hub id whose transformer takes the place of the pipeline's; None
+        keeps the pipeline's own.
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: height and width of an image in pixels.
     guidance_scale: of classifier-free guidance, 1 turns it off.
@@ -80,6 +83,8 @@ class PipelineModel(Policy):
         adaptation: Callable[[nn.Module], Adaptation],
         resolution: int,
         architecture: Architecture | None = None,
+        variant: str | None = None,
+        transformer: str | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int = 128,
         use_t5: bool = True,
@@ -103,7 +108,11 @@ class PipelineModel(Policy):
         _check_lossy(lossy, self.device, is_compiled)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype], has_lengths=self.has_lengths)
         self._random = _architecture_of(weights, architecture)
-        self._directory = None if self._random is not None else pipeline_directory(self.pipeline_class, weights)
+        if self._random is not None and (variant, transformer) != (None, None):
+            raise ValueError("model.weights=random reads no files; leave out model.variant and model.transformer")
+        self._files = (
+            PipelineFiles.find(self.pipeline_class, weights, variant, transformer) if self._random is None else None
+        )
         # all that can be refused is refused before gigabytes are read
         transformer_config, vae_config = self._configs()
         self.check(transformer_config)
@@ -147,11 +156,10 @@ class PipelineModel(Policy):
                 self._random.sizes("transformer", self.transformer_class),
                 self._random.sizes("autoencoder", self.autoencoder_class),
             )
-        assert self._directory is not None
-        encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
-        refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
-        transformer, vae = (read_config(self._directory / part / "config.json") for part in ("transformer", "vae"))
-        return transformer, vae
+        assert self._files is not None
+        left_out = () if self.use_t5 else self.t5
+        encoders = [part for part in self.text_encoders if part not in left_out]
+        return self._files.describe(encoders, left_out)
 
     def _check_settings(
         self, dtype: str, decode_dtype: str, guidance_scale: float, max_sequence_length: int, use_t5: bool
@@ -182,9 +190,9 @@ class PipelineModel(Policy):
         return self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
 
     def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
-        assert self._directory is not None
+        assert self._files is not None
         without += () if self.use_t5 else self.t5
-        return load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **dict.fromkeys(without))
+        return self._files.load(dtype, decode_dtype, without)
 
     def pipeline_of(self, **parts: Any) -> Any:
         """A pipeline of these parts alone."""
@@ -226,10 +234,12 @@ class PipelineModel(Policy):
             "length": self.max_sequence_length,
             "t5": self.use_t5,
         }
-        assert self._directory is not None
+        assert self._files is not None
+        if self._files.variant is not None:
+            settings["variant"] = self._files.variant
         return ConditionCache(
             encode=encoders,
-            encoders=encoder_identity(self._directory, settings),
+            encoders=encoder_identity(self._files.directory, settings),
             directory=None if cache_directory is None else Path(cache_directory).expanduser(),
             device=self.device,
         )

@@ -48,6 +48,14 @@ def test_where_and_how_long_a_run_computes_may_change(key: str, value: Any, chan
     assert changes(BEGUN, with_value(key, value), Path("r")) == (change,)
 
 
+def test_null_of_a_model_is_what_a_key_means_that_an_earlier_version_does_not_have() -> None:
+    assert changes(BEGUN, with_value("model.transformer", None), Path("r")) == ()
+    with pytest.raises(ValueError, match=r"model\.transformer was absent and would be a"):
+        changes(BEGUN, with_value("model.transformer", "a"), Path("r"))
+    with pytest.raises(ValueError, match=r"algorithm\.window was absent and would be None"):
+        changes(BEGUN, with_value("algorithm.window", None), Path("r"))
+
+
 @pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history"])
 def test_where_a_run_lies_is_not_compared(key: str) -> None:
     assert changes(BEGUN, with_value(key, "other"), Path("r")) == ()
