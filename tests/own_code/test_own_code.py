@@ -235,6 +235,15 @@ def test_a_reward_of_ones_own_is_named_again_to_go_on(tiny_weights: Path, capsys
     assert config.reward.path == "own_reward.half"
 
 
+def test_what_the_line_names_at_one_key_is_not_allowed_at_another(
+    tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tiny_weights)
+    change("solver._target_", "own_loss.Scaled")
+    fails(capsys, ["train", "output=run", "resume=true", NAMED_LOSS], "add solver._target_=own_loss.Scaled to")
+    assert imported() == ""
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
