@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, model_info, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 # no part starts with a dot or a slash, so that none can lead out of the hub's cache
@@ -23,6 +24,15 @@ class HubId:
         """Of owner/name or owner/name@revision; None for any other path."""
         found = None if ".." in path else _ID.fullmatch(path)
         return cls(found["repository"], found["revision"]) if found else None
+
+    def file_names(self) -> list[str]:
+        """The paths of its files inside the repository; OSError where the hub does not answer."""
+        siblings = model_info(self.repository, revision=self.revision).siblings or []
+        return [sibling.rfilename for sibling in siblings]
+
+    def download(self, patterns: Sequence[str]) -> Path:
+        """The directory of those of its files that match a pattern; OSError or ValueError where it fails."""
+        return Path(snapshot_download(self.repository, revision=self.revision, allow_patterns=list(patterns)))
 
     def why_not(self, error: Exception, option: str, files: Sequence[str] = ()) -> str:
         """Why it could not be downloaded, and what to do; ``option`` is the config's key that asks for it."""

@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -197,13 +196,7 @@ def _download(path: str, variant: str | None, looked_for: Path) -> Path:
     weights = ["", "-?????-of-?????"] + ([] if variant is None else [f".{variant}", f".{variant}-?????-of-?????"])
     names = ["config.json", "*.index*.json", *(f"diffusion_pytorch_model{end}.safetensors" for end in weights)]
     try:
-        return Path(
-            snapshot_download(
-                found.repository,
-                revision=found.revision,
-                allow_patterns=[f"{folder}{name}" for folder in ("", "transformer/") for name in names],
-            )
-        )
+        return found.download([f"{folder}{name}" for folder in ("", "transformer/") for name in names])
     except (OSError, ValueError) as error:
         raise ValueError(found.why_not(error, _KEY)) from error
 

@@ -8,7 +8,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import model_info
 from safetensors import SafetensorError
 
 from fastgrpo.files.hub import HubId
@@ -158,10 +157,10 @@ def _download(pipeline_class: Any, weights: str, variant: str | None, looked_for
 def _variants_on_hub(found: HubId) -> Collection[str | None]:
     """Those of which a repository has weights; none where the hub does not answer."""
     try:
-        siblings = model_info(found.repository, revision=found.revision).siblings or []
+        names = found.file_names()
     except OSError:
         return ()
-    return variants(sibling.rfilename.rpartition("/")[2] for sibling in siblings)
+    return variants(name.rpartition("/")[2] for name in names)
 
 
 def _no_such_variant(where: str, wanted: str | None, found: Collection[str | None]) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgrpo.models import transformer_weights
+from fastgrpo.files import hub
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
@@ -188,7 +188,7 @@ def test_a_transformer_is_found_on_the_hub(tiny_weights: Path, other: Path, monk
         assert "transformer/diffusion_pytorch_model-?????-of-?????.safetensors" in allow_patterns
         return str(other)
 
-    monkeypatch.setattr(transformer_weights, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     model = load_model(tiny_weights, "owner/name@v1")
     assert asked == [("owner/name", "v1")]
     assert model.fingerprint == load_model(other, None).fingerprint
@@ -198,7 +198,7 @@ def test_a_gated_transformer_says_what_to_do(tiny_weights: Path, monkeypatch: py
     def download(*_: Any, **__: Any) -> str:
         raise GatedRepoError.__new__(GatedRepoError, "refused")
 
-    monkeypatch.setattr(transformer_weights, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(
         ValueError, match=r"model\.transformer=owner/name is for who has accepted its licence: do so at"
     ):

@@ -13,7 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.models import weights
+from fastgrpo.files import hub
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.models.weight_files import variants
@@ -210,7 +210,7 @@ def test_a_variant_that_the_hub_lacks_names_those_that_it_has(
     monkeypatch.setattr(
         StableDiffusion3Pipeline, "download", lambda *_, **__: variant_compatible_siblings({"a/model.bin"}, "fp16")
     )
-    monkeypatch.setattr(weights, "model_info", model_info)
+    monkeypatch.setattr(hub, "model_info", model_info)
     with pytest.raises(ValueError, match="owner/name") as raised:
         load_model("owner/name")
     assert str(raised.value) == f"model.weights=owner/name has no weights of model.variant=fp16; {says}"
@@ -222,6 +222,6 @@ def test_a_variant_that_is_alone_on_the_hub_must_be_asked_for(
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(weights, "model_info", listing("transformer/diffusion_pytorch_model.fp16.safetensors"))
+    monkeypatch.setattr(hub, "model_info", listing("transformer/diffusion_pytorch_model.fp16.safetensors"))
     with pytest.raises(ValueError, match=r"owner/name has no plain weights; set model\.variant=fp16$"):
         load_model("owner/name", None)
