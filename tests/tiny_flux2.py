@@ -1,0 +1,88 @@
+"""A Flux2KleinPipeline in miniature with random weights: 64x64 images, two double- and two single-stream blocks."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from tokenizers import pre_tokenizers
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+TEXT_WIDTH = 8
+# the template of Qwen3 for one question, to be answered without thinking
+TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+# tokens of a text are its bytes, and so many around it
+NUM_TEMPLATE_TOKENS = len("<user\n>\n<assistant\n<think>\n\n</think>\n\n")
+
+
+def make_pipeline(directory: Path, seed: int = 0, *, is_distilled: bool = False) -> Path:
+    """Write the pipeline's directory in float32; returns it."""
+    torch.manual_seed(seed)
+    tokenizer = _make_tokenizer()
+    pipeline = Flux2KleinPipeline(
+        transformer=make_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_make_autoencoder(),
+        text_encoder=_make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    )
+    pipeline.save_pretrained(directory)
+    return Path(directory)
+
+
+def make_transformer(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * TEXT_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def _make_tokenizer() -> Qwen2TokenizerFast:
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = ["<|im_start|>", "<|im_end|>"]
+    return Qwen2TokenizerFast(vocabulary, [], additional_special_tokens=special, chat_template=TEMPLATE)
+
+
+def _make_text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen3ForCausalLM:
+    """It needs its layers: of 9, 18 and 27 embeddings are made."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            initializer_range=0.5,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def _make_autoencoder() -> AutoencoderKLFlux2:
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    # as if it had been trained
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.3, 3)
+    return autoencoder
