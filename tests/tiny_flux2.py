@@ -1,11 +1,16 @@
 """A Flux2KleinPipeline in miniature with random weights: 64x64 images, two double- and two single-stream blocks."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from fastgrpo.config import load_config
+from fastgrpo.models.flux2 import Flux2Klein
+from fastgrpo.models.lora import LoRA
 
 TEXT_WIDTH = 8
 # the template of Qwen3 for one question, to be answered without thinking
@@ -19,6 +24,10 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}{% endif %}"""
 # tokens of a text are its bytes, and so many around it
 NUM_TEMPLATE_TOKENS = len("<user\n>\n<assistant\n<think>\n\n</think>\n\n")
+# more than any of the prompts
+LENGTH = NUM_TEMPLATE_TOKENS + 18
+GUIDANCE = 4.0
+TARGETS = tuple(load_config("train", ["adaptation=lora_flux2"]).adaptation.targets)
 
 
 def make_pipeline(directory: Path, seed: int = 0, *, is_distilled: bool = False) -> Path:
@@ -86,3 +95,22 @@ def _make_autoencoder() -> AutoencoderKLFlux2:
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.3, 3)
     return autoencoder
+
+
+def make_model(weights: Path, **settings: Any) -> Flux2Klein:
+    defaults: dict[str, Any] = {
+        "weights": str(weights),
+        "adaptation": LoRA(rank=2, alpha=4.0, targets=TARGETS),
+        "resolution": 64,
+        "guidance_scale": GUIDANCE,
+        "max_sequence_length": LENGTH,
+    }
+    return Flux2Klein(**defaults | settings)
+
+
+@torch.no_grad()
+def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
+    """Adapters that matter: they start at zero."""
+    generator = torch.Generator().manual_seed(2)
+    for weight in trainable.values():
+        weight.add_(0.05 * torch.randn(weight.shape, generator=generator))

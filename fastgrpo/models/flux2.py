@@ -131,7 +131,9 @@ class Flux2Klein(PipelineModel):
 
     @property
     def _is_distilled(self) -> bool:
-        return self._directory is not None and read_config(self._directory / "model_index.json").get("is_distilled", 0)
+        # the sizes are those of the model that was not
+        index = {} if self._directory is None else read_config(self._directory / "model_index.json")
+        return bool(index.get("is_distilled", False))
 
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
