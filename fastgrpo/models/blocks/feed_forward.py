@@ -1,7 +1,8 @@
 """What a block computes of each token alone, over diffusers' layers.
 
-    gelu_feed_forward(y)      = W2 gelu(W1 y)                         gelu in its tanh form
-    swiglu(gate, value)       = silu(gate) * value
+    gelu_feed_forward(y)           = W2 gelu(W1 y)                    gelu in its tanh form
+    swiglu(gate, value)            = silu(gate) * value
+    fused_swiglu_feed_forward(y)   = W2 swiglu(W1 y)                  W1 makes gates, then values
 
 Letters: B samples, L tokens, I and C widths of a token, O outputs, M = B * L rows.
 """
@@ -37,6 +38,12 @@ def gelu_projected(layer: Any, x_BLI: Tensor) -> Tensor:
 
 def swiglu(gate_BLI: Tensor, value_BLI: Tensor) -> Tensor:
     return F.silu(gate_BLI) * value_BLI
+
+
+def fused_swiglu_feed_forward(ff: Any, y_BLC: Tensor) -> Tensor:
+    """Of diffusers' ``Flux2FeedForward``."""
+    output: Tensor = ff.linear_out(swiglu(*ff.linear_in(y_BLC).chunk(2, dim=-1)))
+    return output
 
 
 def _is_frozen(layer: Any) -> bool:
