@@ -194,7 +194,7 @@ class ZImage(PipelineModel):
     text_encoders = ("text_encoder",)
     has_lengths = True
 
-    def _check(self, transformer: Mapping[str, Any]) -> None:
+    def check(self, transformer: Mapping[str, Any]) -> None:
         if self.max_sequence_length < 1 or self.max_sequence_length % _MULTIPLE:
             raise ValueError(
                 f"Z-Image fills texts up to a multiple of {_MULTIPLE} tokens, and model.max_sequence_length is "
@@ -213,13 +213,13 @@ class ZImage(PipelineModel):
         if transformer.get("siglip_feat_dim") is not None:
             raise ValueError("this transformer reads images too (siglip_feat_dim); use Tongyi-MAI/Z-Image")
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         return _PATCH, min(_positions(transformer)[1:])
 
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["cap_feat_dim"], 0
 
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         tokenizer, messages = self.pipeline.tokenizer, [{"role": "user", "content": text}]
         template = {"add_generation_prompt": True, "enable_thinking": True}
         whole = tokenizer.apply_chat_template(messages, tokenize=False, **template)
