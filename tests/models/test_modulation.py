@@ -13,7 +13,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
 TEXTS = ["a red circle", "two blue squares", "a red circle"]
@@ -90,6 +90,26 @@ def test_conditions_that_are_not_known_to_be_equal_are_not_kept(model: StableDif
         for _ in range(2):
             modulations_of(kept, model, 0.5, Conditions(known.embeds_BLC, known.pooled_BC))
     assert rows == [3, 3]
+
+
+def test_without_a_pooled_text_a_row_serves_all_texts() -> None:
+    calls: list[int] = []
+
+    def modulate(transformer: Any, t: Time, pooled_BC: Tensor) -> Iterator[Tensor]:
+        calls.append(len(pooled_BC))
+        yield torch.full((len(pooled_BC), 2), float(t))
+        yield torch.full((len(pooled_BC), 3), 2 * float(t))
+
+    embeds_BLC, kept = torch.zeros(3, 1, 4), Modulations(is_frozen=True)
+    for keys in ((5, 6, 7), (8, 5, 9), ()):
+        for t in (0.25, 0.5):
+            first, second = kept(None, t, Conditions(embeds_BLC, torch.empty(3, 0), keys), modulate)
+            assert first.tolist() == [[t, t]] * 3
+            assert second.tolist() == [[2 * t] * 3] * 3
+    assert calls == [1, 1]
+    # with a pooled text those that are not known to be equal are each computed
+    list(kept(None, 0.25, Conditions(embeds_BLC, torch.zeros(3, 1)), modulate))
+    assert calls == [1, 1, 3]
 
 
 def test_the_least_recently_used_rows_are_dropped_at_the_limit(model: StableDiffusion3) -> None:

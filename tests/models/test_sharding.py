@@ -146,6 +146,24 @@ def at(t: float, of_rank: tuple[Tensor, Conditions]) -> tuple[Tensor, float, Con
     return of_rank[0], t, of_rank[1]
 
 
+def assert_agree(ranks: list[Trained], alone: Trained) -> None:
+    """Each rank has trained its samples as one process with whole weights does."""
+    for name in ("velocities_BSCHW", "reference_BCHW"):
+        found = np.concatenate([getattr(rank, name) for rank in ranks])
+        np.testing.assert_allclose(found, getattr(alone, name), atol=TOLERANCE, rtol=0)
+    for rank in ranks:
+        assert rank.grad_norms == ranks[0].grad_norms
+        assert rank.grad_norms == pytest.approx(alone.grad_norms, rel=TOLERANCE)
+        for kind in ("gradients", "weights", "averages"):
+            found, expected = getattr(rank, kind), getattr(alone, kind)
+            assert found.keys() == expected.keys()
+            for name in expected:
+                np.testing.assert_allclose(found[name], expected[name], atol=TOLERANCE, rtol=TOLERANCE)
+    # the steps were no small ones, and the average is not the weights
+    assert np.abs(alone.velocities_BSCHW[:, 0] - alone.velocities_BSCHW[:, 1]).max() > 1e-3
+    assert max(np.abs(alone.weights[name] - average).max() for name, average in alone.averages.items()) > 1e-4
+
+
 @cache
 def trained_alone(weights: Path) -> Trained:
     """What one process with whole weights computes: no mesh, no shards."""
@@ -181,20 +199,7 @@ def test_ranks_with_parts_of_the_weights_train_as_one_process_with_all(
     weights = tiny_weights if network == "sd3" else flux_weights
     alone = trained_alone(weights)
     ranks: list[Trained] = on_ranks(num_ranks, train, Case(weights, piece, settings, ranks_of_node))
-    for name in ("velocities_BSCHW", "reference_BCHW"):
-        found = np.concatenate([getattr(rank, name) for rank in ranks])
-        np.testing.assert_allclose(found, getattr(alone, name), atol=TOLERANCE, rtol=0)
-    for rank in ranks:
-        assert rank.grad_norms == ranks[0].grad_norms
-        assert rank.grad_norms == pytest.approx(alone.grad_norms, rel=TOLERANCE)
-        for kind in ("gradients", "weights", "averages"):
-            found, expected = getattr(rank, kind), getattr(alone, kind)
-            assert found.keys() == expected.keys()
-            for name in expected:
-                np.testing.assert_allclose(found[name], expected[name], atol=TOLERANCE, rtol=TOLERANCE)
-    # the steps were no small ones, and the average is not the weights
-    assert np.abs(alone.velocities_BSCHW[:, 0] - alone.velocities_BSCHW[:, 1]).max() > 1e-3
-    assert max(np.abs(alone.weights[name] - average).max() for name, average in alone.averages.items()) > 1e-4
+    assert_agree(ranks, alone)
 
 
 def exchanges_of_gradients(world: World, case: Case) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """Modulations of a transformer's blocks: what time and pooled text add to, multiply and gate each token with.
 
-They depend on (t, prompt) alone, not on the sample.  Where the weights that make them are frozen, and a batch is at one
-time, they are computed once a (t, prompt) and kept; otherwise at each forward pass, with their gradient.
+They depend on (t, prompt) alone, not on the sample; where a text has no pooled embedding, on t alone.  Where the
+weights that make them are frozen, and a batch is at one time, they are computed once a (t, prompt) and kept; otherwise
+at each forward pass, with their gradient.
 Letters: B samples, L tokens, C width of a token, E width of a modulation.
 """
 
@@ -32,13 +33,15 @@ class Modulations:
         self._widths: list[int] = []
 
     def __call__(self, transformer: Any, t: Time, conditions: Conditions, modulate: Modulate) -> Iterator[Tensor]:
-        if isinstance(t, Tensor) or not self._is_frozen or not conditions.keys:
+        # where a text has no pooled embedding they depend on the time alone
+        keys = conditions.keys if conditions.pooled_BC.shape[1] else (0,) * len(conditions)
+        if isinstance(t, Tensor) or not self._is_frozen or not keys:
             return modulate(transformer, t, conditions.pooled_BC)
         rows: dict[int, Tensor] = {}
-        for place, key in enumerate(conditions.keys):
+        for place, key in enumerate(keys):
             if key not in rows:
                 rows[key] = self._row(transformer, t, key, conditions.pooled_BC[place : place + 1], modulate)
-        stacked_BE = torch.stack([rows[key] for key in conditions.keys])
+        stacked_BE = torch.stack([rows[key] for key in keys])
         return iter(stacked_BE.split(self._widths, dim=1))
 
     @torch.no_grad()
