@@ -115,7 +115,7 @@ class Flux2Klein(PipelineModel):
     network_class = Flux2Network
     text_encoders = ("text_encoder",)
 
-    def _check(self, transformer: Mapping[str, Any]) -> None:
+    def check(self, transformer: Mapping[str, Any]) -> None:
         if self.max_sequence_length < 1:
             raise ValueError("FLUX.2 klein reads texts of at least 1 token; use model.max_sequence_length=512")
         if transformer["guidance_embeds"]:
@@ -132,7 +132,7 @@ class Flux2Klein(PipelineModel):
     @property
     def _is_distilled(self) -> bool:
         # the sizes are those of the model that was not
-        index = {} if self._directory is None else read_config(self._directory / "model_index.json")
+        index = {} if self._files is None else read_config(self._files.directory / "model_index.json")
         return bool(index.get("is_distilled", False))
 
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
@@ -144,27 +144,27 @@ class Flux2Klein(PipelineModel):
             weight.data = weight.data.to(decode_dtype)
         return pipeline
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions are turned into angles as they come
         return 1, None
 
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], 0
 
-    def _pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
-        return 2 * super()._pixels_of_latent(vae)
+    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+        return 2 * super().pixels_of_latent(vae)
 
-    def _num_channels(self, vae: Mapping[str, Any]) -> int:
-        return 4 * super()._num_channels(vae)
+    def num_channels(self, vae: Mapping[str, Any]) -> int:
+        return 4 * super().num_channels(vae)
 
-    def _unscaled(self, x_BCHW: Tensor) -> Tensor:
+    def unscaled(self, x_BCHW: Tensor) -> Tensor:
         vae = self.pipeline.vae
         statistics = (vae.bn.running_mean, vae.bn.running_var)
         mean_C11, variance_C11 = (part_C.to(x_BCHW.dtype)[:, None, None] for part_C in statistics)
         # channels are [C, 2, 2] of the autoencoder's pixels
         return F.pixel_shuffle(x_BCHW * (variance_C11 + vae.config.batch_norm_eps).sqrt() + mean_C11, 2)
 
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         tokenizer = self.pipeline.tokenizer
         messages = [{"role": "user", "content": text}]
         asked = tokenizer.apply_chat_template(
