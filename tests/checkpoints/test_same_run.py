@@ -97,11 +97,12 @@ def test_an_interrupted_run_ends_its_iteration_and_says_how_to_go_on(
     shown = capsys.readouterr()
     assert "stopping after this iteration, which will be saved" in shown.err
     assert "stopped by signal 2 after iteration 2, which is saved" in shown.err
-    assert f"go on with: fastgrpo train 'output={output}' resume=true" in shown.out
+    # the reward is code of the user's own: it is named again
+    assert f"go on with: fastgrpo train 'output={output}' resume=true {settings[1]}\n" in shown.out
     assert (output / "checkpoints/step_000002").is_dir()
     assert (output / "summary.json").is_file()
     assert (output / "curves.png").is_file()
     lora = safetensors.torch.load_file(output / "lora/pytorch_lora_weights.safetensors")
     assert any(torch.count_nonzero(weight) for name, weight in lora.items() if "lora_B" in name)
-    assert cli.main(["train", f"output={output}", "resume=true", "train.iterations=3"]) == 0
+    assert cli.main(["train", f"output={output}", "resume=true", "train.iterations=3", settings[1]]) == 0
     assert [row["iteration"] for row in read_rows(output / "metrics.jsonl")] == [0, 1, 2, 3]
