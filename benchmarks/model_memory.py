@@ -3,8 +3,8 @@
     python -m benchmarks.model_memory                       all models, sizes of memory and resolutions: a result
     python -m benchmarks.model_memory z_image --check       one model; prints, and writes nothing
 
-A case is NFT without guidance with the model's adapters, 8 prompts x 8 samples, prompts as long as the model reads them,
-rewards not counted.  Its micro-batch is how many samples are trained at once; where not one fits, the case says so.
+A case is NFT without guidance with the model's adapters, 8 prompts x 8 samples, prompts as long as the model reads,
+no rewards.  Its micro-batch is how many samples are trained at once; where not one fits, the case says so.
 The result is written after each case.
 """
 

@@ -21,8 +21,9 @@ from fastgrpo.own_code.named import MODELS, check_named, check_values
 from fastgrpo.parts import build_model
 from fastgrpo.pieces import check
 
-# what a run brings along; every other key is the command's
+# what a run brings along beside its time grid; every other key is the command's
 _OF_RUN = ("model", "adaptation")
+_GRID, _GRIDS = "algorithm.schedule", ("fastgrpo.algorithm",)
 _TARGET = "._target_"
 
 
@@ -51,8 +52,25 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     check_named(sections, run.config, line, MODELS)
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)
+    _take_grid(own, saved, run.config, overrides)
     check(own)
     return own
+
+
+def _take_grid(own: DictConfig, saved: DictConfig, source: Path, overrides: Sequence[str]) -> None:
+    """The time grid that the run was trained on, changed by the line, unless the line chooses one."""
+    words = [override for override in overrides if key_of(override).startswith(f"{_GRID}.")]
+    schedule: Any = OmegaConf.select(saved, _GRID)
+    if schedule is None or {"algorithm", "algorithm/schedule"} & set(map(key_of, overrides)):
+        return
+    plain: Any = OmegaConf.create({"algorithm": {"schedule": schedule}})
+    plain = OmegaConf.to_container(plain, resolve=False)
+    check_values(plain, "", source)
+    check_named(plain, source, line_of([quoted(word) for word in words]), _GRIDS)
+    changed = {key: OmegaConf.select(own, key) for key in map(key_of, words)}
+    own.algorithm.schedule = plain["algorithm"]["schedule"]
+    for key, value in changed.items():
+        OmegaConf.update(own, key, value, force_add=True)
 
 
 def _refuse_other(key: str, path: str, recorded: object, source: Path) -> None:
