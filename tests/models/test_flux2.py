@@ -35,6 +35,7 @@ from tests.tiny_flux2 import (
     make_pipeline,
     make_transformer,
     nudge,
+    unlike_scales,
 )
 
 # of 12, 16 and 16 bytes
@@ -115,7 +116,9 @@ def diffusers_velocity(transformer: Flux2Transformer2DModel, x_BCHW: Tensor, t: 
 
 
 def make_random_transformer(dtype: torch.dtype = torch.float32) -> Any:
-    return random_module(make_transformer, device="cpu", dtype=dtype, seed=0)
+    transformer = random_module(make_transformer, device="cpu", dtype=dtype, seed=0)
+    unlike_scales(transformer)
+    return transformer
 
 
 @torch.no_grad()
@@ -261,6 +264,14 @@ def test_decoding_in_half_precision_normalizes_by_the_statistics_that_are_stored
     found = model.decode(x_BCHW)
     assert found.shape == (2, 3, 48, 80)
     assert torch.equal(found, expected.clamp(0, 1))
+
+
+def test_conditions_are_kept_on_disk(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_model(weights, condition_cache=str(tmp_path)).encode(TEXTS)
+    monkeypatch.setattr(Flux2Klein, "_run_encoders", lambda *_: pytest.fail("a text was encoded again"))
+    kept = make_model(weights, condition_cache=str(tmp_path)).encode(TEXTS)
+    assert torch.equal(kept.embeds_BLC, made.embeds_BLC)
+    assert kept.pooled_BC.shape == made.pooled_BC.shape == (3, 0)
 
 
 @torch.no_grad()
