@@ -266,14 +266,6 @@ def test_decoding_in_half_precision_normalizes_by_the_statistics_that_are_stored
     assert torch.equal(found, expected.clamp(0, 1))
 
 
-def test_conditions_are_kept_on_disk(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_model(weights, condition_cache=str(tmp_path)).encode(TEXTS)
-    monkeypatch.setattr(Flux2Klein, "run_encoders", lambda *_: pytest.fail("a text was encoded again"))
-    kept = make_model(weights, condition_cache=str(tmp_path)).encode(TEXTS)
-    assert torch.equal(kept.embeds_BLC, made.embeds_BLC)
-    assert kept.pooled_BC.shape == made.pooled_BC.shape == (3, 0)
-
-
 @torch.no_grad()
 def test_what_fills_up_a_text_is_seen(weights: Path) -> None:
     long, short = (make_model(weights, max_sequence_length=length) for length in (LENGTH, LENGTH - 1))
