@@ -46,8 +46,8 @@ def make_pipeline(directory: Path, seed: int = 0, *, is_distilled: bool = False)
     return Path(directory)
 
 
-def make_transformer(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel(
+def make_transformer() -> Flux2Transformer2DModel:
+    transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=2,
         num_single_layers=2,
@@ -56,8 +56,19 @@ def make_transformer(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
         joint_attention_dim=3 * TEXT_WIDTH,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=guidance_embeds,
+        guidance_embeds=False,
     )
+    unlike_scales(transformer)
+    return transformer
+
+
+@torch.no_grad()
+def unlike_scales(transformer: Flux2Transformer2DModel) -> None:
+    """Those of norms as if they had been trained: each another, so that none can stand for another."""
+    generator = torch.Generator().manual_seed(5)
+    for weight in transformer.parameters():
+        if weight.ndim == 1:
+            weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
 
 
 def _make_tokenizer() -> Qwen2TokenizerFast:

@@ -118,7 +118,7 @@ class Flux2Klein(PipelineModel):
     def check(self, transformer: Mapping[str, Any]) -> None:
         if self.max_sequence_length < 1:
             raise ValueError("FLUX.2 klein reads texts of at least 1 token; use model.max_sequence_length=512")
-        if transformer["guidance_embeds"]:
+        if transformer.get("guidance_embeds", True):
             raise ValueError(
                 "this transformer takes guidance as an input, which FLUX.2 klein's do not; set its guidance_embeds to "
                 "false, or take model=flux2_klein"

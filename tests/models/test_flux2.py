@@ -35,6 +35,7 @@ from tests.tiny_flux2 import (
     make_pipeline,
     make_transformer,
     nudge,
+    unlike_scales,
 )
 
 # of 12, 16 and 16 bytes
@@ -115,7 +116,9 @@ def diffusers_velocity(transformer: Flux2Transformer2DModel, x_BCHW: Tensor, t: 
 
 
 def make_random_transformer(dtype: torch.dtype = torch.float32) -> Any:
-    return random_module(make_transformer, device="cpu", dtype=dtype, seed=0)
+    transformer = random_module(make_transformer, device="cpu", dtype=dtype, seed=0)
+    unlike_scales(transformer)
+    return transformer
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.algorithm.schedule import Flux2Schedule
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.models.adaptation import FullFineTuning
@@ -22,7 +23,7 @@ from fastgrpo_kernels import combined
 from tests.models.test_sharding import TOLERANCE, Case, Trained, train
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_overrides
-from tests.tiny_flux2 import LENGTH, make_model, make_pipeline
+from tests.tiny_flux2 import LENGTH, TARGETS, make_model, make_pipeline
 
 on_ranks = ranks_of_module()
 
@@ -175,3 +176,15 @@ def test_the_miniature_trains_without_any_file(tmp_path: Path) -> None:
         metrics = trainer.step()
         assert metrics["ratio_deviation"] == 0
         assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "has_guidance"), [("flux2_klein", 10, True), ("flux2_klein_distilled", 4, False)]
+)
+def test_a_model_brings_its_times_and_its_adapters(name: str, num_steps: int, has_guidance: bool) -> None:
+    config = load_config("train", [f"model={name}"])
+    assert build(config.algorithm.schedule) == Flux2Schedule(num_steps, 512)
+    assert tuple(config.adaptation.targets) == TARGETS
+    assert (config.model.guidance_scale > 1) == has_guidance
+    # batches are planned and blocks compiled
+    assert (config.runtime.micro_batch, config.compile._target_.rpartition(".")[2]) == (0, "CompiledBlocks")
