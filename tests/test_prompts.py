@@ -8,12 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgrpo.prompts import MAX_CHARACTERS, PromptSource, load_prompts
+from fastgrpo.types import Prompt
 
+A = Prompt("a")
 SOURCES = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**40))
 
 
 def source_of(num_prompts: int, prompts_per_iteration: int, seed: int) -> PromptSource:
-    return PromptSource([f"prompt {index}" for index in range(num_prompts)], prompts_per_iteration, seed)
+    return PromptSource([Prompt(f"prompt {index}") for index in range(num_prompts)], prompts_per_iteration, seed)
+
+
+def texts_of(path: str | Path) -> list[str]:
+    return [prompt.text for prompt in load_prompts(path)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,9 +63,9 @@ def test_the_order_of_a_seed_is_the_same_on_every_machine() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((["a"], 0, 1), "prompts_per_iteration"), ((["a"], 1, -1), "seed"), (([], 1, 0), "at least one prompt")],
+    [(([A], 0, 1), "prompts_per_iteration"), (([A], 1, -1), "seed"), (([], 1, 0), "at least one prompt")],
 )
-def test_bad_settings_are_refused(arguments: tuple[list[str], int, int], message: str) -> None:
+def test_bad_settings_are_refused(arguments: tuple[list[Prompt], int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptSource(*arguments)
 
@@ -67,14 +73,14 @@ def test_bad_settings_are_refused(arguments: tuple[list[str], int, int], message
 def test_text_files_give_one_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red circle\r\n  zwei grüne Kreise \n{not json}".encode())
-    assert load_prompts(path) == ["a red circle", "zwei grüne Kreise", "{not json}"]
+    assert texts_of(path) == ["a red circle", "zwei grüne Kreise", "{not json}"]
 
 
 def test_jsonl_files_give_the_prompt_of_each_object(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     rows = [{"tag": "counting", "prompt": "two cats"}, {"prompt": "une pomme \u2028 bleue"}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert load_prompts(str(path)) == ["two cats", "une pomme \u2028 bleue"]
+    assert texts_of(str(path)) == ["two cats", "une pomme \u2028 bleue"]
 
 
 @pytest.mark.parametrize(
@@ -134,4 +140,4 @@ def test_where_a_relative_path_was_looked_for_is_told(tmp_path: Path, monkeypatc
 def test_a_file_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.txt").write_text("a red circle\n")
-    assert load_prompts("~/mine.txt") == ["a red circle"]
+    assert texts_of("~/mine.txt") == ["a red circle"]

@@ -4,7 +4,10 @@ Grids are host floats, so no GPU ever has to be waited for to read one.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from fastgrpo.resolution import Resolution
 
 # height and width in pixels of what becomes one token of FLUX
 _TOKEN_SIDE = 16
@@ -75,11 +78,12 @@ class FluxSchedule:
     """FLUX.1-dev's: evenly spaced times, shifted by exp(mu), where mu is linear in the number of image tokens.
 
     mu = base_shift at 256 tokens (256x256 pixels) and max_shift at 4096 (1024x1024), as diffusers' FluxPipeline has it.
-    resolution: height and width of an image in pixels.
+    resolution: of an image in pixels, [height, width] or both in one.  It is model.resolution, whose grid all images
+        of a run have, also those of prompts that ask for another resolution.
     """
 
     num_steps: int
-    resolution: int
+    resolution: int | Sequence[int]
     base_shift: float = 0.5
     max_shift: float = 1.15
 
@@ -90,9 +94,9 @@ class FluxSchedule:
                     f"algorithm.schedule.{field} must lie in [-{_MAX_MU:g}, {_MAX_MU:g}], got {getattr(self, field)}; "
                     "FLUX.1-dev has .5 and 1.15"
                 )
-        if self.resolution < _TOKEN_SIDE:
+        if min(self._sides) < _TOKEN_SIDE:
             raise ValueError(
-                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self.resolution}; it is "
+                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self._sides}; it is "
                 "model.resolution"
             )
         _check(self.num_steps, self.shift)
@@ -100,9 +104,13 @@ class FluxSchedule:
     @property
     def shift(self) -> float:
         """exp(mu)."""
-        num_tokens = (self.resolution // _TOKEN_SIDE) ** 2
+        num_tokens = math.prod(side // _TOKEN_SIDE for side in self._sides)
         slope = (self.max_shift - self.base_shift) / (4096 - 256)
         return math.exp(self.base_shift + slope * (num_tokens - 256))
+
+    @property
+    def _sides(self) -> Resolution:
+        return Resolution.read(self.resolution, "algorithm.schedule.resolution")
 
     def __call__(self) -> tuple[float, ...]:
         return LinearSchedule(self.num_steps, self.shift)()

@@ -39,7 +39,8 @@ class Flux(PipelineModel):
                 "use model.guidance_scale=1"
             )
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @staticmethod
+    def _tokens_of(transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions are turned into angles as they come
         return PATCH, None
 

@@ -29,6 +29,7 @@ from fastgrpo.models.modulation import Modulations
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.weights import load_pipeline, pipeline_directory, read_config, refuse_damaged_files
+from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions
 
 _DTYPES = {
@@ -49,7 +50,7 @@ class PipelineModel(Policy):
     weights: a directory, a hub id owner/name or owner/name@revision, ``pkg://package/path`` for a directory inside an
         installed package, or ``random`` for random weights and conditions in an ``architecture``.
     adaptation: ``LoRA`` or ``FullFineTuning``.
-    resolution: height and width of an image in pixels.
+    resolution: of an image in pixels, [height, width] or both in one; that of prompts which ask for no other.
     guidance_scale: of classifier-free guidance, 1 turns it off.
     max_sequence_length: tokens of the T5 encoder.  use_t5: whether to load it.
     dtype, decode_dtype: float32, bfloat16, float16 or float64, of the frozen weights and of the autoencoder.
@@ -70,7 +71,7 @@ class PipelineModel(Policy):
         *,
         weights: str,
         adaptation: Callable[[nn.Module], Adaptation],
-        resolution: int,
+        resolution: int | Sequence[int],
         architecture: Architecture | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int = 128,
@@ -85,6 +86,7 @@ class PipelineModel(Policy):
         condition_cache: str | None = None,
     ) -> None:
         _check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length)
+        self._resolution = Resolution.read(resolution, "model.resolution")
         compile = compile or Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
@@ -99,15 +101,13 @@ class PipelineModel(Policy):
         # all that can be refused is refused before gigabytes are read
         transformer, num_levels = self._describe()
         self._check(transformer)
-        patch, most_tokens = self._tokens_of(transformer)
-        ImageSizes.of(patch=patch, num_levels=num_levels, most_tokens=most_tokens).check(resolution)
+        sizes = self._image_sizes(transformer, num_levels)
+        sizes.check(self._resolution, f"model.resolution={self._resolution}")
         self.conditions = self._make_conditions(_DTYPES[dtype], _DTYPES[decode_dtype], condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        side = resolution // self.pipeline.vae_scale_factor
-        self.latent_shape = (int(self.pipeline.vae.config.latent_channels), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
         start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
         adapted = adaptation(self.transformer)
@@ -131,15 +131,24 @@ class PipelineModel(Policy):
             lossy=lossy,
         )
 
+    @classmethod
+    def image_sizes(cls, weights: str, architecture: Architecture | None = None) -> ImageSizes:
+        """Which images such a model can draw; no weight is read for it."""
+        random = _architecture_of(weights, architecture)
+        directory = None if random is not None else pipeline_directory(cls.pipeline_class, weights)
+        return cls._image_sizes(*_configs(random, directory))
+
+    @classmethod
+    def _image_sizes(cls, transformer: Mapping[str, Any], num_levels: int) -> ImageSizes:
+        patch, most_tokens = cls._tokens_of(transformer)
+        return ImageSizes.of(patch=patch, num_levels=num_levels, most_tokens=most_tokens)
+
     def _describe(self) -> tuple[Mapping[str, Any], int]:
         """The config of the transformer, and the number of the autoencoder's levels; ValueError for damaged files."""
-        if self._random is not None:
-            return self._random.transformer_config, len(self._random.decoder_channels)
-        assert self._directory is not None
-        encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
-        refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
-        transformer, vae = (read_config(self._directory / part / "config.json") for part in ("transformer", "vae"))
-        return transformer, len(vae.get("block_out_channels", [0]))
+        if self._directory is not None:
+            encoders = [part for part in self.text_encoders if self.use_t5 or part not in self.t5]
+            refuse_damaged_files(self._directory, ("transformer", "vae", *encoders))
+        return _configs(self._random, self._directory)
 
     def _check(self, transformer: Mapping[str, Any]) -> None:
         """ValueError for settings that do not go with a transformer of this config."""
@@ -186,8 +195,9 @@ class PipelineModel(Policy):
             device=self.device,
         )
 
+    @staticmethod
     @abstractmethod
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def _tokens_of(transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
 
     @abstractmethod
@@ -202,6 +212,14 @@ class PipelineModel(Policy):
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.latent_shape_of(None)
+
+    def latent_shape_of(self, resolution: Resolution | None) -> tuple[int, int, int]:
+        height, width = (side // self.pipeline.vae_scale_factor for side in resolution or self._resolution)
+        return int(self.pipeline.vae.config.latent_channels), height, width
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""
@@ -284,6 +302,15 @@ def _architecture_of(weights: str, architecture: Architecture | None) -> Archite
     if architecture is None:
         raise ValueError("model.weights=random needs model.architecture; take model=sd35_medium or model=flux_dev")
     return architecture
+
+
+def _configs(random: Architecture | None, directory: Path | None) -> tuple[Mapping[str, Any], int]:
+    """The config of the transformer, and the number of the autoencoder's levels."""
+    if random is not None:
+        return random.transformer_config, len(random.decoder_channels)
+    assert directory is not None
+    transformer, vae = (read_config(directory / part / "config.json") for part in ("transformer", "vae"))
+    return transformer, len(vae.get("block_out_channels", [0]))
 
 
 def _is_first() -> bool:
