@@ -16,6 +16,7 @@ from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.parts import RunParts
+from fastgrpo.records.grids import cell_origin
 from fastgrpo.resolution import Resolution
 from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
@@ -31,13 +32,13 @@ from tests.tiny_config import make_overrides
 WIDE, TALL = Resolution(32, 64), Resolution(96, 32)
 # model.resolution is 64, which the third row names
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "a red circle", "resolution": [32, 64]},
+    {"prompt": "a red circle", "resolution": [96, 32]},
     {"prompt": "two blue squares"},
     {"prompt": "a green triangle", "resolution": [64, 64]},
-    {"prompt": "a red square", "resolution": [96, 32]},
+    {"prompt": "a red square", "resolution": [32, 64]},
     {"prompt": "two red triangles", "resolution": [32, 64]},
 ]
-RESOLUTIONS = [WIDE, None, None, TALL, WIDE]
+RESOLUTIONS = [TALL, None, None, WIDE, WIDE]
 LATENT_SHAPES = {WIDE: (16, 4, 8), None: (16, 8, 8), TALL: (16, 12, 4)}
 
 on_ranks = ranks_of_module()
@@ -148,8 +149,9 @@ def test_evaluation_makes_each_image_in_its_resolution_from_the_noise_of_its_pro
 def test_ranks_train_and_evaluate_as_one(
     recipe: tuple[str, ...], rows: tuple[str, ...], tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
 ) -> None:
-    words = (*FLOAT64, *recipe, *rows, "train.iterations=4", "evaluate.every=2", "evaluate.images_per_prompt=3")
-    config = make_config(tiny_weights, *words, "runtime.micro_batch=2")
+    words = (*FLOAT64, *recipe, *rows, "train.iterations=4", "evaluate.every=2", "runtime.micro_batch=2")
+    # of five images in one resolution a rank has three, in two batches, and the other as many batches for its two
+    config = make_config(tiny_weights, *words, "evaluate.images_per_prompt=5")
     alone = train(World(), config, tmp_path / "1")
     assert beyond(alone, on_ranks(2, train, config, tmp_path / "ranks")) == {}
 
@@ -181,6 +183,13 @@ def test_samples_are_in_the_order_of_the_file_and_each_in_its_resolution(
     for path in files:
         height, width = RESOLUTIONS[int(path.name[:4])] or (64, 64)
         assert Image.open(path).size == (width, height)
+    page = np.asarray(Image.open(tmp_path / "out/grid.png"))
+    for index, path in enumerate(files):
+        # 96 x 64 and all others twice as large
+        pixels = np.asarray(Image.open(path)).repeat(2, axis=0).repeat(2, axis=1)
+        (height, width, _), (x, y) = pixels.shape, cell_origin(index, 10, 1, 96, 64)
+        top, left = y + (192 - height) // 2, x + (128 - width) // 2
+        assert np.array_equal(page[top : top + height, left : left + width], pixels)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,7 @@ def test_resolutions_are_those_of_the_model_that_is_chosen(
 
     assert [prompt.resolution for prompt in read().prompts] == RESOLUTIONS
     wide = read("model.resolution=[96,64]")
-    assert [prompt.resolution for prompt in wide.held_out] == [WIDE, None, Resolution(64, 64), TALL, WIDE]
+    assert [prompt.resolution for prompt in wide.held_out] == [TALL, None, Resolution(64, 64), WIDE, WIDE]
     assert [prompt.resolution for prompt in read("model.resolution=[64,64]").prompts] == RESOLUTIONS
 
 

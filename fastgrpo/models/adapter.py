@@ -25,7 +25,10 @@ class FlowModel(Protocol):
         """(C, H, W) of one latent, of an image in the model's own resolution."""
 
     def latent_shape_of(self, resolution: Resolution | None) -> tuple[int, int, int]:
-        """The same of an image in another resolution; None is the model's own."""
+        """The same of an image in another resolution; None is the model's own.
+
+        Prompts may ask for others where the class says by ``image_sizes``, as PipelineModel does, which it draws.
+        """
 
     @property
     def device(self) -> torch.device:
