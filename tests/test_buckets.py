@@ -33,12 +33,12 @@ WIDE, TALL = Resolution(32, 64), Resolution(96, 32)
 # model.resolution is 64, which the third row names
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a red circle", "resolution": [96, 32]},
-    {"prompt": "two blue squares"},
+    {"prompt": "two blue squares", "resolution": [32, 64]},
     {"prompt": "a green triangle", "resolution": [64, 64]},
-    {"prompt": "a red square", "resolution": [32, 64]},
+    {"prompt": "a red square"},
     {"prompt": "two red triangles", "resolution": [32, 64]},
 ]
-RESOLUTIONS = [TALL, None, None, WIDE, WIDE]
+RESOLUTIONS = [TALL, WIDE, None, None, WIDE]
 LATENT_SHAPES = {WIDE: (16, 4, 8), None: (16, 8, 8), TALL: (16, 12, 4)}
 
 on_ranks = ranks_of_module()
@@ -237,7 +237,7 @@ def test_resolutions_are_those_of_the_model_that_is_chosen(
 
     assert [prompt.resolution for prompt in read().prompts] == RESOLUTIONS
     wide = read("model.resolution=[96,64]")
-    assert [prompt.resolution for prompt in wide.held_out] == [TALL, None, Resolution(64, 64), WIDE, WIDE]
+    assert [prompt.resolution for prompt in wide.held_out] == [TALL, WIDE, Resolution(64, 64), None, WIDE]
     assert [prompt.resolution for prompt in read("model.resolution=[64,64]").prompts] == RESOLUTIONS
 
 
