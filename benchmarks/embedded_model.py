@@ -33,13 +33,13 @@ def main() -> None:
     config = load_config("train", ["evaluate.images_per_prompt=16"])
     model = build_model(config)
     assert isinstance(model, StableDiffusion3)
-    texts = load_prompts(resolve_path(config.prompts.held_out))
+    prompts = load_prompts(resolve_path(config.prompts.held_out))
     results = {}
     for guidance in (1.0, 2.5):
         model.guidance_scale = guidance
         rewards, algorithm = build(config.reward), build(config.algorithm)
         evaluating = Evaluating(**config.evaluate)
-        means = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, texts)().means
+        means = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)().means
         results[f"images, guidance {guidance:g}"] = means
     captions, images_BCHW = _drawn()
     vae = model.pipeline.vae

@@ -86,7 +86,8 @@ class Bench:
         # one model holds both: fp8 is entered on lossy steps alone
         self.models = {name: _moved(build_model(config, lossy)) for name, lossy in _lossy_pieces().items()}
         self.batch_sizes = BatchSizes.of_runtime(read_runtime(config))
-        texts = load_prompts(resolve_path(config.prompts.held_out))[: arguments.prompts]
+        rows = load_prompts(resolve_path(config.prompts.held_out))[: arguments.prompts]
+        texts = [row.text for row in rows]
         self.prompts = Prompts(texts, ids=list(range(len(texts))))
         self.group_size = arguments.group
         self.seed = config.seed

@@ -37,7 +37,7 @@ class Judge:
         self.model = build_model(config)
         self.algorithm = build(config.algorithm)
         self.rewards = build(config.reward)
-        texts = load_prompts(resolve_path(config.prompts.held_out))
+        texts = [prompt.text for prompt in load_prompts(resolve_path(config.prompts.held_out))]
         self.prompts = Prompts(texts, ids=list(range(len(texts))))
         self.conditions = self.model.encode(texts)
         self.batch_sizes = BatchSizes.of_runtime(read_runtime(config))

@@ -1,23 +1,25 @@
 """Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.  Never the search: it is for learning.
 
-The same prompts and noise each time, so that two evaluations of a run differ by the weights alone; the images are
-spread over the ranks.
+The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.  Images are made one
+resolution after the other, those of each spread over the ranks.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
-from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import BatchSizes, even
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.resolution import places_by_resolution
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Prompts, Samples
+from fastgrpo.types import Prompt, Prompts, Samples
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,24 @@ class EvaluationResult:
     """Each named reward: of all images, [P, G] in ``scores``, and its mean; one image of each of the first few prompts.
 
     ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.  The
-    images, and ``texts`` and ``verified`` of them, are there on the first rank alone.
+    images, [3, H, W] each, and ``texts`` and ``verified`` of them, are there on the first rank alone.
     """
 
     scores: dict[str, Tensor]
     means: dict[str, float]
     num_images: int
     texts: list[str]
-    images_BCHW: Tensor
+    images: list[Tensor]
     verified: list[bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """``images_per_prompt`` images of each text on ``grid``; ``num_shown`` of them, of distinct prompts, are kept."""
+    """``images_per_prompt`` images of each prompt on ``grid``; ``num_shown`` of them, of distinct prompts, are kept."""
 
     model: FlowModel
     rewards: Rewards
-    texts: Sequence[str]
+    prompts: Sequence[Prompt]
     images_per_prompt: int
     grid: Sequence[float]
     batch_sizes: BatchSizes
@@ -56,41 +58,48 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self) -> EvaluationResult:
-        num_images = len(self.texts) * self.images_per_prompt
-        spread = Spread.evenly(num_images, self.world.size)
-        own = spread.rows[self.world.rank]
+        spread = Spread.of_shares(self._shares, self.world.size)
         shown: dict[str, Tensor] = {}
-        rewards_BR = self.world.gather(
-            lambda: self._rewards(own, spread.most, shown)[: len(own)], spread, len(self.rewards.all), "evaluation"
-        )
+        rewards_BR = self.world.gather(lambda: self._rewards(shown), spread, len(self.rewards.all), "evaluation")
         rewards = self.rewards.of_groups(rewards_BR, self.images_per_prompt)
         scores = {name: scores_PG.cpu() for name, scores_PG in rewards.named.items()}
-        images = self.world.to_first(shown, "images to show")
-        images_BCHW = torch.stack([images[name] for name in sorted(images, key=int)]) if images else torch.empty(0)
+        found = self.world.to_first(shown, "images to show")
+        images = [found[name] for name in sorted(found, key=int)]
         verdict = next((s_PG == 1 for s_PG in scores.values() if bool(((s_PG == 0) | (s_PG == 1)).all())), None)
         return EvaluationResult(
             scores=scores,
             means={name: scores_PG.mean().item() for name, scores_PG in scores.items()},
-            num_images=num_images,
-            texts=list(self.texts[: len(images_BCHW)]),
-            images_BCHW=images_BCHW,
-            verified=verdict[: len(images_BCHW), 0].tolist() if verdict is not None else None,
+            num_images=len(rewards_BR),
+            texts=self.texts[: len(images)],
+            images=images,
+            verified=verdict[: len(images), 0].tolist() if verdict is not None else None,
         )
 
-    def _rewards(self, own: tuple[int, ...], most: int, shown: dict[str, Tensor]) -> Tensor:
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @cached_property
+    def _shares(self) -> list[list[int]]:
+        """The rows of each resolution: of P * G images, prompt by prompt."""
+        return [
+            [prompt * self.images_per_prompt + place for prompt in found for place in range(self.images_per_prompt)]
+            for found in places_by_resolution(prompt.resolution for prompt in self.prompts).values()
+        ]
+
+    def _rewards(self, shown: dict[str, Tensor]) -> Tensor:
         """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
-        # ranks keep step, so one with fewer images makes one more, which is thrown away
-        rows = (*own, *(own or (0,)) * (most - len(own)))
-        awaited = self.rewards.begin(self._samples(rows, len(rows)).texts)
+        own, made = self._spread()
+        awaited = self.rewards.begin([text for rows in made for text in self._samples(rows, len(rows)).texts])
         # without what is lossy: an evaluation judges the policy alone
         with self.model.gathered(), self.model.sampling():
-            for samples in self._portions(rows):
+            for samples in (samples for rows in made for samples in self._portions(rows)):
                 draw = NoiseDraw(
                     self.seed,
                     samples.prompts.ids,
                     self.images_per_prompt,
-                    self.model.latent_shape,
+                    self.model.latent_shape_of(samples.prompts.resolution),
                     self.model.device,
                     rows=samples.rows,
                 )
@@ -98,9 +107,21 @@ class Evaluation:
                 images_BCHW = sampler(samples, conditions, draw.starts(EVALUATION_STREAM), awaited.add)
                 for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
                     prompt, place = divmod(row, self.images_per_prompt)
-                    if place == 0 and prompt < self.num_shown and row in own:
+                    if place == 0 and prompt < self.num_shown and any(row in rows for rows in own):
                         shown[str(prompt)] = image_CHW.cpu()
-        return awaited.collect()
+        parts = awaited.collect().split([len(rows) for rows in made])
+        return torch.cat([part_BR[: len(rows)] for part_BR, rows in zip(parts, own, strict=True)])
+
+    def _spread(self) -> tuple[list[Sequence[int]], list[tuple[int, ...]]]:
+        """This rank's rows of each resolution, and those that it makes.
+
+        Ranks keep step: one with fewer rows than others makes one more, which is thrown away.
+        """
+        by_rank = pieces(self._shares, self.world.size)
+        own = by_rank[self.world.rank]
+        most = [max(map(len, of_ranks)) for of_ranks in zip(*by_rank, strict=True)]
+        made = [(*rows, *share[: n - len(rows)]) for rows, share, n in zip(own, self._shares, most, strict=True)]
+        return own, made
 
     def _portions(self, rows: tuple[int, ...]) -> Iterator[Samples]:
         """A few at a time: a full-size evaluation does not fit a GPU's memory as images."""
@@ -112,4 +133,7 @@ class Evaluation:
             first += size
 
     def _samples(self, rows: tuple[int, ...], most: int) -> Samples:
-        return Samples(Prompts(list(self.texts), list(range(len(self.texts)))), self.images_per_prompt, rows, most)
+        # all are of one resolution
+        resolution = self.prompts[rows[0] // self.images_per_prompt].resolution
+        prompts = Prompts(self.texts, list(range(len(self.prompts))), resolution)
+        return Samples(prompts, self.images_per_prompt, rows, most)

@@ -5,7 +5,7 @@ What takes memory or minutes is read as its source, which makes it when it is ca
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.numerics import set_numerics
 from fastgrpo.pieces import build, build_partial
 from fastgrpo.profiling.profile import check_iterations
 from fastgrpo.prompts import load_prompts
+from fastgrpo.resolution import Resolution
 from fastgrpo.rewards.source import Loaded, RewardSource
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.settings import Distribution, Evaluating, Runtime, Saving, Training, check_seed
+from fastgrpo.types import Prompt
 
 _OF_MODEL = ("adaptation", "device", "attention", "compile", "checkpointing", "lossy")
 
@@ -43,8 +46,8 @@ class RunParts:
     saving: Saving
     distribution: Distribution
     runtime: Runtime
-    texts: list[str]
-    held_out: list[str]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
     algorithm: Algorithm
     solver: Solver
     model: ModelSource
@@ -61,9 +64,7 @@ class RunParts:
         training, evaluating, runtime = Training(**config.train), Evaluating(**config.evaluate), read_runtime(config)
         if runtime.profile:
             check_iterations(training.iterations)
-        texts, held_out = (
-            load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}") for key in ("path", "held_out")
-        )
+        prompts, held_out = (read_prompts(config, key) for key in ("path", "held_out"))
         algorithm: Algorithm = build(config.algorithm)
         training = training.for_updates(algorithm.usual_updates)
         algorithm.check(
@@ -89,7 +90,7 @@ class RunParts:
             saving=Saving(**config.checkpoint),
             distribution=Distribution(**config.distributed),
             runtime=runtime,
-            texts=texts,
+            prompts=prompts,
             held_out=held_out,
             algorithm=algorithm,
             solver=solver,
@@ -98,6 +99,49 @@ class RunParts:
             rewards=read_rewards(config),
             config=plain,
         )
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the prompts that are trained on."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def held_out_texts(self) -> list[str]:
+        return [prompt.text for prompt in self.held_out]
+
+
+def read_prompts(config: DictConfig, key: str) -> list[Prompt]:
+    """Those of the file ``prompts.<key>``, in resolutions that the model can draw in the memory planned for its own."""
+    return load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}", _Drawn(config.model))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """``Fit`` to the model of a config, before that is loaded; files of the hub only for rows that need them."""
+
+    model: DictConfig
+
+    def __call__(self, resolution: Resolution) -> Resolution | None:
+        own = Resolution.read(self.model.get("resolution"), "model.resolution")
+        if resolution.area > own.area:
+            raise ValueError(
+                f"resolution {resolution} has more pixels than model.resolution={own}, which memory is planned for; "
+                "raise model.resolution, or lower this one"
+            )
+        self._image_sizes.check(resolution, f"resolution {resolution}")
+        return None if resolution == own else resolution
+
+    @cached_property
+    def _image_sizes(self) -> ImageSizes:
+        make: Any = build_partial(self.model, *_OF_MODEL)
+        if not hasattr(make.func, "image_sizes"):
+            raise ValueError(
+                f"{self.model._target_} has no image_sizes, so nobody knows whether it draws another resolution than "
+                "its own; leave resolution out of the prompt file"
+            )
+        given = {key: make.keywords[key] for key in ("weights", "architecture", "variant") if key in make.keywords}
+        sizes: ImageSizes = make.func.image_sizes(**given)
+        return sizes
 
 
 def read_runtime(config: DictConfig) -> Runtime:

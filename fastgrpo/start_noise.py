@@ -38,7 +38,7 @@ class StartNoise:
             seed=self.seed,
             prompt_ids=prompts.ids,
             group_size=samples.group_size,
-            latent_shape=model.latent_shape,
+            latent_shape=model.latent_shape_of(prompts.resolution),
             device=model.device,
             iteration=iteration,
             num_iterations=self.num_iterations,
@@ -51,7 +51,8 @@ class StartNoise:
                 # both are re-entrant: held from the first round to the last, and not where nothing is searched
                 rounds.enter_context(model.gathered())
                 rounds.enter_context(model.sampling(lossy=True))
-                searched = Prompts([prompts.texts[place] for place in candidates.prompts], candidates.prompt_ids)
+                texts = [prompts.texts[place] for place in candidates.prompts]
+                searched = Prompts(texts, candidates.prompt_ids, prompts.resolution)
                 return self._scores(searched, candidates, estimate_steps)
 
             return self.algorithm.noise(draw, score)

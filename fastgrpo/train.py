@@ -4,6 +4,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from fastgrpo.settings import Evaluating, Runtime
 from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.trainer import Trainer
+from fastgrpo.types import Prompt
 from fastgrpo.update import Update
 
 # prompts that are encoded before a run begins: minutes of a GPU, and 28 GB of disk, 1.7 MB each for SD3.5.  Others are
@@ -96,7 +98,7 @@ def build_trainer(config: DictConfig, part: PolicyRank | None = None) -> Trainer
 def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     """Everything that a run is made of, top to bottom; its directory comes last, when nothing can be wrong any more."""
     world, training, algorithm = part.world, parts.training, parts.algorithm
-    prompts = PromptSource(parts.texts, training.prompts_per_iteration, parts.seed)
+    prompts = PromptSource(parts.prompts, training.prompts_per_iteration, parts.seed)
     rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
     source = replace(parts.model, runtime=run.sizes(parts.runtime))
     on_device = planned_model(source, _planner(parts, rewards, world), world.group)
@@ -163,14 +165,14 @@ def build_evaluation(
     model: FlowModel,
     rewards: Rewards,
     algorithm: Algorithm,
-    texts: list[str],
+    prompts: Sequence[Prompt],
     world: World | None = None,
 ) -> Evaluation:
-    """Evaluation on ``texts``; its noise is the same in every run, whatever the seed."""
+    """Evaluation on ``prompts``; its noise is the same in every run, whatever the seed."""
     return Evaluation(
         model=model,
         rewards=rewards,
-        texts=texts,
+        prompts=prompts,
         images_per_prompt=evaluating.images_per_prompt,
         grid=algorithm.evaluation_grid(evaluating.num_steps),
         batch_sizes=BatchSizes.of_runtime(runtime),
@@ -194,10 +196,10 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
 
 def _texts_to_come(parts: RunParts, trainer: Trainer) -> list[str]:
     """The different texts of the run in the order in which they come, at most ``_MOST_AHEAD``."""
-    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *parts.held_out])
+    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *parts.held_out_texts])
+    all_of_them = len(texts.keys() | {*parts.texts})
     for iteration in range(trainer.num_iterations):
-        # an epoch has all prompts
-        if len(texts) >= _MOST_AHEAD or iteration * parts.training.prompts_per_iteration >= len(parts.texts):
+        if len(texts) >= min(_MOST_AHEAD, all_of_them):
             break
         texts |= dict.fromkeys(trainer.prompts.at(iteration).texts)
     return list(texts)[:_MOST_AHEAD]
@@ -210,7 +212,7 @@ def _find_run(parts: RunParts, world: World) -> SameRun:
 def _load_rewards(parts: RunParts) -> Loaded:
     set_threads(parts.runtime)
     set_numerics(deterministic=parts.runtime.deterministic)
-    return parts.rewards.load(parts.texts + parts.held_out, device_of(parts.runtime))
+    return parts.rewards.load(parts.texts + parts.held_out_texts, device_of(parts.runtime))
 
 
 def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
@@ -266,7 +268,7 @@ def _profile(parts: RunParts, run: SameRun, model: FlowModel) -> Profile:
 
 def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
     """What a resumed run does otherwise than before, whether there is anything left to do, and what is judged."""
-    if seen := set(parts.held_out) & set(parts.texts):
+    if seen := set(parts.held_out_texts) & set(parts.texts):
         print(f"prompts.held_out shares {len(seen)} of its prompts with prompts.path: those are not unseen in training")
     for line in run.resumed(trainer.iteration):
         print(line)

@@ -17,16 +17,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.resolution import Resolution
+
 # of a batch, or float32 [B], one a sample
 Time = float | Tensor
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A row of a prompt file.  ``resolution`` is that of its images; None is the model's own."""
+
+    text: str
+    resolution: Resolution | None = None
+
+
+@dataclass(frozen=True)
 class Prompts:
-    """The P prompts of one iteration.  ``ids`` count prompt occurrences (iteration * P + p); noise is drawn by them."""
+    """The P prompts of one iteration, whose images are of one ``resolution``; None is the model's own.
+
+    ``ids`` count prompt occurrences (iteration * P + p); noise is drawn by them.
+    """
 
     texts: list[str]
     ids: list[int]
+    resolution: Resolution | None = None
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.ids):

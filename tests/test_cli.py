@@ -163,7 +163,10 @@ def test_a_mistake_in_the_words_is_one_line(
         ("algorithm.dynamics.noise_level=0.0", "noise_level must be positive, got 0.0"),
         ("model.guidance_scale=0.5", "model.guidance_scale must be at least 1, got 0.5"),
         ("~model.resolution", "StableDiffusion3 needs resolution"),
-        ("model.resolution=33", "model.resolution must be a positive multiple of 16, got 33"),
+        (
+            "model.resolution=33",
+            "model.resolution=33: height and width must be multiples of 16; 32 and 48 are the nearest to 33",
+        ),
         ("adaptation.rank=0", "rank must be at least 1, got 0"),
         ("model.weights=nowhere/at/all", "model.weights='nowhere/at/all' is neither a directory here"),
         ("prompts.path=nowhere.txt", "prompt file nowhere.txt does not exist"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
-_PLAIN = {"files", "types", "settings", "learning_rate", "device_error", "out_of_memory", "numerics", "on_device"}
-_PLAIN |= {"own_code"}
+_PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
+_PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
@@ -19,7 +19,8 @@ _FACE = {"config", "overrides", "pieces", "parts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "own_code": set(),
     "files": set(),
-    "types": set(),
+    "types": {"resolution"},
+    "resolution": set(),
     "learning_rate": set(),
     "device_error": {"out_of_memory"},
     "out_of_memory": set(),

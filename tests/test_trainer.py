@@ -121,7 +121,7 @@ def test_a_run_writes_what_its_directory_promises(run: Path) -> None:
 def test_evaluation_sees_neither_the_search_nor_the_seed(tiny_weights: Path, tmp_path: Path) -> None:
     plain = make_trainer(tiny_weights, tmp_path / "plain").evaluation()
     searched = make_trainer(tiny_weights, tmp_path / "searched", *SEARCH, "seed=7").evaluation()
-    assert torch.equal(plain.images_BCHW, searched.images_BCHW)
+    assert torch.equal(torch.stack(plain.images), torch.stack(searched.images))
     assert plain.means == searched.means
 
 
@@ -131,11 +131,11 @@ def test_training_in_between_changes_evaluation_by_the_weights_alone(tiny_weight
     before = trainer.evaluation()
     trainer.step()
     trained = trainer.evaluation()
-    assert not torch.equal(trained.images_BCHW, before.images_BCHW)
+    assert not torch.equal(torch.stack(trained.images), torch.stack(before.images))
     with torch.no_grad():
         for name, weight in trainer.model.trainable.items():
             weight.copy_(start[name])
-    assert torch.equal(trainer.evaluation().images_BCHW, before.images_BCHW)
+    assert torch.equal(torch.stack(trainer.evaluation().images), torch.stack(before.images))
 
 
 def test_evaluation_is_of_the_averages_and_gives_the_weights_back(

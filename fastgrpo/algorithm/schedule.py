@@ -4,9 +4,12 @@ Grids are host floats, so no GPU ever has to be waited for to read one.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+from fastgrpo.resolution import Resolution
 
 # height and width in pixels of what becomes one token of FLUX
 _TOKEN_SIDE = 16
@@ -80,11 +83,12 @@ class FluxSchedule:
 
     mu = base_shift at base_tokens (256x256 pixels) and max_shift at max_tokens (4096 are 1024x1024), as diffusers'
     FluxPipeline has it.  Qwen-Image's ends at ``terminal`` before its last step to 0: 1 - t is stretched to that.
-    resolution: height and width of an image in pixels.
+    resolution: of an image in pixels, [height, width] or both in one.  It is model.resolution, whose grid all images
+        of a run have, also those of prompts that ask for another resolution.
     """
 
     num_steps: int
-    resolution: int
+    resolution: int | Sequence[int]
     base_shift: float = 0.5
     max_shift: float = 1.15
     base_tokens: int = 256
@@ -107,9 +111,9 @@ class FluxSchedule:
                     f"algorithm.schedule.{field} must lie in [-{_MAX_MU:g}, {_MAX_MU:g}], got {getattr(self, field)}; "
                     "FLUX.1-dev has .5 and 1.15"
                 )
-        if self.resolution < _TOKEN_SIDE:
+        if min(self._sides) < _TOKEN_SIDE:
             raise ValueError(
-                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self.resolution}; it is "
+                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self._sides}; it is "
                 "model.resolution"
             )
         _check(self.num_steps, self.shift)
@@ -123,7 +127,11 @@ class FluxSchedule:
     @property
     def num_tokens(self) -> int:
         """Of an image."""
-        return (self.resolution // _TOKEN_SIDE) ** 2
+        return math.prod(side // _TOKEN_SIDE for side in self._sides)
+
+    @property
+    def _sides(self) -> Resolution:
+        return Resolution.read(self.resolution, "algorithm.schedule.resolution")
 
     def __call__(self) -> tuple[float, ...]:
         times = LinearSchedule(self.num_steps, self.shift)()

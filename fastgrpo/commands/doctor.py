@@ -17,7 +17,6 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
 from fastgrpo.commands.toolchain import what_triton_needs
-from fastgrpo.files.locations import resolve_path
 from fastgrpo.health import TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of
@@ -25,9 +24,9 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.attention import BACKENDS, why_not
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
-from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.parts import build_model, read_prompts, read_runtime
 from fastgrpo.pieces import build
-from fastgrpo.prompts import PromptSource, load_prompts
+from fastgrpo.prompts import PromptSource
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
 from fastgrpo.sampler import Sampler
@@ -80,20 +79,20 @@ def replayed(config: DictConfig) -> UpdateStats:
     """Of one small rollout that is replayed with unchanged weights."""
     if config.num_prompts < 1 or config.group_size < 1:
         raise ValueError(f"num_prompts and group_size must be at least 1: {config.num_prompts}, {config.group_size}")
-    texts = load_prompts(resolve_path(config.prompts.path))
+    rows = read_prompts(config, "path")
     algorithm: Algorithm = build(config.algorithm)
     model = build_model(config, lossy=build(config.lossy))
     _nudge(model, config.seed)
     batch_sizes = BatchSizes.of_runtime(read_runtime(config))
     sampler = Sampler(model=model, grid=algorithm.grid, batch_sizes=batch_sizes, solver=build(config.solver))
-    prompts = PromptSource(texts, config.num_prompts, config.seed).at(0)
+    prompts = PromptSource(rows, config.num_prompts, config.seed).at(0)
     samples = Samples.all_of(prompts, config.group_size)
     conditions = model.encode(samples.texts)
     draw = NoiseDraw(
         seed=config.seed,
         prompt_ids=prompts.ids,
         group_size=config.group_size,
-        latent_shape=model.latent_shape,
+        latent_shape=model.latent_shape_of(prompts.resolution),
         device=model.device,
     )
     noise = Noise(plain_noise(draw), metrics={}, num_scored=0)

@@ -23,7 +23,7 @@ class Encoded:
 
 def encode(config: DictConfig) -> None:
     """Run a checked ``encode`` config and print what it did; a second run goes on where a first one stopped."""
-    prompts = load_prompts(resolve_path(config.prompts.path))
+    texts = [prompt.text for prompt in load_prompts(resolve_path(config.prompts.path))]
     if config.model.get("weights") == "random":
         raise ValueError("conditions of model.weights=random are drawn, not encoded; give the weights of a model")
     if config.model.get("condition_cache") is None:
@@ -36,7 +36,7 @@ def encode(config: DictConfig) -> None:
     model = build_model(config)
     if not isinstance(model, PipelineModel):
         raise ValueError(f"model._target_ is {config.model._target_}, which has no text encoders of its own")
-    done = prepare(model.conditions, prompts)
+    done = prepare(model.conditions, texts)
     print(
         f"{done.num_texts} prompts: {done.num_known} were there, {done.num_texts - done.num_known} encoded, "
         f"{done.num_bytes / 1e6:.1f} MB written to {model.conditions.directory}"

@@ -17,11 +17,9 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
-from fastgrpo.files.locations import resolve_path
 from fastgrpo.files.whole import write_whole
-from fastgrpo.parts import build_rewards, read_runtime
+from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
-from fastgrpo.prompts import load_prompts
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.settings import Evaluating
@@ -32,12 +30,13 @@ from fastgrpo.train import build_evaluation
 def evaluate(config: DictConfig) -> None:
     """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
     evaluating = Evaluating(**config.evaluate)
-    texts = load_prompts(resolve_path(config.prompts.held_out), "prompts.held_out")
+    prompts = read_prompts(config, "held_out")
+    texts = [prompt.text for prompt in prompts]
     algorithm: Algorithm = build(config.algorithm)
     rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, texts)()
+    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)()
     report = {
         "model": origin,
         "images": result.num_images,
@@ -50,7 +49,8 @@ def evaluate(config: DictConfig) -> None:
         "commit": commit(),
     }
     write_whole(directory / "evaluation.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(directory / "grid.png", png(draw_grid(to_uint8(result.images_BCHW), result.texts, result.verified)))
+    pixels = [to_uint8(image_CHW) for image_CHW in result.images]
+    write_whole(directory / "grid.png", png(draw_grid(pixels, result.texts, result.verified)))
     _print(report)
     print(f"written to {directory / 'evaluation.json'} and {directory / 'grid.png'}")
 

@@ -10,16 +10,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.byte_count import WithoutData
 from fastgrpo.memory.device import CountingMeter
 from fastgrpo.memory.model_on_device import plan_device
 from fastgrpo.memory.plan import MemoryPlan
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
-from fastgrpo.parts import build_rewards, read_model
+from fastgrpo.parts import build_rewards, read_model, read_prompts
 from fastgrpo.pieces import build
-from fastgrpo.prompts import load_prompts
 from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
@@ -48,7 +46,7 @@ def show_plan(config: DictConfig, console: Console) -> None:
 
 def measured_plan(config: DictConfig) -> MemoryPlan:
     """The plan for this machine's device, rewards included."""
-    prompts = load_prompts(resolve_path(config.prompts.path))
+    texts = [prompt.text for prompt in read_prompts(config, "path")]
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
         algorithm=algorithm,
@@ -56,8 +54,8 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
-        rewards=build_rewards(config, prompts)[0],
-        prompt=max(prompts, key=len),
+        rewards=build_rewards(config, texts)[0],
+        prompt=max(texts, key=len),
     )
     return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 

@@ -21,14 +21,15 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from fastgrpo.files.private_directory import make_private
+from fastgrpo.resolution import MAX_RESOLUTIONS
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MODES = ("default", "max-autotune-no-cudagraphs")
-# of one function: 3 kinds of SD3.5's blocks, times sampling, lossy sampling, the branches without gradient, the first
-# block and the others under gradient, times up to 4 batch sizes; dynamo's own 8 is for one function of one shape
-MAX_VARIANTS = 64
+# of one function in a resolution: 3 kinds of SD3.5's blocks, times sampling, lossy sampling, the branches without
+# gradient, the first block and the others under gradient, times up to 4 batch sizes; dynamo's own 8 is for one shape
+MAX_VARIANTS = 64 * MAX_RESOLUTIONS
 _LINK_SECONDS = 120
 
 
@@ -72,7 +73,8 @@ class CompiledBlocks:
         _remove_unfinished(directory)
         # inductor and triton read it whenever they look something up; their own default is a guessable place in /tmp
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MAX_VARIANTS))
         compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_options(self.mode))
 
         @wraps(function)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
@@ -21,7 +22,13 @@ class FlowModel(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
+        """(C, H, W) of one latent, of an image in the model's own resolution."""
+
+    def latent_shape_of(self, resolution: Resolution | None) -> tuple[int, int, int]:
+        """The same of an image in another resolution; None is the model's own.
+
+        Prompts may ask for others where the class says by ``image_sizes``, as PipelineModel does, which it draws.
+        """
 
     @property
     def device(self) -> torch.device:

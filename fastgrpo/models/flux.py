@@ -133,7 +133,8 @@ class Flux(PipelineModel):
                 "use model.guidance_scale=1"
             )
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions are turned into angles as they come
         return _PATCH, None
 

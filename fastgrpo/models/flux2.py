@@ -144,14 +144,16 @@ class Flux2Klein(PipelineModel):
             weight.data = weight.data.to(decode_dtype)
         return pipeline
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions are turned into angles as they come
         return 1, None
 
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], 0
 
-    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    @classmethod
+    def pixels_of_latent(cls, vae: Mapping[str, Any]) -> int:
         return 2 * super().pixels_of_latent(vae)
 
     def num_channels(self, vae: Mapping[str, Any]) -> int:

@@ -5,6 +5,8 @@ pixels in a row = tokens in a row * latent pixels of a token * pixels of a laten
 
 from dataclasses import dataclass
 
+from fastgrpo.resolution import Resolution
+
 
 @dataclass(frozen=True)
 class ImageSizes:
@@ -19,11 +21,16 @@ class ImageSizes:
         step = patch * pixels
         return cls(step, None if most_tokens is None else step * most_tokens)
 
-    def check(self, resolution: int) -> None:
-        """ValueError for a ``model.resolution`` that cannot be drawn."""
-        if resolution < self.step or resolution % self.step:
-            raise ValueError(f"model.resolution must be a positive multiple of {self.step}, got {resolution}")
-        if self.largest is not None and resolution > self.largest:
-            raise ValueError(
-                f"model.resolution must be at most {self.largest}, got {resolution}; it has positions for no more"
-            )
+    def check(self, resolution: Resolution, what: str) -> None:
+        """ValueError, which begins with ``what``, for a resolution that cannot be drawn."""
+        if self.largest is not None and max(resolution) > self.largest:
+            raise ValueError(f"{what}: height and width must be at most {self.largest}; it has positions for no more")
+        if odd := [side for side in dict.fromkeys(resolution) if side < self.step or side % self.step]:
+            nearest = ", ".join(map(self._nearest, odd))
+            raise ValueError(f"{what}: height and width must be multiples of {self.step}; {nearest}")
+
+    def _nearest(self, side: int) -> str:
+        below = side // self.step * self.step
+        if below < self.step:
+            return f"{self.step} is the nearest to {side}"
+        return f"{below} and {below + self.step} are the nearest to {side}"

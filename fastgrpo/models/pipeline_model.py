@@ -32,6 +32,8 @@ from fastgrpo.models.pipeline_files import PipelineFiles
 from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
+from fastgrpo.models.weights import pipeline_directory, read_config
+from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions
 
 _DTYPES = {
@@ -53,7 +55,7 @@ class PipelineModel(Policy):
     transformer: a .safetensors file, a directory or a hub id whose transformer takes the place of the pipeline's; None
         keeps the pipeline's own.
     adaptation: ``LoRA`` or ``FullFineTuning``.
-    resolution: height and width of an image in pixels.
+    resolution: of an image in pixels, [height, width] or both in one; that of prompts which ask for no other.
     guidance_scale: of classifier-free guidance, 1 turns it off.
     max_sequence_length: tokens of a text, of T5 where a family has CLIP too.  use_t5: whether to load it.
     dtype, decode_dtype: float32, bfloat16, float16 or float64, of the frozen weights and of the autoencoder.
@@ -81,7 +83,7 @@ class PipelineModel(Policy):
         *,
         weights: str,
         adaptation: Callable[[nn.Module], Adaptation],
-        resolution: int,
+        resolution: int | Sequence[int],
         architecture: Architecture | None = None,
         variant: str | None = None,
         transformer: str | None = None,
@@ -98,6 +100,7 @@ class PipelineModel(Policy):
         condition_cache: str | None = None,
     ) -> None:
         self._check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length, use_t5)
+        self._resolution = Resolution.read(resolution, "model.resolution")
         compile = compile or Uncompiled()
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
@@ -116,16 +119,14 @@ class PipelineModel(Policy):
         # all that can be refused is refused before gigabytes are read
         transformer_config, vae_config = self._configs()
         self.check(transformer_config)
-        patch, most_tokens = self.tokens_of(transformer_config)
-        pixels = self.pixels_of_latent(vae_config)
-        ImageSizes.of(patch=patch, pixels=pixels, most_tokens=most_tokens).check(resolution)
+        sizes = self._image_sizes(transformer_config, vae_config)
+        sizes.check(self._resolution, f"model.resolution={self._resolution}")
+        self._num_channels, self._pixels = self.num_channels(vae_config), self.pixels_of_latent(vae_config)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        side = resolution // pixels
-        self.latent_shape = (self.num_channels(vae_config), side, side)
         # random weights are a function of these, and over FakeTensors there is nothing to read
         start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
         adapted = adaptation(self.transformer)
@@ -149,13 +150,29 @@ class PipelineModel(Policy):
             lossy=lossy,
         )
 
+    @classmethod
+    def image_sizes(
+        cls, weights: str, architecture: Architecture | None = None, variant: str | None = None
+    ) -> ImageSizes:
+        """Which images such a model can draw; no weight is read for it."""
+        if (random := _architecture_of(weights, architecture)) is not None:
+            return cls._image_sizes(*cls._random_configs(random))
+        directory = pipeline_directory(cls.pipeline_class, weights, variant)
+        return cls._image_sizes(*(read_config(directory / part / "config.json") for part in ("transformer", "vae")))
+
+    @classmethod
+    def _image_sizes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ImageSizes:
+        patch, most_tokens = cls.tokens_of(transformer)
+        return ImageSizes.of(patch=patch, pixels=cls.pixels_of_latent(vae), most_tokens=most_tokens)
+
+    @classmethod
+    def _random_configs(cls, random: Architecture) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        return random.sizes("transformer", cls.transformer_class), random.sizes("autoencoder", cls.autoencoder_class)
+
     def _configs(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Of the transformer and of the autoencoder; ValueError for damaged files."""
         if self._random is not None:
-            return (
-                self._random.sizes("transformer", self.transformer_class),
-                self._random.sizes("autoencoder", self.autoencoder_class),
-            )
+            return self._random_configs(self._random)
         assert self._files is not None
         left_out = () if self.use_t5 else self.t5
         encoders = [part for part in self.text_encoders if part not in left_out]
@@ -247,8 +264,9 @@ class PipelineModel(Policy):
     def _filled(self, row: Conditions) -> Conditions:
         return filled(row, self.max_sequence_length) if self.has_lengths else row
 
+    @classmethod
     @abstractmethod
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
 
     @abstractmethod
@@ -268,7 +286,8 @@ class PipelineModel(Policy):
     def run_encoders(self, text: str) -> Conditions:
         """One row, of a text, by ``self.pipeline``; ValueError for one that is too long."""
 
-    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    @classmethod
+    def pixels_of_latent(cls, vae: Mapping[str, Any]) -> int:
         """By an autoencoder's config: pixels in a row of one latent pixel."""
         return 2 ** (len(vae.get("block_out_channels", [0])) - 1)
 
@@ -290,6 +309,14 @@ class PipelineModel(Policy):
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.latent_shape_of(None)
+
+    def latent_shape_of(self, resolution: Resolution | None) -> tuple[int, int, int]:
+        height, width = (side // self._pixels for side in resolution or self._resolution)
+        return self._num_channels, height, width
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""

@@ -113,7 +113,8 @@ class StableDiffusion3(PipelineModel):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     t5 = ("text_encoder_3", "tokenizer_3")
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(transformer.get("patch_size", 2)), int(transformer.get("pos_embed_max_size", 96))
 
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:

@@ -213,7 +213,8 @@ class ZImage(PipelineModel):
         if transformer.get("siglip_feat_dim") is not None:
             raise ValueError("this transformer reads images too (siglip_feat_dim); use Tongyi-MAI/Z-Image")
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         return _PATCH, min(_positions(transformer)[1:])
 
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:

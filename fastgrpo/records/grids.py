@@ -1,5 +1,6 @@
 """Grids of images that people look at: enlarged without smoothing, each with its prompt below, as PNG.
 
+Images may differ in size: all cells are as high and wide as the largest, and gray shows around those that are not.
 Letters: B images, C = 3 channels, H W pixels.
 """
 
@@ -22,23 +23,26 @@ _LINE_PIXELS = 15
 _MAX_LINES = 3
 _MAX_PAGE_PIXELS = 1400
 _INK = (30, 30, 30)
+_AROUND = (226, 226, 226)
 _YES, _NO = ("✓", (20, 130, 60)), ("✗", (190, 40, 40))
 
 
-def draw_grid(images_BHWC: np.ndarray, labels: Sequence[str], verified: Sequence[bool] | None = None) -> Image.Image:
-    """One cell an image (uint8) with its label below; ``verified`` puts a check or a cross before the label."""
-    return _draw([images_BHWC], labels, verified, headers=[])
+def draw_grid(
+    images: Sequence[np.ndarray], labels: Sequence[str], verified: Sequence[bool] | None = None
+) -> Image.Image:
+    """One cell an image [H, W, C] (uint8), its label below; ``verified`` puts a check or a cross before the label."""
+    return _draw([images], labels, verified, headers=[])
 
 
-def draw_before_after(before_BHWC: np.ndarray, after_BHWC: np.ndarray, labels: Sequence[str]) -> Image.Image:
-    """One cell a label: the image before training on the left, after it on the right."""
-    return _draw([before_BHWC, after_BHWC], labels, None, headers=["before", "after"])
+def draw_before_after(before: Sequence[np.ndarray], after: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
+    """One cell a label: the image [H, W, C] before training on the left, after it on the right."""
+    return _draw([before, after], labels, None, headers=["before", "after"])
 
 
-def to_uint8(images_BCHW: Tensor) -> np.ndarray:
-    """Images in [0, 1], whatever else clamped and NaN drawn as black, as [B, H, W, C] bytes."""
-    pixels = images_BCHW.detach().float().nan_to_num(0.0).clamp(0.0, 1.0).mul(255.0).round()
-    return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
+def to_uint8(image_CHW: Tensor) -> np.ndarray:
+    """An image in [0, 1], whatever else clamped and NaN drawn as black, as [H, W, C] bytes; or [B, ...] of them."""
+    pixels = image_CHW.detach().float().nan_to_num(0.0).clamp(0.0, 1.0).mul(255.0).round()
+    return pixels.movedim(-3, -1).byte().cpu().numpy()
 
 
 def png(image: Image.Image) -> bytes:
@@ -62,13 +66,17 @@ def enlargement(height: int, width: int) -> int:
 
 
 def _draw(
-    panels: Sequence[np.ndarray], labels: Sequence[str], verified: Sequence[bool] | None, headers: Sequence[str]
+    panels: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    verified: Sequence[bool] | None,
+    headers: Sequence[str],
 ) -> Image.Image:
-    num_cells, height, width, _ = panels[0].shape
-    if any(panel.shape != panels[0].shape for panel in panels) or len(labels) != num_cells:
-        raise ValueError(f"{len(labels)} labels for images of {[panel.shape for panel in panels]}; give one an image")
+    num_cells = len(labels)
+    if any(len(panel) != num_cells for panel in panels):
+        raise ValueError(f"{num_cells} labels for {[len(panel) for panel in panels]} images; give one an image")
     if num_cells == 0:
         raise ValueError("no images to draw; give at least one evaluation prompt")
+    height, width = (max(pixels.shape[side] for panel in panels for pixels in panel) for side in (0, 1))
     cell_width, cell_height, scale = _cell_size(len(panels), height, width)
     columns = _num_columns(num_cells, cell_width)
     rows = math.ceil(num_cells / columns)
@@ -80,8 +88,10 @@ def _draw(
         x, y = cell_origin(index, num_cells, len(panels), height, width)
         for panel, pixels in enumerate(panels):
             left = x + panel * (width * scale + _PAIR_GAP)
-            image = Image.fromarray(pixels[index]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            page.paste(image, (left, y))
+            image = Image.fromarray(pixels[index])
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            canvas.rectangle((left, y, left + width * scale - 1, y + height * scale - 1), fill=_AROUND)
+            page.paste(image, (left + (width * scale - image.width) // 2, y + (height * scale - image.height) // 2))
             if headers and index < columns:
                 canvas.text((left, MARGIN), headers[panel], fill=_INK, font=_font())
         mark = None if verified is None else verified[index]

@@ -1,13 +1,14 @@
 """What a run measures: one JSON object an iteration in ``metrics.jsonl``, TensorBoard, pictures, curves, a summary.
 
 ``METRICS`` explains every key once.  Numbers that are not finite are written as null, their names under "nonfinite".
-Letters: B images, H W pixels.
+Letters: H W pixels.
 """
 
+import io
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +60,7 @@ METRICS = {
     "seconds/evaluate": "evaluation, in the iterations that have one",
     "seconds/checkpoint": "writing the checkpoint of the iteration before, 0 where there was none",
     "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
-    "compilations": "graphs that torch.compile made in the iteration; 0 after the first",
+    "compilations": "graphs that torch.compile made in the iteration; 0 after the first of each resolution",
     "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
@@ -164,18 +165,18 @@ class Metrics:
             sink.truncate_to(iteration)
 
     def evaluation_grid(
-        self, iteration: int, images_BCHW: Tensor, prompts: Sequence[str], verified: Sequence[bool] | None = None
+        self, iteration: int, images: Iterable[Tensor], prompts: Sequence[str], verified: Sequence[bool] | None = None
     ) -> Path:
-        """Save evaluation images in [0, 1] as a labelled grid, and beside those of the first evaluation of the run.
+        """Save images [3, H, W] in [0, 1] as a labelled grid, and beside those of the first evaluation of the run.
 
         Call it with the same prompts and noise each time, first before training.
         """
-        images_BHWC = to_uint8(images_BCHW)
-        grid = draw_grid(images_BHWC, prompts, verified)
+        pixels = [to_uint8(image_CHW) for image_CHW in images]
+        grid = draw_grid(pixels, prompts, verified)
         path = self._run.images / f"evaluation_{iteration:06d}.png"
         write_whole(path, png(grid))
-        first = self._first_evaluation(images_BHWC, prompts)
-        write_whole(self._run.images / "before_after.png", png(draw_before_after(first, images_BHWC, prompts)))
+        first = self._first_evaluation(pixels, prompts)
+        write_whole(self._run.images / "before_after.png", png(draw_before_after(first, pixels, prompts)))
         for sink in self._sinks:
             sink.image(iteration, "evaluation", grid)
         return path
@@ -192,15 +193,17 @@ class Metrics:
         for sink in self._sinks:
             sink.close()
 
-    def _first_evaluation(self, images_BHWC: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        pixels, texts = self._run.images / ".first.npy", self._run.images / ".first.json"
-        if texts.exists() and json.loads(texts.read_text(encoding="utf-8")) == list(prompts):
-            first: np.ndarray = np.load(pixels, allow_pickle=False)
-            return first
+    def _first_evaluation(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[np.ndarray]:
+        pixels, texts = self._run.images / ".first.npz", self._run.images / ".first.json"
+        is_there = pixels.exists() and texts.exists()
+        if is_there and json.loads(texts.read_text(encoding="utf-8")) == list(prompts):
+            with np.load(pixels, allow_pickle=False) as first:
+                return [first[name] for name in first]
         if texts.exists():
             _log.warning("evaluation prompts have changed: before_after.png starts anew")
-        with open(pixels, "wb") as file:
-            np.save(file, images_BHWC, allow_pickle=False)
+        file = io.BytesIO()
+        np.savez(file, *images)
+        write_whole(pixels, file.getvalue())
         # written last, it says that the pixels are whole
         write_whole(texts, json.dumps(list(prompts)).encode())
-        return images_BHWC
+        return images

@@ -75,7 +75,7 @@ class Record:
             self.stragglers.add(iteration, seconds, waited_R)
 
     def evaluation(self, iteration: int, result: EvaluationResult) -> None:
-        self.metrics.evaluation_grid(iteration, result.images_BCHW, result.texts, result.verified)
+        self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified)
 
     def finish(self) -> None:
         self.metrics.finish()

@@ -23,7 +23,7 @@ Collected = TypeVar("Collected")
 
 
 class Scores(Generic[Collected]):
-    """``add`` images in the order of their ``texts``, one text an image, then ``collect``."""
+    """``add`` images in the order of their ``texts``, one text an image, each of one size, then ``collect``."""
 
     def __init__(
         self,
@@ -40,6 +40,8 @@ class Scores(Generic[Collected]):
 
     def add(self, images_BCHW: Tensor) -> None:
         """More images; whole micro-batches are begun at once."""
+        if self._waiting and self._waiting[0].shape[1:] != images_BCHW.shape[1:]:
+            self._begin_waiting()
         self._waiting.append(images_BCHW)
         while sum(map(len, self._waiting)) >= self._scoring.micro_batch:
             together = torch.cat(self._waiting)
@@ -54,14 +56,17 @@ class Scores(Generic[Collected]):
         num_images = self._num_begun + sum(map(len, self._waiting))
         if num_images != len(self._texts):
             raise ValueError(f"{num_images} images but {len(self._texts)} texts; give every image one text")
-        if num_images > self._num_begun:
-            self._begin(torch.cat(self._waiting))
-            self._waiting = []
+        self._begin_waiting()
         rewards = {name: torch.cat([answer() for answer in parts]) for name, parts in self._answers.items()}
         for name, reward_B in rewards.items():
             # the one moment at which a GPU is waited for
             check_finite(name, reward_B, self._texts)
         return self._finish(rewards)
+
+    def _begin_waiting(self) -> None:
+        if any(map(len, self._waiting)):
+            self._begin(torch.cat(self._waiting))
+        self._waiting = []
 
     def _begin(self, images_BCHW: Tensor) -> None:
         texts = self._texts[self._num_begun : self._num_begun + len(images_BCHW)]

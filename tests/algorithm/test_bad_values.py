@@ -43,6 +43,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (FluxSchedule, {"num_steps": 4, "resolution": 8}, "schedule.resolution must be at least 16 pixels, got 8"),
     (
         FluxSchedule,
+        {"num_steps": 4, "resolution": [512, 8]},
+        "schedule.resolution must be at least 16 pixels, got [512, 8]",
+    ),
+    (
+        FluxSchedule,
+        {"num_steps": 4, "resolution": [512]},
+        "schedule.resolution must be a whole number or [height, width]",
+    ),
+    (
+        FluxSchedule,
         {"num_steps": 4, "resolution": 512, "base_shift": 800.0},
         "schedule.base_shift must lie in [-10, 10], got 800.0",
     ),

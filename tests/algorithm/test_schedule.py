@@ -33,13 +33,13 @@ def test_linear_grid_with_and_without_a_shift():
 
 
 @pytest.mark.parametrize("num_steps", [4, 28])
-@pytest.mark.parametrize("resolution", [256, 512, 1024])
-def test_flux_grid_is_that_of_diffusers(num_steps, resolution):
+@pytest.mark.parametrize(("resolution", "num_tokens"), [(256, 256), (512, 1024), (1024, 4096), ([512, 768], 32 * 48)])
+def test_flux_grid_is_that_of_diffusers(num_steps, resolution, num_tokens):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    mu = calculate_shift((resolution // 16) ** 2)
+    mu = calculate_shift(num_tokens)
     scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
     assert FluxSchedule(num_steps, resolution)() == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 

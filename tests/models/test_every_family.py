@@ -1,4 +1,4 @@
-"""Every family of models in miniature by every recipe: an iteration by one process and by two, and a run that goes on."""
+"""Every family of models in miniature by every recipe: an iteration by one process and by two, and a resumed run."""
 
 from pathlib import Path
 

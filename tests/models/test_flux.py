@@ -51,8 +51,8 @@ def make_model(weights: Path, **settings: Any) -> Flux:
     return Flux(**defaults | settings)
 
 
-def make_start(num_samples: int = 3) -> Tensor:
-    return torch.randn(num_samples, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+def make_start(num_samples: int = 3, height: int = 8, width: int = 8) -> Tensor:
+    return torch.randn(num_samples, 16, height, width, generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
@@ -63,15 +63,19 @@ def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
         weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
 
 
-def images_of_ours(model: Flux) -> Tensor:
-    sampler = Sampler(model=model, grid=FluxSchedule(4, 64)(), batch_sizes=BatchSizes.of(2))
-    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start())
+def images_of_ours(model: Flux, height: int = 64, width: int = 64) -> Tensor:
+    sampler = Sampler(model=model, grid=FluxSchedule(4, [height, width])(), batch_sizes=BatchSizes.of(2))
+    start = make_start(3, height // 8, width // 8)
+    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), start)
 
 
-def images_of_diffusers(pipeline: FluxPipeline, guidance_scale: float = GUIDANCE) -> Tensor:
+def images_of_diffusers(
+    pipeline: FluxPipeline, guidance_scale: float = GUIDANCE, height: int = 64, width: int = 64
+) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    packed = FluxPipeline._pack_latents(make_start(), 3, 16, 8, 8)
-    settings = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 7, "output_type": "pt"}
+    packed = FluxPipeline._pack_latents(make_start(3, height // 8, width // 8), 3, 16, height // 8, width // 8)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 7, "output_type": "pt"}
+    settings |= {"height": height, "width": width}
     return pipeline(TEXTS, latents=packed, guidance_scale=guidance_scale, **settings).images
 
 
@@ -81,6 +85,21 @@ def test_the_ode_gives_the_images_of_diffusers(weights: Path) -> None:
     # the images are no constant, and depend on the text and on guidance
     assert ours.std() > 0.01
     assert (ours - images_of_ours(make_model(weights, guidance_scale=1.0))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (112, 48)])
+def test_images_that_are_not_square_are_those_of_diffusers(height: int, width: int, weights: Path) -> None:
+    model = make_model(weights, resolution=[height, width])
+    assert model.latent_shape == (16, height // 8, width // 8)
+    ours = images_of_ours(model, height, width)
+    assert ours.shape == (3, 3, height, width)
+    theirs = images_of_diffusers(FluxPipeline.from_pretrained(weights), height=height, width=width)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    # a model that has drawn others keeps the rotations of each resolution
+    square = make_model(weights)
+    images_of_ours(square)
+    images_of_ours(square, width, height)
+    assert torch.equal(images_of_ours(square, height, width), ours)
 
 
 def test_a_model_without_guidance_gives_the_images_of_diffusers(tmp_path: Path) -> None:
@@ -310,6 +329,8 @@ def test_texts_need_t5(setting: dict[str, Any], weights: Path, monkeypatch: pyte
 
 
 def test_resolutions_are_bounded_by_no_table(weights: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.resolution must be a positive multiple of 16, got 72"):
+    with pytest.raises(
+        ValueError, match=r"model\.resolution=72: .* must be multiples of 16; 64 and 80 are the nearest to 72"
+    ):
         make_model(weights, resolution=72)
     assert make_model(weights, resolution=8192).latent_shape == (16, 1024, 1024)

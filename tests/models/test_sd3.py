@@ -14,6 +14,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3
+from fastgrpo.resolution import Resolution
 from fastgrpo.sampler import Sampler
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import GuidedVelocity, combined
@@ -72,8 +73,8 @@ def images_of_ours(model: StableDiffusion3, start: torch.Tensor) -> torch.Tensor
     return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), start)
 
 
-def make_start() -> torch.Tensor:
-    return torch.randn(len(TEXTS), 16, 8, 8, generator=torch.Generator().manual_seed(3))
+def make_start(height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.randn(len(TEXTS), 16, height, width, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
@@ -90,6 +91,23 @@ def test_the_ode_gives_the_images_of_diffusers(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     # the images are no constant, so that equality means something
     assert ours.std() > 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (128, 32)])
+def test_images_that_are_not_square_are_those_of_diffusers(height: int, width: int, scaled_weights: Path) -> None:
+    model = make_model(scaled_weights, resolution=[height, width], guidance_scale=4.5, max_sequence_length=0)
+    assert model.latent_shape == (16, height // 8, width // 8)
+    start = make_start(height // 8, width // 8)
+    ours = images_of_ours(model, start)
+    settings = {"guidance_scale": 4.5, "max_sequence_length": 0, "height": height, "width": width}
+    theirs = images_of_diffusers(scaled_weights, WITHOUT_T5, start, **settings)
+    assert ours.shape == (3, 3, height, width)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    # drawn by a model whose own resolution is another, too
+    square = make_model(scaled_weights, resolution=64, guidance_scale=4.5, max_sequence_length=0)
+    assert square.latent_shape_of(Resolution(height, width)) == model.latent_shape
+    assert square.latent_shape == square.latent_shape_of(None) == (16, 8, 8)
+    assert torch.equal(images_of_ours(square, start), ours)
 
 
 def test_the_third_encoder_and_guidance_change_the_image(t5_weights: Path) -> None:
@@ -203,12 +221,24 @@ def test_an_encoding_does_not_depend_on_its_company(tiny_weights: Path) -> None:
         ({"guidance_scale": float("nan")}, r"model\.guidance_scale must be at least 1, got nan"),
         ({"max_sequence_length": -1}, r"model\.max_sequence_length must lie in 0 to 512, .*, got -1"),
         ({"max_sequence_length": 513}, r"model\.max_sequence_length must lie in 0 to 512, .*, got 513"),
-        ({"resolution": 40}, r"model\.resolution must be a positive multiple of 16, got 40"),
-        ({"resolution": 0}, r"model\.resolution must be a positive multiple of 16, got 0"),
-        ({"resolution": -16}, r"model\.resolution must be a positive multiple of 16, got -16"),
+        ({"resolution": 40}, r"model\.resolution=40: .* multiples of 16; 32 and 48 are the nearest to 40$"),
+        ({"resolution": [40, 64]}, r"model\.resolution=\[40, 64\]: .*; 32 and 48 are the nearest to 40$"),
+        (
+            {"resolution": [63, 65]},
+            r"=\[63, 65\]: height and width must be multiples of 16; "
+            r"48 and 64 are the nearest to 63, 64 and 80 are the nearest to 65$",
+        ),
+        ({"resolution": 0}, r"model\.resolution=0: height and width must be multiples of 16; 16 is the nearest to 0$"),
+        ({"resolution": -16}, r"model\.resolution=-16: .*; 16 is the nearest to -16$"),
+        ({"resolution": [64]}, r"model\.resolution must be a whole number or \[height, width\], got \[64\]$"),
+        ({"resolution": [64, 64, 64]}, r"model\.resolution must be a whole number or \[height, width\], got \[64, 64"),
+        ({"resolution": "64,96"}, r"model\.resolution must be a whole number or \[height, width\], got '64,96'$"),
+        ({"resolution": [64.0, 96]}, r"model\.resolution must be a whole number or \[height, width\], got \[64\.0"),
+        ({"resolution": True}, r"model\.resolution must be a whole number or \[height, width\], got True$"),
         # its table has 8 positions in a row, of 2 latent pixels, which are 8 pixels each
-        ({"resolution": 144}, r"model\.resolution must be at most 128, got 144; it has positions for no more"),
-        ({"resolution": 4096}, r"model\.resolution must be at most 128, got 4096"),
+        ({"resolution": 144}, r"model\.resolution=144: .* must be at most 128; it has positions for no more$"),
+        ({"resolution": [64, 144]}, r"model\.resolution=\[64, 144\]: .* must be at most 128; it has positions"),
+        ({"resolution": 4096}, r"model\.resolution=4096: height and width must be at most 128"),
         ({"attention": "magic"}, r"runtime\.attention must be auto or one of sdpa, .* got 'magic'"),
         ({"weights": "random"}, r"model\.weights=random needs model\.architecture"),
     ],

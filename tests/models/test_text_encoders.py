@@ -14,7 +14,7 @@ from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.prompts import PromptSource
 from fastgrpo.train import _encode_ahead, _texts_to_come, train
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Prompt
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config
 
@@ -89,10 +89,8 @@ def test_a_run_encodes_all_its_prompts_before_it_begins_and_a_second_one_none(
 
 def test_texts_come_in_the_order_of_the_run_and_no_more_than_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"prompt {number}" for number in range(10)]
-    parts: Any = SimpleNamespace(
-        texts=texts, held_out=["kept", texts[0]], training=SimpleNamespace(prompts_per_iteration=3)
-    )
-    source = PromptSource(texts, 3, seed=0)
+    parts: Any = SimpleNamespace(texts=texts, held_out_texts=["kept", texts[0]])
+    source = PromptSource([Prompt(text) for text in texts], 3, seed=0)
 
     def to_come(num_iterations: int, *, two_branches: bool = False) -> list[str]:
         trainer: Any = SimpleNamespace(
@@ -128,10 +126,9 @@ class OnDisk:
 def encoded_by(world: World, directories: list[Path], texts: list[str]) -> tuple[int, int]:
     """What a rank encoded, and what its disk has in the end."""
     model = OnDisk(directories[world.rank])
-    trainer: Any = SimpleNamespace(
-        model=model, world=world, prompts=PromptSource(texts, len(texts), seed=0), num_iterations=1
-    )
-    parts: Any = SimpleNamespace(texts=texts, held_out=[], training=SimpleNamespace(prompts_per_iteration=len(texts)))
+    source = PromptSource([Prompt(text) for text in texts], len(texts), seed=0)
+    trainer: Any = SimpleNamespace(model=model, world=world, prompts=source, num_iterations=1)
+    parts: Any = SimpleNamespace(texts=texts, held_out_texts=[])
     with pytest.MonkeyPatch.context() as patch:
         # a rank a node where each has a disk of its own
         is_shared = len(set(directories)) == 1

@@ -185,6 +185,28 @@ def test_before_and_after_stand_side_by_side_also_after_a_resume(run: RunDirecto
     assert tuple(page[y + 5, x + 128 + 4 + 5]) == (0, 255, 255)
 
 
+def test_images_of_unlike_sizes_stand_in_equal_cells_with_gray_around(run: RunDirectory, metrics: Metrics) -> None:
+    sizes = [(64, 96), (128, 32), (64, 96), (16, 16)]
+    images = [torch.full((3, *size), shade) for size, shade in zip(sizes, (0.0, 0.2, 0.4, 0.6), strict=True)]
+    page = np.asarray(Image.open(metrics.evaluation_grid(0, images, PROMPTS)))
+    # the cell is 128 high and 96 wide, whose shorter side is large enough
+    for index, ((height, width), shade) in enumerate(zip(sizes, (0, 51, 102, 153), strict=True)):
+        x, y = cell_origin(index, 4, 1, 128, 96)
+        cell = page[y : y + 128, x : x + 96].copy()
+        top, left = (128 - height) // 2, (96 - width) // 2
+        assert (cell[top : top + height, left : left + width] == shade).all()
+        cell[top : top + height, left : left + width] = 226
+        assert (cell == 226).all()
+    # read back by a resumed run, where another size came in the place of the second
+    resumed = Metrics(RunDirectory.create(run.path, resume=True), tensorboard=False)
+    images[1] = torch.ones(3, 32, 160)
+    resumed.evaluation_grid(10, images, PROMPTS)
+    page = np.asarray(Image.open(run.images / "before_after.png"))
+    x, y = cell_origin(1, 4, 2, 128, 160)
+    assert (page[y : y + 128, x + 64 : x + 96] == 51).all()
+    assert (page[y + 48 : y + 80, x + 164 : x + 324] == 255).all()
+
+
 def test_changed_evaluation_prompts_start_before_and_after_anew(
     run: RunDirectory, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,6 +76,24 @@ def test_portions_change_neither_answers_nor_micro_batches(sizes: list[int], mic
     assert asked == [micro_batch] * whole + [rest] * bool(rest)
 
 
+def test_images_of_unlike_sizes_are_asked_about_apart_in_their_order() -> None:
+    parts = [torch.rand(n, 3, *size) for n, size in ((3, (4, 8)), (0, (4, 8)), (2, (4, 8)), (6, (8, 4)))]
+    asked = []
+
+    def counted(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+        asked.append(tuple(images_BCHW.shape[2:]) * len(prompts))
+        return light(images_BCHW, prompts)
+
+    scores = begin({"counted": counted, "threaded": InThread()}, micro_batch=4)
+    for part in parts:
+        scores.add(part)
+    answers = scores.collect()
+    expected = torch.cat([part.mean(dim=(1, 2, 3)) for part in parts]) + torch.arange(1.0, NUM_IMAGES + 1)
+    torch.testing.assert_close(answers["counted"], expected)
+    torch.testing.assert_close(answers["threaded"], expected)
+    assert asked == [(4, 8) * 4, (4, 8), (8, 4) * 4, (8, 4) * 2]
+
+
 def test_threads_work_while_images_are_still_to_come() -> None:
     reward = InThread()
     scores = begin({"threaded": reward}, micro_batch=4)
