@@ -47,7 +47,7 @@ def random_embedding(text: str, *shape: int, seed: int, dtype: torch.dtype, devi
 
 def _fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
     # a scale may have dimensions of one number, to be multiplied with images
-    if weight.numel() > len(weight):
+    if weight.ndim > 1 and weight.numel() != len(weight):
         weight.normal_(std=(weight.numel() / len(weight)) ** -0.5, generator=generator)
     elif name.endswith(("weight", "gamma")):
         weight.fill_(1)
