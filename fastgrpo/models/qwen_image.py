@@ -112,12 +112,12 @@ class QwenImage(PipelineModel):
 
     def guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         exact = torch.promote_types(conditional.dtype, torch.float32)
-        conditional_BLC, unconditional_BLC = (patched(v.to(exact), _PATCH) for v in (conditional, unconditional))
+        conditional_BLC, unconditional_BLC = (patched(v_BCHW.to(exact)) for v_BCHW in (conditional, unconditional))
         v_BLC = unconditional_BLC + self.guidance_scale * (conditional_BLC - unconditional_BLC)
-        lengths = (v.norm(dim=2, keepdim=True) for v in (conditional_BLC, v_BLC))
-        return unpatched(v_BLC * (next(lengths) / next(lengths)), *conditional.shape[-2:], _PATCH)
+        v_BLC = v_BLC * (conditional_BLC.norm(dim=2, keepdim=True) / v_BLC.norm(dim=2, keepdim=True))
+        return unpatched(v_BLC, *conditional.shape[-2:])
 
-    def _check(self, transformer: Mapping[str, Any]) -> None:
+    def check(self, transformer: Mapping[str, Any]) -> None:
         found = transformer.get("_class_name", self.transformer_class.__name__)
         if found != self.transformer_class.__name__:
             raise ValueError(
@@ -132,14 +132,14 @@ class QwenImage(PipelineModel):
         if self.max_sequence_length < 1:
             raise ValueError("model.max_sequence_length must be at least 1, got 0")
 
-    def _tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions of the text begin behind half of the image
         return _PATCH, 2 * (_POSITIONS - self.longest_text)
 
-    def _text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], 0
 
-    def _run_encoders(self, text: str) -> Conditions:
+    def run_encoders(self, text: str) -> Conditions:
         pipeline = self.pipeline
         prompt = pipeline.prompt_template_encode.format(text)
         num_tokens = len(pipeline.tokenizer(prompt).input_ids) - pipeline.prompt_template_encode_start_idx
@@ -147,13 +147,13 @@ class QwenImage(PipelineModel):
         embeds_BLC, _ = pipeline.encode_prompt([text], max_sequence_length=self.max_sequence_length)
         return Conditions(embeds_BLC, embeds_BLC.new_zeros(1, 0))
 
-    def _pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
         return 2 ** len(vae.get("temperal_downsample", (False, True, True)))
 
-    def _num_channels(self, vae: Mapping[str, Any]) -> int:
+    def num_channels(self, vae: Mapping[str, Any]) -> int:
         return int(vae.get("z_dim", 16))
 
-    def _unscaled(self, x_BCHW: Tensor) -> Tensor:
+    def unscaled(self, x_BCHW: Tensor) -> Tensor:
         config = self.pipeline.vae.config
         std_C11, mean_C11 = (
             on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)
