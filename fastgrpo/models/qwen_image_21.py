@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import Qwen3VLProcessor
 
 from fastgrpo.models.attention import Attention
-from fastgrpo.models.blocks.feed_forward import swiglu
+from fastgrpo.models.blocks.feed_forward import gelu_projected, swiglu
 from fastgrpo.models.blocks.heads import self_heads
 from fastgrpo.models.blocks.modulation import normed, parts
 from fastgrpo.models.blocks.network import BlockNetwork, clipped, times
@@ -76,6 +76,15 @@ def _block_causal(
     return torch.cat([of_image_BLHD, of_text_BMHD], dim=1)
 
 
+def _text_tokens(text: Any, embeds_BMC: Tensor) -> Tensor:
+    exact_BMC = embeds_BMC.to(torch.promote_types(embeds_BMC.dtype, torch.float32))
+    # stored less one
+    scale_C = 1 + text.text_norm.weight.to(exact_BMC.dtype)
+    normed_BMC = F.rms_norm(exact_BMC, exact_BMC.shape[-1:], scale_C, text.text_norm.eps)
+    tokens: Tensor = text.out_layer(gelu_projected(text.in_layer, normed_BMC.to(embeds_BMC.dtype)))
+    return tokens
+
+
 def _gate_and_value(block: Any) -> tuple[nn.Module, nn.Module]:
     """The layers of a feed-forward that read one input."""
     return block.img_mlp.gate_layer, block.img_mlp.proj
@@ -105,7 +114,7 @@ class QwenImage21Network(BlockNetwork):
         self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, lengths_B: Tensor, *modulations_BE: Tensor
     ) -> Tensor:
         x_BLC = transformer.img_in(patched(x_BCHW.to(embeds_BMC.dtype), 1))
-        x_BNC = torch.cat([x_BLC, transformer.txt_in(embeds_BMC)], dim=1)
+        x_BNC = torch.cat([x_BLC, _text_tokens(transformer.txt_in, embeds_BMC)], dim=1)
         num_image, (height, width) = x_BLC.shape[1], x_BCHW.shape[-2:]
         turns = self._rotation(transformer, embeds_BMC.shape[1], height, width, lengths_B)
         image_BE, text_BE, scale_BC = modulations_BE
@@ -127,6 +136,15 @@ class QwenImage21Network(BlockNetwork):
         frame_BLE = tables[0][lengths_B.long()][:, None].expand(-1, len(image_LE), -1)
         image_BLE = torch.cat([frame_BLE, image_LE.expand(len(lengths_B), -1, -1)], dim=2)
         return complex_rotation(torch.cat([image_BLE, text_ME.expand(len(lengths_B), -1, -1)], dim=1))
+
+
+class _NoProcessor:
+    """Of a pipeline that reads no text: what it is asked for as it is made."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [0])
+
+    def apply_chat_template(self, messages: Any, **settings: Any) -> list[list[int]]:
+        return [[]]
 
 
 class QwenImage21(PipelineModel):
@@ -161,11 +179,7 @@ class QwenImage21(PipelineModel):
         return pipeline
 
     def pipeline_of(self, **modules: Any) -> Any:
-        # the pipeline asks its processor two things as it is made
-        processor = SimpleNamespace(
-            apply_chat_template=lambda *_, **__: [[]], tokenizer=SimpleNamespace(encode=lambda _: [0])
-        )
-        return super().pipeline_of(processor=processor, **modules)
+        return super().pipeline_of(processor=_NoProcessor(), **modules)
 
     def run_encoders(self, text: str) -> Conditions:
         embeds_BLC, _, _ = self.pipeline.encode_prompt([text])
