@@ -10,6 +10,7 @@ Letters: B samples, C H W latent channels, height and width, L image tokens, M t
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fastgrpo.models.blocks.modulation import modulated, normed, parts
 from fastgrpo.models.blocks.network import BlockNetwork, times
 from fastgrpo.models.blocks.patches import patched, unpatched
 from fastgrpo.models.blocks.rotary import Rotation, complex_rotation
+from fastgrpo.models.one_frame import OneFrame
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.text_lengths import refuse_longer
 from fastgrpo.on_device import on_device
@@ -118,12 +120,6 @@ class QwenImage(PipelineModel):
         return unpatched(v_BLC, *conditional.shape[-2:])
 
     def check(self, transformer: Mapping[str, Any]) -> None:
-        found = transformer.get("_class_name", self.transformer_class.__name__)
-        if found != self.transformer_class.__name__:
-            raise ValueError(
-                f"model.weights: its transformer is a {found}, not a {self.transformer_class.__name__}; take "
-                "model=qwen_image_21 for Qwen-Image 2.1"
-            )
         if unknown := [name for name in _OTHERS if transformer.get(name)]:
             raise ValueError(
                 f"model.weights: its transformer has {unknown[0]}, which text-to-image models have not; take "
@@ -159,6 +155,10 @@ class QwenImage(PipelineModel):
             on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)
         )
         return x_BCHW * std_C11 + mean_C11
+
+    @cached_property
+    def decoder(self) -> OneFrame:
+        return OneFrame(self.pipeline.vae)
 
     @staticmethod
     def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:

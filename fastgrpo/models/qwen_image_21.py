@@ -34,7 +34,6 @@ from fastgrpo.models.low_rank import projected
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.text_lengths import refuse_longer
 from fastgrpo.models.text_processor import TextProcessor
-from fastgrpo.models.weights import load_pipeline
 from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions, Time
 
@@ -170,10 +169,9 @@ class QwenImage21(PipelineModel):
         return transformer["context_in_dim"], 0
 
     def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
-        assert self._directory is not None
-        processor = TextProcessor.of(self._directory / "processor")
-        parts = dict.fromkeys(without) | {"processor": processor}
-        pipeline = load_pipeline(self.pipeline_class, self._directory, dtype, decode_dtype, **parts)
+        assert self._files is not None
+        processor = TextProcessor.of(self._files.directory / "processor")
+        pipeline = self._files.load(dtype, decode_dtype, without, processor=processor)
         # what it is when it is loaded from where it is saved
         pipeline.register_to_config(processor=("transformers", Qwen3VLProcessor.__name__))
         return pipeline

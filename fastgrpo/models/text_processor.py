@@ -2,9 +2,13 @@
 
 import shutil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, Qwen3VLProcessor
+
+_MIN_VOCABULARY = 32
+_MAX_QUOTED = 200
 
 
 class TextProcessor(Qwen3VLProcessor):
@@ -18,7 +22,16 @@ class TextProcessor(Qwen3VLProcessor):
 
     @classmethod
     def of(cls, directory: Path) -> "TextProcessor":
-        return cls(AutoTokenizer.from_pretrained(directory), directory)
+        """ValueError for files that are missing or damaged."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            reason = shorten(str(error), _MAX_QUOTED, placeholder=" ...")
+            raise ValueError(f"model.weights: {directory} cannot be read ({reason}); download it again") from error
+        # transformers makes one without words, without an error, where files are missing
+        if len(tokenizer) < _MIN_VOCABULARY or not tokenizer.chat_template:
+            raise ValueError(f"model.weights: {directory} lacks words or a chat template; download it again")
+        return cls(tokenizer, directory)
 
     def __call__(self, text: str | list[str], **settings: Any) -> BatchFeature:
         # as one of several kinds of input has it

@@ -102,7 +102,7 @@ WINDOW = ["algorithm.timesteps.size=2", "algorithm.timesteps.high=3"]
 
 def make_trainer(name: str, tmp_path: Path, *overrides: str) -> Any:
     sizes = [f"model={name}_miniature", "model.resolution=32", "model.architecture.transformer.num_layers=2"]
-    settings = ["algorithm/schedule=qwen_image", "algorithm.schedule.num_steps=4"]
+    settings = ["algorithm.schedule.num_steps=4"]
     recipe = [one for one in overrides if one.startswith("algorithm=")]
     window = WINDOW if recipe in (["algorithm=flow_grpo_fast"], ["algorithm=smart_grpo"]) else []
     full = "adaptation=full" in overrides
@@ -329,11 +329,13 @@ def test_settings_that_do_not_go_with_it_are_refused(
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     of_21 = QWEN_IMAGE_21.make_pipeline(tmp_path / "21")
     with pytest.raises(
-        ValueError, match=r"its transformer is a QwenImage21Transformer2DModel, .*; take model=qwen_image_2"
+        ValueError, match=r"is of a QwenImage21Pipeline, not of a QwenImagePipeline; take model=qwen_image_21$"
     ):
         QWEN_IMAGE.make_model(of_21)
     of_1 = QWEN_IMAGE.make_pipeline(tmp_path / "1")
-    with pytest.raises(ValueError, match=r"is of a QwenImagePipeline, not of a QwenImage21"):
+    with pytest.raises(
+        ValueError, match=r"is of a QwenImagePipeline, not of a QwenImage21Pipeline; take model=qwen_image$"
+    ):
         QWEN_IMAGE_21.make_model(of_1)
     config = of_1 / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"zero_cond_t": false', '"zero_cond_t": true'))
@@ -353,3 +355,28 @@ def test_the_largest_image_has_positions_for_its_longest_text(family: Family, we
     else:
         # rows are latent pixels, two for each of ``most``; positions before the middle are at the end of the table
         assert [len(table) for table in transformer.pos_embed.freqs] == [8192 + most] * 3
+
+
+def test_a_damaged_processor_is_refused(tmp_path: Path) -> None:
+    weights = QWEN_IMAGE_21.make_pipeline(tmp_path / "21")
+    (weights / "processor" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"^model\.weights: .*processor lacks words or a chat template; download it a"):
+        QWEN_IMAGE_21.make_model(weights)
+    for path in (weights / "processor").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"^model\.weights: .*processor (cannot be read|lacks words)"):
+        QWEN_IMAGE_21.make_model(weights)
+
+
+def test_conditions_on_disk_are_of_one_processor(tmp_path: Path) -> None:
+    weights = QWEN_IMAGE_21.make_pipeline(tmp_path / "21")
+    before, again = (QWEN_IMAGE_21.make_model(weights).conditions.encoders for _ in range(2))
+    (weights / "processor" / "tokenizer.json").open("a").write(" ")
+    assert before == again != QWEN_IMAGE_21.make_model(weights).conditions.encoders
+
+
+def test_turbo_samples_the_times_that_it_was_distilled_to() -> None:
+    config = load_config("train", ["algorithm=flow_grpo", "model=qwen_image_21_turbo"])
+    grid = build(config.algorithm).grid
+    assert grid == (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568, 0.0)
+    assert config.model.guidance_scale == 1
