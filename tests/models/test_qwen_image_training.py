@@ -89,6 +89,40 @@ def test_guidance_is_differentiated_by_the_branch_with_text_alone(qwen_image: Qw
         assert found is None or torch.equal(found, expected)
 
 
+def test_with_the_reference_each_branch_is_the_batch_that_it_is_in_a_rollout(
+    qwen_image: QwenImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[tuple[int, ...]] = []
+    run = qwen_image._run
+
+    def spied(transformer: Any, t: Any, x_BCHW: Tensor, conditions: Any) -> Tensor:
+        batches.append(conditions.keys)
+        return run(transformer, t, x_BCHW, conditions)
+
+    monkeypatch.setattr(qwen_image, "_run", spied)
+    x, conditions = QWEN_IMAGE.make_start(), qwen_image.encode(TEXTS)
+    without_text = qwen_image.encode(["", ""])
+    qwen_image.velocity(x, T, conditions)
+    assert batches == [without_text.keys, conditions.keys]
+    batches.clear()
+    qwen_image.velocity_and_reference(x, T, conditions)
+    # it rounds as it did: the reference alone has both branches in one
+    assert batches == [without_text.keys, conditions.keys + without_text.keys, conditions.keys]
+    batches.clear()
+    qwen_image.velocity_and_reference(x, T, conditions, x)
+    assert batches == [conditions.keys + without_text.keys, conditions.keys]
+
+
+@torch.no_grad()
+def test_decoding_in_half_precision_is_channels_last_and_near(family: Family, weights: Path) -> None:
+    exact, half = (family.make_model(weights, decode_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    kernels = [weight for weight in half.decoder.parameters() if weight.ndim == 4 and weight.shape[2:] != (1, 1)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    assert any(not weight.is_contiguous() for weight in kernels)
+    x = 0.3 * family.make_start()
+    assert (half.decode(x) - exact.decode(x)).abs().mean() < 2 / 255
+
+
 RECIPES = [
     pytest.param(["algorithm=flow_grpo"], id="flow_grpo"),
     pytest.param(["algorithm=flow_grpo", "adaptation=full", "train.learning_rate=1e-4"], id="full"),
@@ -311,7 +345,6 @@ def test_texts_that_are_too_long_are_refused(family: Family, weights: Path) -> N
         ({"max_sequence_length": 0}, r"^model\.max_sequence_length must be at least 1, got 0$"),
         ({"max_sequence_length": 1025}, r"^model\.max_sequence_length must lie in 0 to 1024"),
         ({"use_t5": False}, r"^model\.use_t5=false, but QwenImage(21)? has no T5; leave it out$"),
-        ({"resolution": 72}, r"^model\.resolution must be a positive multiple of (16|32), got 72$"),
         (
             {"resolution": 1 << 20},
             r"^model\.resolution must be at most \d+, got 1048576; it has positions for no more$",
@@ -324,6 +357,17 @@ def test_settings_that_do_not_go_with_it_are_refused(
     monkeypatch.setattr(family.model, "_make_pipeline", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=message):
         family.make_model(weights, **settings)
+
+
+def test_resolutions_are_multiples_of_what_the_pipeline_rounds_to(family: Family, weights: Path) -> None:
+    step = 2 * family.load(weights).vae_scale_factor
+    assert step == {"qwen_image": 16, "qwen_image_21": 32}[family.name]
+    with pytest.raises(ValueError, match=rf"^model\.resolution must be a positive multiple of {step}, got {step + 8}$"):
+        family.make_model(weights, resolution=step + 8)
+    with pytest.raises(
+        ValueError, match=rf"^model\.resolution must be a positive multiple of {step}, got {step // 2}$"
+    ):
+        family.make_model(weights, resolution=step // 2)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
