@@ -82,8 +82,8 @@ class CachedGuidance:
             v = velocity(x, t, x if is_known else None)
             if not isinstance(v, GuidedVelocity):
                 raise ValueError(
-                    "solver=cached_guidance reuses a branch of guidance, and model.guidance_scale is 1, without any; "
-                    "use solver=adams_bashforth"
+                    "solver=cached_guidance reuses a branch of guidance, and this model's velocity has none: "
+                    "model.guidance_scale is 1, or its guidance is not linear; use solver=adams_bashforth"
                 )
             if is_known:
                 v = GuidedVelocity(v.conditional, v.conditional - difference, v.scale)

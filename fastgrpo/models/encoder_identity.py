@@ -7,6 +7,8 @@ from pathlib import Path
 
 # of what is hashed here, and of what a condition is made of
 _LAYOUT = 2
+# a processor is a tokenizer with a chat template, and more
+_PREFIXES = ("text_encoder", "tokenizer", "processor")
 _PIECE_BYTES = 4096
 _NUM_PIECES = 256
 
@@ -16,7 +18,7 @@ def encoder_identity(directory: Path, settings: Mapping[str, object]) -> str:
 
     Of a weight file it takes the size and pieces spread over it: gigabytes need not be read to tell two models apart.
     """
-    parts = [path for path in sorted(directory.iterdir()) if path.name.startswith(("text_encoder", "tokenizer"))]
+    parts = [path for path in sorted(directory.iterdir()) if path.name.startswith(_PREFIXES)]
     files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
     if not files:
         raise ValueError(f"{directory} has no text_encoder and no tokenizer; is it a pipeline's directory?")

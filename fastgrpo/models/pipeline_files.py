@@ -65,9 +65,9 @@ class PipelineFiles:
         refuse_other_class(transformer, path, transformer_class_of(self.pipeline_class))
         return transformer, vae
 
-    def load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: Sequence[str]) -> Any:
-        """The pipeline, without these of its parts."""
-        components: dict[str, Any] = dict.fromkeys(without)
+    def load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: Sequence[str], **parts: Any) -> Any:
+        """The pipeline, without some of its parts, with ``parts`` in place of those in the files."""
+        components = dict.fromkeys(without) | parts
         if self.transformer is not None and "transformer" not in without:
             components["transformer"] = self.transformer.load(dtype)
         return load_pipeline(self.pipeline_class, self.directory, dtype, decode_dtype, self.variant, **components)

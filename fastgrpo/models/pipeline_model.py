@@ -139,7 +139,7 @@ class PipelineModel(Policy):
         )
         if _DTYPES[decode_dtype] in _HALF:
             # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
-            for weight in self.pipeline.vae.parameters():
+            for weight in self.decoder.parameters():
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         super().__init__(
@@ -307,6 +307,11 @@ class PipelineModel(Policy):
         return vae.decode(z_BCHW, return_dict=False)[0]
 
     @property
+    def decoder(self) -> Any:
+        """What ``decoded`` is given."""
+        return self.pipeline.vae
+
+    @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
 
@@ -338,11 +343,11 @@ class PipelineModel(Policy):
 
     @torch.no_grad()
     def decode(self, x_BCHW: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        z_BCHW = self.unscaled(x_BCHW).to(vae.dtype)
-        if vae.dtype in _HALF:
+        decoder = self.decoder
+        z_BCHW = self.unscaled(x_BCHW).to(decoder.dtype)
+        if decoder.dtype in _HALF:
             z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
-        return (self._decode(vae, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
+        return (self._decode(decoder, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
 
     def save_lora(self, directory: Path) -> None:
         """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""

@@ -46,9 +46,10 @@ def random_embedding(text: str, *shape: int, seed: int, dtype: torch.dtype, devi
 
 
 def _fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
-    if weight.ndim > 1:
+    # a scale may have dimensions of one number, to be multiplied with images
+    if weight.ndim > 1 and weight.numel() != len(weight):
         weight.normal_(std=(weight.numel() / len(weight)) ** -0.5, generator=generator)
-    elif name.endswith("weight"):
+    elif name.endswith(("weight", "gamma")):
         weight.fill_(1)
     else:
         weight.zero_()

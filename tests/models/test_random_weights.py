@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FluxPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,6 +176,15 @@ def test_weights_are_of_the_asked_type_and_a_function_of_the_seed() -> None:
     # a table of positions is what it is in diffusers
     made = SD3Transformer2DModel(**SMALL_SD3.transformer).pos_embed.pos_embed
     assert torch.equal(first["pos_embed.pos_embed"], made.bfloat16())
+
+
+def test_scales_that_are_multiplied_with_images_are_one() -> None:
+    vae = random_module(
+        lambda: AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1), device="cpu", dtype=torch.float32, seed=0
+    )
+    scales = [weight for name, weight in vae.named_parameters() if name.endswith("gamma")]
+    assert {weight.ndim for weight in scales} == {3, 4}
+    assert all((weight == 1).all() for weight in scales)
 
 
 def test_matrices_keep_the_scale_of_their_inputs() -> None:
