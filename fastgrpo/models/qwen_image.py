@@ -128,9 +128,10 @@ class QwenImage(PipelineModel):
         if self.max_sequence_length < 1:
             raise ValueError("model.max_sequence_length must be at least 1, got 0")
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # positions of the text begin behind half of the image
-        return _PATCH, 2 * (_POSITIONS - self.longest_text)
+        return _PATCH, 2 * (_POSITIONS - cls.longest_text)
 
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], 0
@@ -143,7 +144,8 @@ class QwenImage(PipelineModel):
         embeds_BLC, _ = pipeline.encode_prompt([text], max_sequence_length=self.max_sequence_length)
         return Conditions(embeds_BLC, embeds_BLC.new_zeros(1, 0))
 
-    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    @classmethod
+    def pixels_of_latent(cls, vae: Mapping[str, Any]) -> int:
         return 2 ** len(vae.get("temperal_downsample", (False, True, True)))
 
     def num_channels(self, vae: Mapping[str, Any]) -> int:

@@ -161,7 +161,8 @@ class QwenImage21(PipelineModel):
         if self.max_sequence_length < 1:
             raise ValueError("model.max_sequence_length must be at least 1, got 0")
 
-    def tokens_of(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+    @classmethod
+    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # a token is one latent pixel, and their number in a row is even, as the pipeline rounds it
         return 2, _MOST_BEFORE_MIDDLE
 
@@ -184,7 +185,8 @@ class QwenImage21(PipelineModel):
         refuse_longer(text, embeds_BLC.shape[1], self.max_sequence_length, self.longest_text)
         return Conditions(embeds_BLC, embeds_BLC.new_zeros(1, 0))
 
-    def pixels_of_latent(self, vae: Mapping[str, Any]) -> int:
+    @classmethod
+    def pixels_of_latent(cls, vae: Mapping[str, Any]) -> int:
         return int(vae.get("scale_factor_spatial", 16))
 
     def num_channels(self, vae: Mapping[str, Any]) -> int:
