@@ -1,13 +1,11 @@
 """A diffusers pipeline as the model that rollout, update and evaluation know: what all families have in common.
 
 Here is what surrounds the transformer: loading, text encoders, the autoencoder, and writing.  Its velocities are in
-policy.py.  A family is a subclass of a page: its diffusers classes, its network, and the methods that it has to write.
+policy.py, and what a family writes in pipeline_family.py.
 Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
-import inspect
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -26,13 +23,12 @@ from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import encoder_identity
 from fastgrpo.models.fp8 import Fp8
-from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
+from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
-from fastgrpo.models.policy import Compile, Network, Policy, Uncompiled
+from fastgrpo.models.policy import Compile, Uncompiled
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
-from fastgrpo.models.weights import pipeline_directory, read_config
 from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions
 
@@ -46,7 +42,7 @@ _DTYPES = {
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class PipelineModel(Policy):
+class PipelineModel(PipelineFamily):
     """``FlowModel`` over a diffusers pipeline.
 
     weights: a directory, a hub id owner/name or owner/name@revision, ``pkg://package/path`` for a directory inside an
@@ -65,18 +61,6 @@ class PipelineModel(Policy):
     condition_cache: a directory for conditions, which later runs then need not encode; None keeps them in memory.
     lossy: how it may be fast and slightly wrong, on steps without log_prob; None is not at all.
     """
-
-    pipeline_class: Any
-    transformer_class: Any
-    autoencoder_class: Any = AutoencoderKL
-    network_class: Callable[..., Network]
-    # names of its components: those that encode text, and of these T5 with its tokenizer, which may be left out
-    text_encoders: tuple[str, ...]
-    t5: tuple[str, ...] = ()
-    # whether texts are as long as they are, and what fills them up is left out of attention
-    has_lengths = False
-    # the most tokens that it was trained with
-    longest_text = 512
 
     def __init__(
         self,
@@ -110,7 +94,7 @@ class PipelineModel(Policy):
         is_compiled = self._decode is not self.decoded
         _check_lossy(lossy, self.device, is_compiled)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype], has_lengths=self.has_lengths)
-        self._random = _architecture_of(weights, architecture)
+        self._random = architecture_of(weights, architecture)
         if self._random is not None and (variant, transformer) != (None, None):
             raise ValueError("model.weights=random reads no files; leave out model.variant and model.transformer")
         self._files = (
@@ -119,7 +103,7 @@ class PipelineModel(Policy):
         # all that can be refused is refused before gigabytes are read
         transformer_config, vae_config = self._configs()
         self.check(transformer_config)
-        sizes = self._image_sizes(transformer_config, vae_config)
+        sizes = self.image_sizes_of(transformer_config, vae_config)
         sizes.check(self._resolution, f"model.resolution={self._resolution}")
         self._num_channels, self._pixels = self.num_channels(vae_config), self.pixels_of_latent(vae_config)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
@@ -150,29 +134,10 @@ class PipelineModel(Policy):
             lossy=lossy,
         )
 
-    @classmethod
-    def image_sizes(
-        cls, weights: str, architecture: Architecture | None = None, variant: str | None = None
-    ) -> ImageSizes:
-        """Which images such a model can draw; no weight is read for it."""
-        if (random := _architecture_of(weights, architecture)) is not None:
-            return cls._image_sizes(*cls._random_configs(random))
-        directory = pipeline_directory(cls.pipeline_class, weights, variant)
-        return cls._image_sizes(*(read_config(directory / part / "config.json") for part in ("transformer", "vae")))
-
-    @classmethod
-    def _image_sizes(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ImageSizes:
-        patch, most_tokens = cls.tokens_of(transformer)
-        return ImageSizes.of(patch=patch, pixels=cls.pixels_of_latent(vae), most_tokens=most_tokens)
-
-    @classmethod
-    def _random_configs(cls, random: Architecture) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        return random.sizes("transformer", cls.transformer_class), random.sizes("autoencoder", cls.autoencoder_class)
-
     def _configs(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Of the transformer and of the autoencoder; ValueError for damaged files."""
         if self._random is not None:
-            return self._random_configs(self._random)
+            return self.random_configs(self._random)
         assert self._files is not None
         left_out = () if self.use_t5 else self.t5
         encoders = [part for part in self.text_encoders if part not in left_out]
@@ -194,9 +159,6 @@ class PipelineModel(Policy):
         if not use_t5 and not self.t5:
             raise ValueError(f"model.use_t5=false, but {type(self).__name__} has no T5; leave it out")
 
-    def check(self, transformer: Mapping[str, Any]) -> None:
-        """ValueError for settings that do not go with a transformer of this config."""
-
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
             transformer = self._random.make("transformer", self.transformer_class, device=self.device, dtype=dtype)
@@ -210,12 +172,6 @@ class PipelineModel(Policy):
         assert self._files is not None
         without += () if self.use_t5 else self.t5
         return self._files.load(dtype, decode_dtype, without)
-
-    def pipeline_of(self, **parts: Any) -> Any:
-        """A pipeline of these parts alone."""
-        parameters = inspect.signature(self.pipeline_class.__init__).parameters.values()
-        absent = [one.name for one in parameters if one.default is one.empty and one.name != "self"]
-        return self.pipeline_class(**dict.fromkeys(absent) | parts)
 
     def _make_conditions(
         self, transformer_config: Mapping[str, Any], dtype: str, decode_dtype: str, cache_directory: str | None
@@ -263,53 +219,6 @@ class PipelineModel(Policy):
 
     def _filled(self, row: Conditions) -> Conditions:
         return filled(row, self.max_sequence_length) if self.has_lengths else row
-
-    @classmethod
-    @abstractmethod
-    def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
-        """By a transformer's config: latent pixels in a row of one token, and the most tokens in a row, if any."""
-
-    @abstractmethod
-    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """By a transformer's config: the width of a token's embedding, and of a whole text's, 0 where there is none."""
-
-    def num_text_tokens(self, text: str) -> int:
-        """Of a random condition: about as many as a text has with its template, where texts are as long as they are."""
-        return (
-            min(16 + 2 * len(text.split()), self.max_sequence_length) if self.has_lengths else self.max_sequence_length
-        )
-
-    def make_network(self, **settings: Any) -> Network:
-        return self.network_class(**settings)
-
-    @abstractmethod
-    def run_encoders(self, text: str) -> Conditions:
-        """One row, of a text, by ``self.pipeline``; ValueError for one that is too long."""
-
-    @classmethod
-    def pixels_of_latent(cls, vae: Mapping[str, Any]) -> int:
-        """By an autoencoder's config: pixels in a row of one latent pixel."""
-        return 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-
-    def num_channels(self, vae: Mapping[str, Any]) -> int:
-        """By an autoencoder's config: channels of a latent."""
-        return int(vae["latent_channels"])
-
-    def unscaled(self, x_BCHW: Tensor) -> Tensor:
-        """What the autoencoder decodes, of latents as the transformer knows them."""
-        config = self.pipeline.vae.config
-        # some autoencoders have no shift
-        return x_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
-
-    @staticmethod
-    def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:
-        """Images [B, 3, height, width] in [-1, 1]."""
-        return vae.decode(z_BCHW, return_dict=False)[0]
-
-    @property
-    def decoder(self) -> Any:
-        """What ``decoded`` is given."""
-        return self.pipeline.vae
 
     @property
     def transformer(self) -> Any:
@@ -382,15 +291,6 @@ def _check_lossy(lossy: Lossy | None, device: torch.device, is_compiled: bool) -
             "lossy=fp8 is slower than bfloat16 on a GPU unless the kernels that quantize are compiled into one; use "
             "compile=blocks, or lossy=none"
         )
-
-
-def _architecture_of(weights: str, architecture: Architecture | None) -> Architecture | None:
-    """The architecture to fill with random weights, or None where weights are loaded."""
-    if weights != "random":
-        return None
-    if architecture is None:
-        raise ValueError("model.weights=random needs model.architecture; take model=sd35_medium or model=flux_dev")
-    return architecture
 
 
 def _is_first() -> bool:

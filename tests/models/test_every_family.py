@@ -68,7 +68,7 @@ def test_two_ranks_train_as_one_process_does(model: str, recipe: str, tmp_path: 
         torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
 
 
-@every_recipe
+@pytest.mark.parametrize("recipe", QUICK)
 @pytest.mark.parametrize("model", MINIATURES)
 def test_a_run_goes_on_bit_for_bit(model: str, recipe: str, tmp_path: Path) -> None:
     config = load_config("train", config_of(model, recipe, tmp_path))
