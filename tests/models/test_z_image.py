@@ -153,6 +153,15 @@ def test_every_length_of_a_text_is_that_of_diffusers(lengths: tuple[int, ...]) -
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_network_keeps_the_places_of_shapes_apart() -> None:
+    transformer, network = make_random_transformer(), make_network()
+    for shape in ((12, 8), (8, 12), (16, 6)):
+        x, conditions = make_inputs(shape=shape)
+        theirs = diffusers_velocity(transformer, x, T, conditions)
+        torch.testing.assert_close(network(transformer, x, T, conditions), theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_diffusers(checkpointing: bool) -> None:
     # in double precision, which rounding does not blur
