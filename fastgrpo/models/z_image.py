@@ -165,13 +165,13 @@ class ZImageNetwork(BlockNetwork):
             row_L = F.pad(torch.arange(rows).repeat_interleave(columns), filling)
             column_L = F.pad(torch.arange(columns).repeat(rows), filling)
             origin_M = torch.zeros(num_text, dtype=torch.int64)
-            parts_of = (
+            turns = (
                 first_2PD,
                 _at(others, row_L, column_L),
                 _at([first_2PD, *others], 1 + torch.arange(num_text), origin_M, origin_M),
                 torch.arange(len(row_L)) < rows * columns,
             )
-            self._turns[key] = _Turns(*(on_device(part, device) for part in parts_of))
+            self._turns[key] = _Turns(*(on_device(part, device) for part in turns))
         return self._turns[key]
 
 
