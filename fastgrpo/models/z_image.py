@@ -142,8 +142,8 @@ class ZImageNetwork(BlockNetwork):
         for block in transformer.noise_refiner:
             x_BLC = self.run(modulated_block, block, x_BLC, next(modulations), image_2BLD.unbind(), None)
         is_text_BM = torch.arange(num_text, device=lengths_B.device) < lengths_B[:, None]
-        context_BMC = transformer.cap_embedder(embeds_BMC)
-        context_BMC = torch.where(is_text_BM[:, :, None], context_BMC, transformer.cap_pad_token)
+        norm, linear = transformer.cap_embedder
+        context_BMC = torch.where(is_text_BM[:, :, None], linear(_rms(embeds_BMC, norm)), transformer.cap_pad_token)
         for block in transformer.context_refiner:
             context_BMC = self.run(text_block, block, context_BMC, turns.text_2MD.unbind(), num_text_B)
         x_BNC = torch.cat([x_BLC, context_BMC], dim=1)
@@ -165,13 +165,13 @@ class ZImageNetwork(BlockNetwork):
             row_L = F.pad(torch.arange(rows).repeat_interleave(columns), filling)
             column_L = F.pad(torch.arange(columns).repeat(rows), filling)
             origin_M = torch.zeros(num_text, dtype=torch.int64)
-            parts_of = (
+            turns = (
                 first_2PD,
                 _at(others, row_L, column_L),
                 _at([first_2PD, *others], 1 + torch.arange(num_text), origin_M, origin_M),
                 torch.arange(len(row_L)) < rows * columns,
             )
-            self._turns[key] = _Turns(*(on_device(part, device) for part in parts_of))
+            self._turns[key] = _Turns(*(on_device(part, device) for part in turns))
         return self._turns[key]
 
 

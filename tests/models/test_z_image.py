@@ -48,8 +48,8 @@ def make_model(weights: Path, **settings: Any) -> ZImage:
     return ZImage(**defaults | settings)
 
 
-def make_start(num_samples: int = 3) -> Tensor:
-    return torch.randn(num_samples, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+def make_start(height: int = 64, width: int = 64) -> Tensor:
+    return torch.randn(3, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
@@ -60,16 +60,19 @@ def nudge(trainable: dict[str, torch.nn.Parameter]) -> None:
         weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
 
 
-def images_of_ours(model: ZImage) -> Tensor:
+def images_of_ours(model: ZImage, height: int = 64, width: int = 64) -> Tensor:
     # one batch, in which texts are filled up to 32 and to 64 tokens
     sampler = Sampler(model=model, grid=LinearSchedule(4, SHIFT)(), batch_sizes=BatchSizes.of(3))
-    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start())
+    return sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2]), 1), model.encode(TEXTS), make_start(height, width))
 
 
-def images_of_diffusers(pipeline: ZImagePipeline, guidance_scale: float = GUIDANCE) -> Tensor:
+def images_of_diffusers(
+    pipeline: ZImagePipeline, guidance_scale: float = GUIDANCE, height: int = 64, width: int = 64
+) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 64, "output_type": "pt"}
-    return pipeline(list(TEXTS), latents=make_start(), guidance_scale=guidance_scale, **settings).images
+    settings: dict[str, Any] = {"num_inference_steps": 4, "max_sequence_length": 64, "output_type": "pt"}
+    settings |= {"height": height, "width": width, "guidance_scale": guidance_scale}
+    return pipeline(list(TEXTS), latents=make_start(height, width), **settings).images
 
 
 @pytest.mark.parametrize("guidance", [0.0, GUIDANCE])
@@ -80,6 +83,15 @@ def test_the_ode_gives_the_images_of_diffusers(guidance: float, weights: Path) -
     # the images are no constant, and depend on guidance
     assert ours.std() > 0.01
     assert (ours - images_of_ours(make_model(weights, guidance_scale=2 + guidance))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (112, 48)])
+def test_images_that_are_not_square_are_those_of_diffusers(height: int, width: int, weights: Path) -> None:
+    model = make_model(weights, resolution=[height, width])
+    assert model.latent_shape == (16, height // 8, width // 8)
+    ours = images_of_ours(model, height, width)
+    theirs = images_of_diffusers(ZImagePipeline.from_pretrained(weights), height=height, width=width)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_text_is_read_by_its_template_and_is_as_long_as_it_is(weights: Path) -> None:
@@ -151,6 +163,15 @@ def test_every_length_of_a_text_is_that_of_diffusers(lengths: tuple[int, ...]) -
     transformer, (x, conditions) = make_random_transformer(), make_inputs(lengths=lengths)
     ours, theirs = (velocity(transformer, x, T, conditions) for velocity in (make_network(), diffusers_velocity))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_network_keeps_the_places_of_shapes_apart() -> None:
+    transformer, network = make_random_transformer(), make_network()
+    for shape in ((12, 8), (8, 12), (16, 6)):
+        x, conditions = make_inputs(shape=shape)
+        theirs = diffusers_velocity(transformer, x, T, conditions)
+        torch.testing.assert_close(network(transformer, x, T, conditions), theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
