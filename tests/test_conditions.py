@@ -1,8 +1,13 @@
 """Conditions of unlike lengths in one batch: what fills them up, what is cut, and what stays a row's own."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from fastgrpo.models.lora import LoRA
+from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.models.text_lengths import filled, filled_length, refuse_longer
 from fastgrpo.types import Conditions
 
@@ -51,3 +56,15 @@ def test_a_text_that_is_too_long_is_refused_in_one_line() -> None:
         refuse_longer("a cat", 65, 64, 512)
     with pytest.raises(ValueError, match=r"prompt 'x{57}\.\.\.' is 600 tokens .* 512; shorten it$"):
         refuse_longer("x" * 100, 600, 512, 512)
+
+
+def test_a_text_that_is_cut_is_one_line(tiny_weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"resolution": 32, "use_t5": False, "max_sequence_length": 0}
+    model = StableDiffusion3(weights=str(tiny_weights), adaptation=LoRA(rank=2), **settings)
+    words = "a red circle " * 20
+    caplog.clear()
+    model.encode(["a red circle", words])
+    most = model.pipeline.tokenizer.model_max_length
+    said = [record.getMessage() for record in caplog.records]
+    # 60 words, a beginning and an end
+    assert said == [f"prompt {words[:57] + '...'!r} is 62 tokens long, of which the first {most} are read"]

@@ -28,6 +28,7 @@ from fastgrpo.models.blocks.network import BlockNetwork, clipped, times
 from fastgrpo.models.blocks.patches import patched, unpatched
 from fastgrpo.models.blocks.rotary import Rotation, rotated, rotation
 from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.models.text_lengths import note_cut
 from fastgrpo.types import Conditions, Time
 
 _PATCH = 2
@@ -145,6 +146,7 @@ class Flux(PipelineModel):
         return FluxNetwork(guidance_scale=self.guidance_scale, **settings)
 
     def run_encoders(self, text: str) -> Conditions:
+        note_cut(text, self.pipeline.tokenizer_2, self.max_sequence_length)
         embeds_BLC, pooled_BC, _ = self.pipeline.encode_prompt(
             prompt=[text], prompt_2=None, max_sequence_length=self.max_sequence_length
         )

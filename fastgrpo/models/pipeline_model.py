@@ -27,6 +27,7 @@ from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
 from fastgrpo.models.policy import Compile, Uncompiled
+from fastgrpo.models.quiet import errors_alone
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
 from fastgrpo.resolution import Resolution
@@ -195,9 +196,13 @@ class PipelineModel(PipelineFamily):
             self.pipeline.register_modules(**encoders)
             return [module for module in encoders.values() if module is not None]
 
+        def run(text: str) -> Conditions:
+            with errors_alone():
+                return self._filled(self.run_encoders(text))
+
         self._text_encoders = encoders = TextEncoders(
             load,
-            lambda text: self._filled(self.run_encoders(text)),
+            run,
             self.device,
             is_often=cache_directory is None,
         )

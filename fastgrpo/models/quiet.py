@@ -1,5 +1,9 @@
 """What diffusers and transformers print while they load, and nobody needs to read."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging as transformers_logging
@@ -13,3 +17,17 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         enable_progress_bars()
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Inside, the two say nothing but errors: what they say of a text that is cut is several lines of it."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

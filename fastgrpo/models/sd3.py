@@ -24,6 +24,7 @@ from fastgrpo.models.blocks.modulation import modulated, normed, parts
 from fastgrpo.models.blocks.network import BlockNetwork
 from fastgrpo.models.blocks.patches import unpatched
 from fastgrpo.models.pipeline_model import PipelineModel
+from fastgrpo.models.text_lengths import note_cut
 from fastgrpo.types import Conditions, Time
 
 # tokens of CLIP, before those of T5
@@ -124,6 +125,13 @@ class StableDiffusion3(PipelineModel):
         return _CLIP_TOKENS + self.max_sequence_length
 
     def run_encoders(self, text: str) -> Conditions:
+        tokenizer = self.pipeline.tokenizer
+        cut = (
+            (self.pipeline.tokenizer_3, self.max_sequence_length)
+            if self.use_t5
+            else (tokenizer, tokenizer.model_max_length)
+        )
+        note_cut(text, *cut)
         embeds_BLC, _, pooled_BC, _ = self.pipeline.encode_prompt(
             prompt=[text],
             prompt_2=None,

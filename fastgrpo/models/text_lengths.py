@@ -5,8 +5,12 @@
 So batches have few shapes, each of which is compiled once.  Tokens that fill a text up are left out of attention.
 """
 
+import logging
+from typing import Any
+
 from fastgrpo.types import Conditions
 
+_log = logging.getLogger(__name__)
 _SHORTEST = 64
 _MAX_QUOTED = 60
 
@@ -30,9 +34,18 @@ def filled(row: Conditions, most: int) -> Conditions:
 def refuse_longer(text: str, num_tokens: int, most: int, longest: int) -> None:
     """ValueError for a text of more than ``most`` tokens; ``longest`` is what the family can be set to."""
     if num_tokens > most:
-        shown = text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."
         raised = f", or raise model.max_sequence_length, up to {longest}" if most < longest else ""
         raise ValueError(
-            f"prompt {shown!r} is {num_tokens} tokens long with its chat template, and model.max_sequence_length is "
+            f"prompt {_shown(text)!r} is {num_tokens} tokens long with its chat template, and model.max_sequence_length is "
             f"{most}; shorten it{raised}"
         )
+
+
+def note_cut(text: str, tokenizer: Any, most: int) -> None:
+    """Say in one line that a text is cut to its first ``most`` tokens, where it is."""
+    if (num_tokens := len(tokenizer(text).input_ids)) > most:
+        _log.warning("prompt %r is %d tokens long, of which the first %d are read", _shown(text), num_tokens, most)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."
