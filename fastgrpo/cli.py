@@ -135,6 +135,8 @@ COMMANDS = {
         ),
     ),
 }
+# a model chooses its time grid in these too, and nobody uses it
+_DRAW_NOTHING = ("encode", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -276,6 +278,9 @@ def _explanation(name: str, command: Command) -> str:
 
     config = compose_config(name)
     groups = config_groups(name)
+    if name in _DRAW_NOTHING:
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "algorithm"])
+        groups = {group: options for group, options in groups.items() if not group.startswith("algorithm")}
     lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
     lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
     lines += [f"  {example}" for example in command.examples]

@@ -57,7 +57,7 @@ def test_anything_else_is_refused(value: object) -> None:
     ],
 )
 def test_the_nearest_that_fit_are_named(sides: tuple[int, int], message: str) -> None:
-    sizes = ImageSizes.of(patch=2, num_levels=4, most_tokens=64)
+    sizes = ImageSizes.of(patch=2, pixels=8, most_tokens=64)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         sizes.check(Resolution(*sides), "it")
     sizes.check(Resolution(16, 1024), "it")

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.scaling.sharded import Unit, units_of
 from fastgrpo.config import load_config
 from fastgrpo.models.adaptation import FullFineTuning
-from fastgrpo.pieces import build
+from fastgrpo.pieces import build, find_target
 
 # FLOPs, counted over the real graphs: a forward pass of one image of 512 x 512, one branch, 205 or 128 text tokens
 _FORWARD = {"sd35_medium": 2.224e12, "flux_dev": 15.8e12}
@@ -102,8 +102,10 @@ def _workload(name: str, model: str, overrides: tuple[str, ...], micro_batch: in
 
 def meta_transformer(config: Any) -> nn.Module:
     """The network of a config's architecture, of which only shapes are there."""
+    family: Any = find_target(config.model._target_, "model")
+    sizes = build(config.model.architecture).sizes("transformer", family.transformer_class)
     with torch.device("meta"):
-        transformer: nn.Module = build(config.model.architecture).make_transformer()
+        transformer: nn.Module = family.transformer_class(**sizes)
     return transformer
 
 

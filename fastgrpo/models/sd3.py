@@ -125,13 +125,10 @@ class StableDiffusion3(PipelineModel):
         return _CLIP_TOKENS + self.max_sequence_length
 
     def run_encoders(self, text: str) -> Conditions:
-        tokenizer = self.pipeline.tokenizer
-        cut = (
-            (self.pipeline.tokenizer_3, self.max_sequence_length)
-            if self.use_t5
-            else (tokenizer, tokenizer.model_max_length)
-        )
-        note_cut(text, *cut)
+        if self.use_t5:
+            note_cut(text, self.pipeline.tokenizer_3, self.max_sequence_length)
+        else:
+            note_cut(text, self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)
         embeds_BLC, _, pooled_BC, _ = self.pipeline.encode_prompt(
             prompt=[text],
             prompt_2=None,

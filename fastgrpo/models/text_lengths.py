@@ -36,8 +36,8 @@ def refuse_longer(text: str, num_tokens: int, most: int, longest: int) -> None:
     if num_tokens > most:
         raised = f", or raise model.max_sequence_length, up to {longest}" if most < longest else ""
         raise ValueError(
-            f"prompt {_shown(text)!r} is {num_tokens} tokens long with its chat template, and model.max_sequence_length is "
-            f"{most}; shorten it{raised}"
+            f"prompt {_shown(text)!r} is {num_tokens} tokens long with its chat template, and "
+            f"model.max_sequence_length is {most}; shorten it{raised}"
         )
 
 

@@ -239,7 +239,7 @@ class Counting:
         strict = torch.zeros(4, 2)
         strict[tuning] = self.steps / 100
         means = {"shapes": 0.25, "shapes_strict": strict.mean().item()}
-        return EvaluationResult({"shapes_strict": strict}, means, 8, [], torch.empty(0), None)
+        return EvaluationResult({"shapes_strict": strict}, means, 8, [], [], None)
 
 
 def test_a_run_is_evaluated_every_so_many_seconds_of_training_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ Letters: B samples, L tokens, H heads, D width of a head.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -35,7 +35,7 @@ def make_qkv(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") ->
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
 
 
-def outputs(attend: Attention, qkv: list[Tensor]) -> list[Tensor]:
+def outputs(attend: Callable[..., Tensor], qkv: list[Tensor]) -> list[Tensor]:
     """The result and the three gradients of a fixed weighting of it."""
     out = attend(*qkv)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -85,7 +85,7 @@ def installed(install: Any, load: Any) -> Any:
 def test_a_sample_sees_its_own_tokens_alone(
     name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend: Attention = {
+    attend: Callable[..., Tensor] = {
         "sdpa": install_nothing,
         "packed": install_varlen,
         "flash": installed(install_flash, attention._load_flash),
@@ -114,7 +114,7 @@ def test_lengths_on_a_gpu(name: str) -> None:
     device = torch.device("cuda")
     if why := why_not(name, device, torch.bfloat16):
         pytest.skip(why)
-    attend = attention_backend(name, device=device, dtype=torch.bfloat16, has_lengths=True)
+    attend: Callable[..., Tensor] = attention_backend(name, device=device, dtype=torch.bfloat16, has_lengths=True)
     lengths = torch.tensor([1229, 1100, 1024], dtype=torch.int32, device=device)
     qkv = make_qkv((3, 1229, 24, 64), torch.bfloat16, "cuda")
     for run in (attend, torch.compile(attend, fullgraph=True)):

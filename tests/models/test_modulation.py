@@ -51,7 +51,8 @@ def counted(transformer: Any) -> Iterator[list[int]]:
 
 
 def modulations_of(kept: Modulations, model: StableDiffusion3, t: float, conditions: Conditions) -> list[Tensor]:
-    return list(kept(model.transformer, t, conditions, model._network.modulate))
+    network: Any = model._network
+    return list(kept(model.transformer, t, conditions, network.modulate))
 
 
 def test_kept_modulations_are_those_that_are_computed_for_each_row(model: StableDiffusion3) -> None:

@@ -76,7 +76,7 @@ def start() -> Tensor:
 
 def test_its_images_are_those_of_the_pipeline(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(weights.parent))
-    from aura_flow import AuraFlow
+    from aura_flow import AuraFlow  # type: ignore[import-not-found]
 
     settings: dict[str, Any] = {"guidance_scale": GUIDANCE, "max_sequence_length": 7}
     model = AuraFlow(weights=str(weights), adaptation=LoRA(rank=2), resolution=64, **settings)

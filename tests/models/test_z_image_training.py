@@ -72,7 +72,9 @@ def test_the_miniature_trains(recipe: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", [["algorithm=flow_grpo"], ["algorithm=nft", *WITHOUT_GUIDANCE]], ids=str)
 def test_the_doctor_finds_that_rollout_and_update_agree(recipe: list[str]) -> None:
     words = ["model=z_image_miniature", "model.resolution=96", "algorithm.schedule.num_steps=4", *recipe]
-    assert replayed(load_config("doctor", [*words, "runtime.device=cpu"])).deviation < 1e-5
+    deviation = replayed(load_config("doctor", [*words, "runtime.device=cpu"])).deviation
+    assert deviation is not None
+    assert deviation < 1e-5
 
 
 @dataclass(frozen=True)

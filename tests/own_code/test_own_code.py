@@ -259,7 +259,10 @@ def test_what_the_line_names_at_one_key_is_not_allowed_at_another(
         (["model._target_=own_model.NoOthers", "model.more=1"], "unknown key model.more; NoOthers takes weights, str"),
         (["model._target_=own_model.NoOthers", "model.strength=much"], "model.strength must be float, got 'much'"),
         (["model._target_=own_model.Few"], "own_model.Few needs path"),
-        (["model._target_=own_model.Unfinished"], "Unfinished lacks latent_shape, device, trainable, "),
+        (
+            ["model._target_=own_model.Unfinished"],
+            "Unfinished lacks latent_shape, latent_shape_of, device, trainable, ",
+        ),
         (["model._target_=own_model.Stubborn"], "own_model.Stubborn does not take device, attention, "),
         ([NAMED_LOSS, "algorithm.objective.by=7"], "RuntimeError('not seven')"),
         (["algorithm.objectve._target_=own_loss.Scaled"], "unknown key algorithm.objectve; Algorithm takes schedule"),
