@@ -344,7 +344,7 @@ def test_texts_that_are_too_long_are_refused(family: Family, weights: Path) -> N
         ({"use_t5": False}, r"^model\.use_t5=false, but QwenImage(21)? has no T5; leave it out$"),
         (
             {"resolution": 1 << 20},
-            r"^model\.resolution must be at most \d+, got 1048576; it has positions for no more$",
+            r"^model\.resolution=1048576: .* must be at most (98304|32768); it has positions for no m",
         ),
     ],
 )
@@ -359,12 +359,9 @@ def test_settings_that_do_not_go_with_it_are_refused(
 def test_resolutions_are_multiples_of_what_the_pipeline_rounds_to(family: Family, weights: Path) -> None:
     step = 2 * family.load(weights).vae_scale_factor
     assert step == {"qwen_image": 16, "qwen_image_21": 32}[family.name]
-    with pytest.raises(ValueError, match=rf"^model\.resolution must be a positive multiple of {step}, got {step + 8}$"):
-        family.make_model(weights, resolution=step + 8)
-    with pytest.raises(
-        ValueError, match=rf"^model\.resolution must be a positive multiple of {step}, got {step // 2}$"
-    ):
-        family.make_model(weights, resolution=step // 2)
+    for resolution in (step + 8, step // 2):
+        with pytest.raises(ValueError, match=rf"^model\.resolution={resolution}: .* multiples of {step}[;,]"):
+            family.make_model(weights, resolution=resolution)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
