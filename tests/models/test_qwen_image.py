@@ -140,6 +140,17 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool, family: Family) 
         assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
 
 
+def test_the_targets_are_the_attention_of_every_block(family: Family, weights: Path) -> None:
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    if family.name == "qwen_image":
+        names += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    expected = {f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in names}
+    assert set(family.make_model(weights).adaptation.lora_config["target_modules"]) == expected
+    wide = LoRA(rank=1, targets=("net.0.proj", "net.2", "gate_layer", "proj", "out"))
+    adapted = wide(family.make_transformer()).lora_config["target_modules"]
+    assert len(adapted) == 2 * {"qwen_image": 4, "qwen_image_21": 3}[family.name]
+
+
 def test_layers_of_one_input_are_one_product(family: Family) -> None:
     transformer = family.make_random_transformer()
     adaptation = LoRA(rank=2)(transformer)
