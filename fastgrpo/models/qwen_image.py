@@ -126,7 +126,7 @@ class QwenImage(PipelineModel):
                 "Qwen/Qwen-Image"
             )
         if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0")
+            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
 
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:

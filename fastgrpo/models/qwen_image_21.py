@@ -168,7 +168,7 @@ class QwenImage21(PipelineModel):
 
     def check(self, transformer: Mapping[str, Any]) -> None:
         if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0")
+            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
 
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -339,7 +339,7 @@ def test_texts_that_are_too_long_are_refused(family: Family, weights: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_sequence_length": 0}, r"^model\.max_sequence_length must be at least 1, got 0$"),
+        ({"max_sequence_length": 0}, r"^model\.max_sequence_length must be at least 1, got 0; use 256$"),
         ({"max_sequence_length": 1025}, r"^model\.max_sequence_length must lie in 0 to 1024"),
         ({"use_t5": False}, r"^model\.use_t5=false, but QwenImage(21)? has no T5; leave it out$"),
         (
