@@ -1,6 +1,6 @@
 """Qwen-Image and Qwen-Image 2.1 in miniature, and how diffusers computes what we do: the other path of the tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ NUM_STEPS = 4
 class Family:
     """``latent`` is of an image of 64x64 pixels.
 
-    load: a directory -> diffusers' pipeline.  images: (pipeline, texts, start, guidance_scale) -> [B, 3, 64, 64].
+    load: a directory -> diffusers' pipeline.  images: (pipeline, texts, start, guidance_scale) -> [B, 3, H, W].
     diffusers_velocity: (transformer, x, t, conditions) -> v.
     """
 
@@ -70,18 +70,20 @@ class Family:
         return x_BCHW, Conditions(embeds_BLC.to(dtype), torch.zeros(2, 0, dtype=dtype), (0, 1), lengths_B=lengths_B)
 
 
-def _images(pipeline: Any, texts: list[str], packed: Tensor, guidance_scale: float) -> Tensor:
+def _images(pipeline: Any, texts: list[str], packed: Tensor, sides: Sequence[int], guidance_scale: float) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     guidance: dict[str, Any] = {"true_cfg_scale": guidance_scale}
     if guidance_scale != 1:
         guidance["negative_prompt"] = [""] * len(texts)
-    size = {"num_inference_steps": NUM_STEPS, "height": SIZE, "width": SIZE, "output_type": "pt"}
+    height, width = (side * pipeline.vae_scale_factor for side in sides)
+    size = {"num_inference_steps": NUM_STEPS, "height": height, "width": width, "output_type": "pt"}
     images: Tensor = pipeline(texts, latents=packed, **guidance, **size).images
     return images
 
 
 def _images_1(pipeline: Any, texts: list[str], start: Tensor, guidance_scale: float) -> Tensor:
-    return _images(pipeline, texts, QwenImagePipeline._pack_latents(start, *start.shape), guidance_scale)
+    packed = QwenImagePipeline._pack_latents(start, *start.shape)
+    return _images(pipeline, texts, packed, start.shape[2:], guidance_scale)
 
 
 def _velocity_1(transformer: Any, x_BCHW: Tensor, t: float | Tensor, conditions: Conditions) -> Tensor:
@@ -100,7 +102,7 @@ def _velocity_1(transformer: Any, x_BCHW: Tensor, t: float | Tensor, conditions:
 
 def batch_images_21(pipeline: Any, texts: list[str], start: Tensor, guidance_scale: float) -> Tensor:
     """Of one batch, in which diffusers puts all images behind the longest text; laid over white."""
-    rgba = _images(pipeline, texts, start.flatten(2).transpose(1, 2), guidance_scale)
+    rgba = _images(pipeline, texts, start.flatten(2).transpose(1, 2), start.shape[2:], guidance_scale)
     assert rgba.shape[1] == 4
     return rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
 

@@ -77,9 +77,9 @@ class QwenImageNetwork(BlockNetwork):
         context_BMC = transformer.txt_in(transformer.txt_norm(embeds_BMC))
         num_image, (height, width) = x_BLC.shape[1], x_BCHW.shape[-2:]
         turns = self._turns(transformer, context_BMC.shape[1], height // _PATCH, width // _PATCH, x_BCHW.device)
-        modulations = iter(modulations_BE)
+        modulations, lengths_B = iter(modulations_BE), num_image + lengths_B
         for block in transformer.transformer_blocks:
-            inputs = (x_BLC, context_BMC, next(modulations), next(modulations), turns, num_image + lengths_B)
+            inputs = (x_BLC, context_BMC, next(modulations), next(modulations), turns, lengths_B)
             x_BLC, context_BMC = self.run(double_block, block, *inputs)
         scale, shift = parts(next(modulations), 2)
         return unpatched(transformer.proj_out(modulated(normed(x_BLC), shift, scale)), height, width)
@@ -126,7 +126,7 @@ class QwenImage(PipelineModel):
                 "Qwen/Qwen-Image"
             )
         if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0")
+            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
 
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:

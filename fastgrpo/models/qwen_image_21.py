@@ -94,8 +94,8 @@ class QwenImage21Network(BlockNetwork):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # (text tokens, rows, columns) -> complex turns, but those by the length of the text
-        self._turns: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        # (text tokens, rows, columns) -> complex turns
+        self._turns: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
         yield from super().stacks(transformer)
@@ -117,24 +117,33 @@ class QwenImage21Network(BlockNetwork):
         num_image, (height, width) = x_BLC.shape[1], x_BCHW.shape[-2:]
         turns = self._rotation(transformer, embeds_BMC.shape[1], height, width, lengths_B)
         image_BE, text_BE, scale_BC = modulations_BE
+        lengths_B = num_image + lengths_B
         for block in transformer.transformer_blocks:
-            inputs = (x_BNC, num_image, image_BE, text_BE, turns, num_image + lengths_B)
-            x_BNC = self.run(causal_block, block, *inputs)
+            x_BNC = self.run(causal_block, block, x_BNC, num_image, image_BE, text_BE, turns, lengths_B)
         return unpatched(transformer.proj_out(normed(x_BNC[:, :num_image]) * (1 + scale_BC[:, None])), height, width, 1)
 
     def _rotation(self, transformer: Any, num_text: int, rows: int, columns: int, lengths_B: Tensor) -> Rotation:
-        # tables of turns by 0 to 8191 and by -1024 to -1, which are at their end
-        tables = [table.to(lengths_B.device) for table in transformer.pos_embed.freqs]
         key = (num_text, rows, columns)
         if key not in self._turns:
-            down, across = (torch.arange(-(n - n // 2), n // 2, device=lengths_B.device) for n in (rows, columns))
-            places = down.repeat_interleave(columns), across.repeat(rows)
-            image_LE = torch.cat([table[place] for table, place in zip(tables[1:], places, strict=True)], dim=1)
-            self._turns[key] = image_LE, torch.cat([table[:num_text] for table in tables], dim=1)
-        image_LE, text_ME = self._turns[key]
-        frame_BLE = tables[0][lengths_B.long()][:, None].expand(-1, len(image_LE), -1)
+            self._turns[key] = _turns(transformer, *key, lengths_B.device)
+        frames_PE, image_LE, text_ME = self._turns[key]
+        frame_BLE = frames_PE[lengths_B.long()][:, None].expand(-1, len(image_LE), -1)
         image_BLE = torch.cat([frame_BLE, image_LE.expand(len(lengths_B), -1, -1)], dim=2)
         return complex_rotation(torch.cat([image_BLE, text_ME.expand(len(lengths_B), -1, -1)], dim=1))
+
+
+def _turns(
+    transformer: Any, num_text: int, rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Complex turns: of each length of a text, of image tokens by row and column, and of text tokens."""
+    # tables of turns by 0 to 8191 and by -1024 to -1, which are at their end
+    frames_PE, *others = transformer.pos_embed.freqs
+    down, across = (torch.arange(-(side - side // 2), side // 2) for side in (rows, columns))
+    places = down.repeat_interleave(columns), across.repeat(rows)
+    image_LE = torch.cat([table[place] for table, place in zip(others, places, strict=True)], dim=1)
+    text_ME = torch.cat([table[:num_text] for table in (frames_PE, *others)], dim=1)
+    # they are on the host
+    return on_device(frames_PE, device), on_device(image_LE, device), on_device(text_ME, device)
 
 
 class _NoProcessor:
@@ -159,7 +168,7 @@ class QwenImage21(PipelineModel):
 
     def check(self, transformer: Mapping[str, Any]) -> None:
         if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0")
+            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
 
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -63,6 +63,17 @@ def test_the_ode_gives_the_images_of_diffusers(guidance_scale: float, family: Fa
     assert (ours - images_of_ours(family, family.make_model(weights, guidance_scale=2.0))).abs().max() > 1e-3
 
 
+def test_an_image_that_is_not_square_is_that_of_diffusers(family: Family, weights: Path) -> None:
+    model = family.make_model(weights, resolution=[96, 64])
+    start = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    grid = FluxSchedule(NUM_STEPS, [96, 64], max_shift=0.9, max_tokens=8192, terminal=0.02)()
+    sampler = Sampler(model=model, grid=grid, batch_sizes=BatchSizes.of(2))
+    ours = sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1]), 1), model.encode(TEXTS), start)
+    assert ours.shape == (2, 3, 96, 64)
+    theirs = family.images(family.load(weights), TEXTS, start, GUIDANCE)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 def test_a_sample_of_21_does_not_depend_on_the_other_texts_of_its_batch(tmp_path: Path) -> None:
     family = QWEN_IMAGE_21
     weights = family.make_pipeline(tmp_path)
@@ -127,6 +138,17 @@ def test_the_gradient_is_that_of_diffusers(checkpointing: bool, family: Family) 
     for name, our, their in zip(weights, ours, theirs, strict=True):
         assert their.any(), name
         assert (our - their).abs().max() <= 1e-5 * their.abs().max(), name
+
+
+def test_the_targets_are_the_attention_of_every_block(family: Family, weights: Path) -> None:
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    if family.name == "qwen_image":
+        names += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    expected = {f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in names}
+    assert set(family.make_model(weights).adaptation.lora_config["target_modules"]) == expected
+    wide = LoRA(rank=1, targets=("net.0.proj", "net.2", "gate_layer", "proj", "out"))
+    adapted = wide(family.make_transformer()).lora_config["target_modules"]
+    assert len(adapted) == 2 * {"qwen_image": 4, "qwen_image_21": 3}[family.name]
 
 
 def test_layers_of_one_input_are_one_product(family: Family) -> None:
