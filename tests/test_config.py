@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from fastgrpo.config import load_config
+from fastgrpo.config import config_groups, load_config
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.overrides import quoted, value_of
 from fastgrpo.parts import read_runtime
@@ -216,7 +216,11 @@ def _runs(config: DictConfig) -> tuple[int, str]:
     return config.runtime.micro_batch, config.compile._target_.rpartition(".")[2]
 
 
-@pytest.mark.parametrize("model", ["sd35_medium", "sd35_large", "flux_dev", "flux_schnell"])
+MODELS = config_groups("train")["model"]
+SMALL = ["shapes", *(model for model in MODELS if model.endswith("_miniature"))]
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in (*SMALL, "custom")])
 def test_a_model_of_real_size_is_compiled_and_its_batches_are_planned(model: str) -> None:
     assert _runs(load_config("train", [f"model={model}"])) == (0, "CompiledBlocks")
     # what is asked for wins
@@ -224,7 +228,7 @@ def test_a_model_of_real_size_is_compiled_and_its_batches_are_planned(model: str
     assert _runs(load_config("train", [f"model={model}", "runtime.micro_batch=4"])) == (4, "CompiledBlocks")
 
 
-@pytest.mark.parametrize("model", ["shapes", "sd35_miniature", "flux_miniature"])
+@pytest.mark.parametrize("model", SMALL)
 def test_a_small_model_begins_at_once(model: str) -> None:
     assert _runs(load_config("train", [f"model={model}"])) == (96, "Uncompiled")
 
