@@ -21,7 +21,7 @@ from fastgrpo.models.adapter import FlowModel
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.numerics import set_numerics
-from fastgrpo.pieces import build, build_partial
+from fastgrpo.pieces import build, build_partial, find_target
 from fastgrpo.profiling.profile import check_iterations
 from fastgrpo.prompts import load_prompts
 from fastgrpo.resolution import Resolution
@@ -79,6 +79,12 @@ class RunParts:
             raise ValueError(
                 "solver=cached_guidance reuses a branch of guidance, and an algorithm that learns from images has "
                 "none; use solver=euler"
+            )
+        family = find_target(config.model._target_, "model")
+        if isinstance(solver, CachedGuidance) and not getattr(family, "guidance_is_linear", True):
+            raise ValueError(
+                f"solver=cached_guidance adds up branches of guidance, which {family.__name__} does not; use "
+                "solver=euler"
             )
         return cls(
             output=Path(config.output),

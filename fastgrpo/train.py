@@ -29,7 +29,7 @@ from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
-from fastgrpo.prompts import PromptSource
+from fastgrpo.prompts import PromptSource, num_bytes
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
@@ -187,6 +187,8 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
     Ranks share the work, first all of them, then those of each node, whose disk may be its own.
     """
     model, world = trainer.model, trainer.world
+    # no text stops a run that has begun
+    model.check_texts(dict.fromkeys(parts.texts + parts.held_out_texts))
     texts = _texts_to_come(parts, trainer)
     node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rank, size in ((world.rank, world.size), node):
@@ -224,7 +226,7 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         updates=parts.training.num_updates,
         rewards=rewards,
         # the longest takes most memory, where texts are as long as they are
-        prompt=max(parts.texts, key=len),
+        prompt=max(parts.texts + parts.held_out_texts, key=num_bytes),
         reweights=parts.training.reweights,
         lags=parts.training.old_policy_growth > 0,
     )

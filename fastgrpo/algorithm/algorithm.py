@@ -11,7 +11,7 @@ from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal, SharedNoise
 from fastgrpo.algorithm.objective.images import ImageObjective, check_contract
 from fastgrpo.algorithm.objective.steps import StepObjective
-from fastgrpo.algorithm.schedule import FewSteps, FluxSchedule, LinearSchedule, SD3Schedule
+from fastgrpo.algorithm.schedule import GivenTimes, LinearSchedule, OfResolution, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.algorithm.timesteps import DrawnTimes, Timesteps
 
@@ -28,7 +28,7 @@ class Algorithm:
     timesteps: the stochastic, trained steps, or the times at which images are noised again.  advantage, objective:
     rewards -> loss; the objective's ``signal`` is what it learns from, ``steps`` or ``images``."""
 
-    schedule: FewSteps | FluxSchedule | LinearSchedule | SD3Schedule
+    schedule: GivenTimes | LinearSchedule | OfResolution | SD3Schedule
     noise: NoiseProposal
     dynamics: Dynamics
     timesteps: Timesteps | DrawnTimes

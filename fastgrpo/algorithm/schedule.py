@@ -4,6 +4,7 @@ Grids are host floats, so no GPU ever has to be waited for to read one.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -78,17 +79,51 @@ class FewSteps(LinearSchedule):
 
 
 @dataclass(frozen=True)
-class FluxSchedule:
-    """FLUX.1-dev's: evenly spaced times, shifted by exp(mu), where mu is linear in the number of image tokens.
+class OfResolution(ABC):
+    """Evenly spaced times, shifted by how many tokens an image has.
 
-    mu = base_shift at base_tokens (256x256 pixels) and max_shift at max_tokens (4096 are 1024x1024), as diffusers'
-    FluxPipeline has it.  Qwen-Image's ends at ``terminal`` before its last step to 0: 1 - t is stretched to that.
     resolution: of an image in pixels, [height, width] or both in one.  It is model.resolution, whose grid all images
         of a run have, also those of prompts that ask for another resolution.
     """
 
     num_steps: int
     resolution: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps, self.shift)
+
+    @property
+    @abstractmethod
+    def shift(self) -> float:
+        """exp(mu)."""
+
+    def __call__(self) -> tuple[float, ...]:
+        return LinearSchedule(self.num_steps, self.shift)()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of an image."""
+        sides = Resolution.read(self.resolution, "algorithm.schedule.resolution")
+        if min(sides) < _TOKEN_SIDE:
+            raise ValueError(
+                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {sides}; it is "
+                "model.resolution"
+            )
+        return math.prod(side // _TOKEN_SIDE for side in sides)
+
+    def evaluated(self, num_steps: int) -> tuple[float, ...]:
+        """The grid of an evaluation in so many steps."""
+        return replace(self, num_steps=num_steps)()
+
+
+@dataclass(frozen=True)
+class FluxSchedule(OfResolution):
+    """FLUX.1-dev's: evenly spaced times, shifted by exp(mu), where mu is linear in the number of image tokens.
+
+    mu = base_shift at base_tokens (256x256 pixels) and max_shift at max_tokens (4096 are 1024x1024), as diffusers'
+    FluxPipeline has it.  Qwen-Image's ends at ``terminal`` before its last step to 0: 1 - t is stretched to that.
+    """
+
     base_shift: float = 0.5
     max_shift: float = 1.15
     base_tokens: int = 256
@@ -111,42 +146,23 @@ class FluxSchedule:
                     f"algorithm.schedule.{field} must lie in [-{_MAX_MU:g}, {_MAX_MU:g}], got {getattr(self, field)}; "
                     "FLUX.1-dev has .5 and 1.15"
                 )
-        if min(self._sides) < _TOKEN_SIDE:
-            raise ValueError(
-                f"algorithm.schedule.resolution must be at least {_TOKEN_SIDE} pixels, got {self._sides}; it is "
-                "model.resolution"
-            )
-        _check(self.num_steps, self.shift)
+        super().__post_init__()
 
     @property
     def shift(self) -> float:
-        """exp(mu)."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return math.exp(self.base_shift + slope * (self.num_tokens - self.base_tokens))
 
-    @property
-    def num_tokens(self) -> int:
-        """Of an image."""
-        return math.prod(side // _TOKEN_SIDE for side in self._sides)
-
-    @property
-    def _sides(self) -> Resolution:
-        return Resolution.read(self.resolution, "algorithm.schedule.resolution")
-
     def __call__(self) -> tuple[float, ...]:
-        times = LinearSchedule(self.num_steps, self.shift)()
+        times = super().__call__()
         if not self.terminal or self.num_steps == 1:
             return times
         stretch = (1 - self.terminal) / (1 - times[-2])
         return (*(1 - stretch * (1 - t) for t in times[:-1]), 0.0)
 
-    def evaluated(self, num_steps: int) -> tuple[float, ...]:
-        """The grid of an evaluation in so many steps."""
-        return replace(self, num_steps=num_steps)()
-
 
 @dataclass(frozen=True)
-class Flux2Schedule(FluxSchedule):
+class Flux2Schedule(OfResolution):
     """FLUX.2's: mu depends on the number of image tokens and on the number of steps, as diffusers' pipelines have it.
 
     mu = a + b tokens at 10 and at 200 steps, and linear in the number of steps between and beyond; above 4,300 tokens
@@ -170,7 +186,7 @@ class GivenTimes:
 
     def __post_init__(self) -> None:
         given: Any = self.times
-        if isinstance(given, str | int | float) or not all(isinstance(t, int | float) for t in given):
+        if isinstance(given, str | int | float) or not all(type(t) in (int, float) for t in given):
             raise ValueError(f"algorithm.schedule.times is a list of numbers, as in [1,.9,.5,0], got {given!r}")
         times = tuple(float(t) for t in given)
         falls = all(t > t_next for t, t_next in pairwise(times))

@@ -18,6 +18,7 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_model, read_prompts
 from fastgrpo.pieces import build
+from fastgrpo.prompts import num_bytes
 from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
@@ -55,7 +56,7 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
         rewards=build_rewards(config, texts)[0],
-        prompt=max(texts, key=len),
+        prompt=max(texts, key=num_bytes),
     )
     return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 

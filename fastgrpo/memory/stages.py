@@ -38,8 +38,8 @@ from fastgrpo.types import Conditions
 
 # kernels count the elements of a tensor in 32 bits, or take slower ways
 _MOST_ELEMENTS = 2**31 - 1
-# latent elements of a forward pass that keep a large GPU busy: 32 images of 512x512, each of 1024 tokens
-_ENOUGH_ELEMENTS = 32 * 16 * 64 * 64
+# pixels of a forward pass that keep a large GPU busy: 32 images of 512x512, each of 1024 tokens
+_ENOUGH_PIXELS = 32 * 512 * 512
 # AdamW's two moments and the average, in float32 as the trained weights are
 _BYTES_PER_TRAINED = 12
 # an old policy that is kept, and the policy while the model holds the old one
@@ -112,7 +112,7 @@ class MemoryPlanner:
             costs |= measure(self._rollout_stages(model), meter)
             largest = LargestTensor()
             with largest:
-                model.decode(_latents(model, 1))
+                image_1CHW = model.decode(_latents(model, 1))
         replay = self.make_replay(model)
         costs |= measure({TRAINING: lambda n: replay.rehearse(_latents(model, n), self._conditions(model, n))}, meter)
         for weight in model.trainable.values():
@@ -120,14 +120,14 @@ class MemoryPlanner:
         totals = {SAMPLING: self.samples, TRAINING: max(1, self.samples // self.optimizer_steps)}
         if self.rewards is not None:
             totals[REWARD] = min(self.samples, self.rewards.scoring.micro_batch)
-        elements = math.prod(model.latent_shape) * (2 if model.has_two_branches else 1)
+        pixels = math.prod(image_1CHW.shape[-2:]) * (2 if model.has_two_branches else 1)
         return plan_memory(
             costs,
             totals,
             held=self._held(model),
             memory=memory,
             checkpointing=checkpointing,
-            enough=max(1, _ENOUGH_ELEMENTS // elements),
+            enough=max(1, _ENOUGH_PIXELS // pixels),
             most_decoded=max(1, _MOST_ELEMENTS // largest.num_elements),
             keeps_sampling=self.keeps_sampling,
         )

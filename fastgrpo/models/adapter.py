@@ -3,7 +3,7 @@
 Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +48,9 @@ class FlowModel(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Conditions of the texts, one row a text."""
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """ValueError for a text that it cannot read; no encoder is needed."""
 
     def encode_ahead(self, texts: Sequence[str], *, is_shown: bool = True) -> int:
         """Encode texts that ``encode`` will be asked for, where conditions are kept on disk; how many were not there.

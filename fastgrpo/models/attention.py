@@ -77,6 +77,8 @@ def attention_backend(
             f"runtime.attention={name} cannot leave out the tokens that fill up the texts of this model; use "
             "runtime.attention=auto, sdpa, flash or flash3"
         )
+    if name == "sdpa" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return _masked
     if why := why_not(name, device, dtype):
         raise ValueError(f"runtime.attention={name} {why}, or use runtime.attention=auto")
     try:
@@ -125,6 +127,11 @@ def _sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | No
     if lengths_B is not None and q_BLHD.is_cuda and q_BLHD.dtype in _HALF:
         # a mask would leave PyTorch its slower kernels only
         return _packed(varlen_attn, q_BLHD, k_BLHD, v_BLHD, lengths_B)
+    return _masked(q_BLHD, k_BLHD, v_BLHD, lengths_B)
+
+
+def _masked(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    """PyTorch's own choice, on any device."""
     q_BHLD, k_BHLD, v_BHLD = (part.transpose(1, 2) for part in (q_BLHD, k_BLHD, v_BLHD))
     mask_B11L = None
     if lengths_B is not None:

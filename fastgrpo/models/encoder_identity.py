@@ -1,9 +1,12 @@
 """Which text encoders a pipeline's directory holds, told from its files, so that they need not be loaded."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from fastgrpo.own_code.found import is_ours
 
 # of what is hashed here, and of what a condition is made of
 _LAYOUT = 2
@@ -30,6 +33,13 @@ def encoder_identity(directory: Path, settings: Mapping[str, object]) -> str:
                 file.seek(offset)
                 digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()[:32]
+
+
+def code_identity(model_class: type) -> str:
+    """Names a class that encodes texts: a user's own also by what its file says now."""
+    name = f"{model_class.__module__}.{model_class.__qualname__}"
+    path = None if is_ours(name) else inspect.getsourcefile(model_class)
+    return name if path is None else f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def _offsets(num_bytes: int) -> list[int]:

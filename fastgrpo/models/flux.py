@@ -124,10 +124,8 @@ class Flux(PipelineModel):
         return False
 
     def check(self, transformer: Mapping[str, Any]) -> None:
-        if not self.use_t5 or self.max_sequence_length < 1:
-            raise ValueError(
-                "FLUX reads texts through T5: leave out model.use_t5, set model.max_sequence_length to 128"
-            )
+        if not self.use_t5:
+            raise ValueError("FLUX reads texts through T5; leave out model.use_t5=false")
         if self.guidance_scale != 1 and not transformer.get("guidance_embeds", False):
             raise ValueError(
                 f"model.guidance_scale is {self.guidance_scale}, but this transformer was distilled without guidance; "

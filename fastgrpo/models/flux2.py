@@ -116,12 +116,10 @@ class Flux2Klein(PipelineModel):
     text_encoders = ("text_encoder",)
 
     def check(self, transformer: Mapping[str, Any]) -> None:
-        if self.max_sequence_length < 1:
-            raise ValueError("FLUX.2 klein reads texts of at least 1 token; use model.max_sequence_length=512")
         if transformer.get("guidance_embeds", True):
             raise ValueError(
-                "this transformer takes guidance as an input, which FLUX.2 klein's do not; set its guidance_embeds to "
-                "false, or take model=flux2_klein"
+                "this transformer takes guidance as an input, which FLUX.2 klein's do not; give the weights of a "
+                "klein, as black-forest-labs/FLUX.2-klein-base-4B"
             )
         if self.guidance_scale != 1 and self._is_distilled:
             raise ValueError(
@@ -166,12 +164,15 @@ class Flux2Klein(PipelineModel):
         # channels are [C, 2, 2] of the autoencoder's pixels
         return F.pixel_shuffle(x_BCHW * (variance_C11 + vae.config.batch_norm_eps).sqrt() + mean_C11, 2)
 
-    def run_encoders(self, text: str) -> Conditions:
+    def check_text(self, text: str) -> None:
         tokenizer = self.pipeline.tokenizer
         messages = [{"role": "user", "content": text}]
         asked = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         refuse_longer(text, len(tokenizer(asked)["input_ids"]), self.max_sequence_length, self.longest_text)
+
+    def run_encoders(self, text: str) -> Conditions:
+        self.check_text(text)
         embeds_BMC, _ = self.pipeline.encode_prompt([text], max_sequence_length=self.max_sequence_length)
         return Conditions(embeds_BMC, embeds_BMC.new_empty(1, 0))

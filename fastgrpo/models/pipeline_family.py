@@ -16,6 +16,7 @@ from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.image_sizes import ImageSizes
 from fastgrpo.models.policy import Network, Policy
 from fastgrpo.models.weights import pipeline_directory, read_config
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions
 
 
@@ -31,8 +32,10 @@ class PipelineFamily(Policy):
     t5: tuple[str, ...] = ()
     # whether texts are as long as they are, and what fills them up is left out of attention
     has_lengths = False
-    # the most tokens that it was trained with
-    longest_text = 512
+    # the least and the most tokens that it was trained with
+    shortest_text, longest_text = 1, 512
+    # whether a velocity under guidance is linear in its two branches
+    guidance_is_linear = True
 
     pipeline: Any
     max_sequence_length: int
@@ -58,6 +61,20 @@ class PipelineFamily(Policy):
     def make_network(self, **settings: Any) -> Network:
         return self.network_class(**settings)
 
+    def attention_of(self, name: str) -> str:
+        """What ``runtime.attention`` means for this network; ValueError for what it cannot run."""
+        if not getattr(self.network_class, "has_own_attention", False):
+            return name
+        if name not in ("auto", "sdpa"):
+            raise ValueError(
+                f"runtime.attention={name}: {self.network_class.__name__} runs diffusers' own attention; use "
+                "runtime.attention=sdpa"
+            )
+        return "sdpa"
+
+    def check_text(self, text: str) -> None:
+        """ValueError for a text that is too long, told by the tokenizer alone."""
+
     @abstractmethod
     def run_encoders(self, text: str) -> Conditions:
         """One row, of a text, by ``self.pipeline``; ValueError for one that is too long."""
@@ -74,6 +91,12 @@ class PipelineFamily(Policy):
     def unscaled(self, x_BCHW: Tensor) -> Tensor:
         """What the autoencoder decodes, of latents as the transformer knows them."""
         config = self.pipeline.vae.config
+        if "latents_mean" in config:
+            # of each channel
+            std_C11, mean_C11 = (
+                on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)
+            )
+            return x_BCHW * std_C11 + mean_C11
         # some autoencoders have no shift
         return x_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
 

@@ -6,7 +6,7 @@ Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.condition_cache import ConditionCache
-from fastgrpo.models.encoder_identity import encoder_identity
+from fastgrpo.models.encoder_identity import code_identity, encoder_identity
 from fastgrpo.models.fp8 import Fp8
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
@@ -91,9 +92,12 @@ class PipelineModel(PipelineFamily):
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
         self.device = torch.device(device)
-        self._decode = compile(self.decoded)
-        is_compiled = self._decode is not self.decoded
-        _check_lossy(lossy, self.device, is_compiled)
+        decoded = self.decoded
+        self._decode = compile(decoded)
+        _check_lossy(lossy, self.device, is_compiled=self._decode is not decoded)
+        if isinstance(adaptation, LoRA) and not hasattr(self.pipeline_class, "save_lora_weights"):
+            raise ValueError(f"diffusers' {self.pipeline_class.__name__} has no LoRA files; use adaptation=full")
+        attention = self.attention_of(attention)
         backend = attention_backend(attention, device=self.device, dtype=_DTYPES[dtype], has_lengths=self.has_lengths)
         self._random = architecture_of(weights, architecture)
         if self._random is not None and (variant, transformer) != (None, None):
@@ -152,10 +156,10 @@ class PipelineModel(PipelineFamily):
                 raise ValueError(f"model.{key} must be one of {', '.join(_DTYPES)}, got {value!r}")
         if not 1 <= guidance_scale < math.inf:
             raise ValueError(f"model.guidance_scale must be at least 1, got {guidance_scale}; 1 turns guidance off")
-        if not 0 <= max_sequence_length <= self.longest_text:
+        if not self.shortest_text <= max_sequence_length <= self.longest_text:
             raise ValueError(
-                f"model.max_sequence_length must lie in 0 to {self.longest_text}, the most that this model was trained "
-                f"with, got {max_sequence_length}"
+                f"model.max_sequence_length must lie in {self.shortest_text} to {self.longest_text}, the most that "
+                f"this model was trained with, got {max_sequence_length}"
             )
         if not use_t5 and not self.t5:
             raise ValueError(f"model.use_t5=false, but {type(self).__name__} has no T5; leave it out")
@@ -207,6 +211,7 @@ class PipelineModel(PipelineFamily):
             is_often=cache_directory is None,
         )
         settings = {
+            "model": code_identity(type(self)),
             "pipeline": self.pipeline_class.__name__,
             "dtype": str(_DTYPES[dtype]),
             "length": self.max_sequence_length,
@@ -240,6 +245,12 @@ class PipelineModel(PipelineFamily):
     def encode(self, texts: Sequence[str]) -> Conditions:
         """Each distinct text goes through the encoders once, in the life of the model or, with a directory, ever."""
         return self.conditions.get(texts)
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        # random conditions have no words
+        if self._random is None:
+            for text in texts:
+                self.check_text(text)
 
     def encode_ahead(self, texts: Sequence[str], *, is_shown: bool = True) -> int:
         # without a directory rows would have to stay in memory, 1.7 MB a text of SD3.5
@@ -289,7 +300,7 @@ class PipelineModel(PipelineFamily):
             self.pipeline.save_pretrained(directory)
 
 
-def _check_lossy(lossy: Lossy | None, device: torch.device, is_compiled: bool) -> None:
+def _check_lossy(lossy: Lossy | None, device: torch.device, *, is_compiled: bool) -> None:
     # four times the launches of bfloat16: finding a scale, dividing and rounding are kernels of their own in each layer
     if isinstance(lossy, Fp8) and device.type == "cuda" and not is_compiled:
         raise ValueError(

@@ -28,7 +28,6 @@ from fastgrpo.models.blocks.rotary import Rotation, complex_rotation
 from fastgrpo.models.one_frame import OneFrame
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.text_lengths import refuse_longer
-from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
@@ -102,6 +101,7 @@ class QwenImage(PipelineModel):
     text_encoders = ("text_encoder",)
     has_lengths = True
     longest_text = 1024
+    guidance_is_linear = False
 
     def velocity_and_reference(
         self, x_BCHW: Tensor, t: Time, conditions: Conditions, unconditional: Tensor | None = None
@@ -122,11 +122,9 @@ class QwenImage(PipelineModel):
     def check(self, transformer: Mapping[str, Any]) -> None:
         if unknown := [name for name in _OTHERS if transformer.get(name)]:
             raise ValueError(
-                f"model.weights: its transformer has {unknown[0]}, which text-to-image models have not; take "
+                f"this transformer has {unknown[0]}, which text-to-image models have not; give the weights of one, as "
                 "Qwen/Qwen-Image"
             )
-        if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
 
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -136,12 +134,15 @@ class QwenImage(PipelineModel):
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["joint_attention_dim"], 0
 
-    def run_encoders(self, text: str) -> Conditions:
+    def check_text(self, text: str) -> None:
         pipeline = self.pipeline
         prompt = pipeline.prompt_template_encode.format(text)
         num_tokens = len(pipeline.tokenizer(prompt).input_ids) - pipeline.prompt_template_encode_start_idx
         refuse_longer(text, num_tokens, self.max_sequence_length, self.longest_text)
-        embeds_BLC, _ = pipeline.encode_prompt([text], max_sequence_length=self.max_sequence_length)
+
+    def run_encoders(self, text: str) -> Conditions:
+        self.check_text(text)
+        embeds_BLC, _ = self.pipeline.encode_prompt([text], max_sequence_length=self.max_sequence_length)
         return Conditions(embeds_BLC, embeds_BLC.new_zeros(1, 0))
 
     @classmethod
@@ -150,13 +151,6 @@ class QwenImage(PipelineModel):
 
     def num_channels(self, vae: Mapping[str, Any]) -> int:
         return int(vae.get("z_dim", 16))
-
-    def unscaled(self, x_BCHW: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        std_C11, mean_C11 = (
-            on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)
-        )
-        return x_BCHW * std_C11 + mean_C11
 
     @cached_property
     def decoder(self) -> OneFrame:

@@ -166,10 +166,6 @@ class QwenImage21(PipelineModel):
     has_lengths = True
     longest_text = 1024
 
-    def check(self, transformer: Mapping[str, Any]) -> None:
-        if self.max_sequence_length < 1:
-            raise ValueError("model.max_sequence_length must be at least 1, got 0; use 256")
-
     @classmethod
     def tokens_of(cls, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
         # a token is one latent pixel, and their number in a row is even, as the pipeline rounds it
@@ -189,9 +185,16 @@ class QwenImage21(PipelineModel):
     def pipeline_of(self, **modules: Any) -> Any:
         return super().pipeline_of(processor=_NoProcessor(), **modules)
 
+    def check_text(self, text: str) -> None:
+        pipeline = self.pipeline
+        # an empty text is a blank to it
+        prompt = pipeline.prompt_template_t2i.format(text or " ")
+        num_tokens = len(pipeline.processor.tokenizer(prompt).input_ids) - pipeline._drop_idx
+        refuse_longer(text, num_tokens, self.max_sequence_length, self.longest_text)
+
     def run_encoders(self, text: str) -> Conditions:
+        self.check_text(text)
         embeds_BLC, _, _ = self.pipeline.encode_prompt([text])
-        refuse_longer(text, embeds_BLC.shape[1], self.max_sequence_length, self.longest_text)
         return Conditions(embeds_BLC, embeds_BLC.new_zeros(1, 0))
 
     @classmethod
@@ -200,13 +203,6 @@ class QwenImage21(PipelineModel):
 
     def num_channels(self, vae: Mapping[str, Any]) -> int:
         return int(vae.get("z_dim", 64))
-
-    def unscaled(self, x_BCHW: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        std_C11, mean_C11 = (
-            on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)
-        )
-        return x_BCHW * std_C11 + mean_C11
 
     @staticmethod
     def decoded(vae: Any, z_BCHW: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fastgrpo.models.attention import Attention
 from fastgrpo.models.blocks.feed_forward import gelu_feed_forward
 from fastgrpo.models.blocks.heads import joint_heads, self_heads
 from fastgrpo.models.blocks.modulation import modulated, normed, parts
-from fastgrpo.models.blocks.network import BlockNetwork
+from fastgrpo.models.blocks.network import BlockNetwork, exact_times
 from fastgrpo.models.blocks.patches import unpatched
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.text_lengths import note_cut
@@ -83,9 +83,7 @@ class SD3Network(BlockNetwork):
 
     def modulate(self, transformer: Any, t: Time, pooled_BC: Tensor) -> Iterator[Tensor]:
         """Of each block's image and text tokens, then of the output."""
-        # the time is not rounded to the type of the weights
-        t_B = t if isinstance(t, Tensor) else torch.full((len(pooled_BC),), t, device=pooled_BC.device)
-        embedding_BC = F.silu(transformer.time_text_embed(1000 * t_B, pooled_BC))
+        embedding_BC = F.silu(transformer.time_text_embed(1000 * exact_times(t, pooled_BC), pooled_BC))
         for block in transformer.transformer_blocks:
             yield block.norm1.linear(embedding_BC)
             yield block.norm1_context.linear(embedding_BC)
@@ -112,6 +110,8 @@ class StableDiffusion3(PipelineModel):
     transformer_class = SD3Transformer2DModel
     network_class = SD3Network
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    # without T5
+    shortest_text = 0
     t5 = ("text_encoder_3", "tokenizer_3")
 
     @classmethod

@@ -28,7 +28,7 @@ from fastgrpo.models.blocks.feed_forward import swiglu
 from fastgrpo.models.blocks.heads import self_heads
 from fastgrpo.models.blocks.layout import blocks_of
 from fastgrpo.models.blocks.modulation import normed, parts
-from fastgrpo.models.blocks.network import BlockNetwork
+from fastgrpo.models.blocks.network import BlockNetwork, exact_times
 from fastgrpo.models.blocks.patches import patched, unpatched
 from fastgrpo.models.blocks.rotary import Rotation, complex_rotation, rotated
 from fastgrpo.models.low_rank import projected
@@ -119,9 +119,7 @@ class ZImageNetwork(BlockNetwork):
 
     def modulate(self, transformer: Any, t: Time, pooled_BC: Tensor) -> Iterator[Tensor]:
         """Of each block of the image, of each block of both, then of the output."""
-        # the time is not rounded to the type of the weights
-        t_B = t if isinstance(t, Tensor) else torch.full((len(pooled_BC),), t, device=pooled_BC.device)
-        embedding_BC = transformer.t_embedder((1 - t_B) * transformer.t_scale).to(pooled_BC.dtype)
+        embedding_BC = transformer.t_embedder((1 - exact_times(t, pooled_BC)) * transformer.t_scale).to(pooled_BC.dtype)
         for block in chain(transformer.noise_refiner, transformer.layers):
             yield block.adaLN_modulation(embedding_BC)
         yield transformer.all_final_layer[_KEY].adaLN_modulation(embedding_BC)
@@ -195,10 +193,10 @@ class ZImage(PipelineModel):
     has_lengths = True
 
     def check(self, transformer: Mapping[str, Any]) -> None:
-        if self.max_sequence_length < 1 or self.max_sequence_length % _MULTIPLE:
+        if self.max_sequence_length % _MULTIPLE:
             raise ValueError(
                 f"Z-Image fills texts up to a multiple of {_MULTIPLE} tokens, and model.max_sequence_length is "
-                f"{self.max_sequence_length}; use {min(_filled(max(self.max_sequence_length, 1)), self.longest_text)}"
+                f"{self.max_sequence_length}; use {min(_filled(self.max_sequence_length), self.longest_text)}"
             )
         # the first position is no text's, and the image stands behind the last
         longest = _positions(transformer)[0] - 2
@@ -220,13 +218,19 @@ class ZImage(PipelineModel):
     def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int]:
         return transformer["cap_feat_dim"], 0
 
-    def run_encoders(self, text: str) -> Conditions:
+    def check_text(self, text: str) -> None:
+        refuse_longer(text, len(self._tokens(text)), self.max_sequence_length, self.longest_text)
+
+    def _tokens(self, text: str) -> list[int]:
         tokenizer, messages = self.pipeline.tokenizer, [{"role": "user", "content": text}]
         template = {"add_generation_prompt": True, "enable_thinking": True}
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, **template)
+        tokens: list[int] = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, **template)).input_ids
+        return tokens
+
+    def run_encoders(self, text: str) -> Conditions:
+        self.check_text(text)
         # tokens that fill it up would be behind it, where a causal model does not see them
-        ids_1M = tokenizer([whole], return_tensors="pt").input_ids
-        refuse_longer(text, ids_1M.shape[1], self.max_sequence_length, self.longest_text)
+        ids_1M = torch.tensor([self._tokens(text)])
         output = self.pipeline.text_encoder(input_ids=ids_1M.to(self.device), output_hidden_states=True)
         embeds_1MC = output.hidden_states[-2]
         return Conditions(embeds_1MC, embeds_1MC.new_empty(1, 0))

@@ -4,15 +4,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# names of the lists of blocks, of all families
-_LISTS = ("transformer_blocks", "single_transformer_blocks", "noise_refiner", "context_refiner", "layers")
-
 
 def blocks_of(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name in the transformer, block) of each."""
-    for name in _LISTS:
-        for number, block in enumerate(getattr(transformer, name, ())):
-            yield f"{name}.{number}", block
+    for name, blocks in transformer.named_children():
+        if isinstance(blocks, nn.ModuleList):
+            for number, block in enumerate(blocks):
+                yield f"{name}.{number}", block
 
 
 def modulators(block: nn.Module) -> Iterator[nn.Linear]:

@@ -74,6 +74,11 @@ def times(t: Time, like_BC: Tensor) -> Tensor:
     return t.to(like_BC.dtype) if isinstance(t, Tensor) else like_BC.new_full((len(like_BC),), t)
 
 
+def exact_times(t: Time, like_BC: Tensor) -> Tensor:
+    """[B], not rounded to the type of the weights, on the device of ``like_BC`` [B, ...]."""
+    return t if isinstance(t, Tensor) else torch.full((len(like_BC),), t, device=like_BC.device)
+
+
 def clipped(x: Tensor) -> Tensor:
     # activations of some models leave the range of float16
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -9,22 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastgrpo.models.attention import Attention, attention_backend
+from fastgrpo.models.attention import Attention
 from fastgrpo.models.blocks.modulation import Modulations
+from fastgrpo.models.blocks.network import exact_times
 from fastgrpo.types import Conditions, Time
 
 
 class WholeNetwork(ABC):
     """(transformer, x [B, C, H, W], t, conditions) -> v [B, C, H, W] in the type of the conditions."""
 
+    has_own_attention = True
+
     def __init__(
         self, *, attention: Attention, compile: Callable[[Any], Any], checkpointing: bool, modulations: Modulations
     ) -> None:
-        if attention is not attention_backend("sdpa"):
-            raise ValueError(f"{type(self).__name__} runs diffusers' own attention; use runtime.attention=sdpa")
         self._velocity = compile(self.velocity)
         self._checkpointing = checkpointing
 
@@ -44,8 +44,7 @@ class WholeNetwork(ABC):
 
     def modulations(self, transformer: Any, t: Time, conditions: Conditions) -> Iterator[Tensor]:
         """The time, and the pooled embedding."""
-        device = conditions.embeds_BLC.device
-        yield t.float() if isinstance(t, Tensor) else torch.full((len(conditions),), t, device=device)
+        yield exact_times(t, conditions.embeds_BLC)
         yield conditions.pooled_BC
 
     def forward(self, transformer: Any, x_BCHW: Tensor, embeds_BMC: Tensor, lengths_B: Tensor, *rest: Tensor) -> Tensor:
