@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from fastgrpo.config import config_groups, load_config
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.overrides import quoted, value_of
-from fastgrpo.parts import read_runtime
+from fastgrpo.parts import RunParts, read_runtime
+from fastgrpo.pieces import build
 
 
 def begin(tmp_path: Path, *overrides: str) -> Path:
@@ -237,3 +238,34 @@ def test_a_small_model_begins_at_once(model: str) -> None:
 def test_what_does_not_train_takes_batches_that_nobody_planned(name: str, words: list[str]) -> None:
     sizes = BatchSizes.of_runtime(read_runtime(load_config(name, ["model=sd35_medium", *words])))
     assert [size.value for size in (sizes.training, sizes.sampling, sizes.decoding)] == [16, 16, 16]
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if not model.endswith("_miniature")])
+def test_every_model_takes_weights_as_people_have_them(model: str) -> None:
+    named = ["model._target_=fastgrpo.models.flux.Flux", "model.weights=a"] if model == "custom" else []
+    config = load_config("train", [f"model={model}", *named, "model.variant=fp16", "model.transformer=a.safetensors"])
+    assert (config.model.variant, config.model.transformer) == ("fp16", "a.safetensors")
+
+
+@pytest.mark.parametrize("recipe", config_groups("train")["algorithm"])
+@pytest.mark.parametrize(
+    ("model", "num_steps"), [("z_image_turbo", 8), ("flux_schnell", 4), ("flux2_klein_distilled", 4)]
+)
+def test_no_recipe_changes_the_steps_of_a_distilled_model(model: str, num_steps: int, recipe: str) -> None:
+    config = load_config("train", [f"algorithm={recipe}", f"model={model}"])
+    assert config.algorithm.schedule.num_steps == num_steps
+
+
+@pytest.mark.parametrize("recipe", config_groups("train")["algorithm"])
+def test_every_recipe_takes_given_times(recipe: str) -> None:
+    config = load_config("train", [f"algorithm={recipe}", "model=qwen_image_21_turbo"])
+    assert len(build(config.algorithm.schedule)()) == 9
+
+
+def test_guidance_that_is_not_linear_is_not_cached(tmp_path: Path) -> None:
+    words = ["model=qwen_image_miniature", "solver=cached_guidance", "algorithm=flow_grpo", "algorithm/schedule=sd3"]
+    config = load_config("train", words)
+    with pytest.raises(
+        ValueError, match=r"^solver=cached_guidance adds up branches of guidance, which QwenImage does n"
+    ):
+        RunParts.read(config)

@@ -91,7 +91,7 @@ class PipelineFamily(Policy):
     def unscaled(self, x_BCHW: Tensor) -> Tensor:
         """What the autoencoder decodes, of latents as the transformer knows them."""
         config = self.pipeline.vae.config
-        if "latents_mean" in config:
+        if config.get("latents_mean") is not None:
             # of each channel
             std_C11, mean_C11 = (
                 on_device(values, x_BCHW.device)[:, None, None] for values in (config.latents_std, config.latents_mean)

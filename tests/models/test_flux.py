@@ -321,10 +321,16 @@ def test_the_experiment_is_flow_grpos() -> None:
     assert adaptation.lora_config["target_modules"] == expected
 
 
-@pytest.mark.parametrize("setting", [{"use_t5": False}, {"max_sequence_length": 0}])
-def test_texts_need_t5(setting: dict[str, Any], weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_t5": False}, "FLUX reads texts through T5; leave out model.use_t5=false"),
+        ({"max_sequence_length": 0}, r"model\.max_sequence_length must lie in 1 to 512, .* got 0"),
+    ],
+)
+def test_texts_need_t5(setting: dict[str, Any], message: str, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Flux, "_make_pipeline", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match="FLUX reads texts through T5"):
+    with pytest.raises(ValueError, match=message):
         make_model(weights, **setting)
 
 

@@ -307,7 +307,7 @@ def test_settings_that_do_not_go_with_it_are_refused(
 def test_a_transformer_with_guidance_as_an_input_is_refused() -> None:
     settings = ["model=flux2_klein_miniature", "model.architecture.transformer.guidance_embeds=true"]
     config = load_config("train", settings)
-    with pytest.raises(ValueError, match=r"takes guidance as an input.*; set its guidance_embeds to false, or take"):
+    with pytest.raises(ValueError, match=r"takes guidance as an input.*; give the weights of a klein, as"):
         build_partial(config.model, "adaptation")(adaptation=LoRA())
 
 

@@ -1,6 +1,8 @@
 """README's model of one's own: a user types it into a file, and every command works with it."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 from fastgrpo.algorithm.schedule import LinearSchedule
 from fastgrpo.cli import main
 from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.models.blocks.layout import blocks_of
+from fastgrpo.models.encoder_identity import code_identity
+from fastgrpo.models.flux import Flux
 from fastgrpo.models.lora import LoRA
 from fastgrpo.sampler import Sampler
 from fastgrpo.types import Prompts, Samples
@@ -65,8 +70,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "aura_flow.py").write_text(example(), encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
-    monkeypatch.delitem(__import__("sys").modules, "aura_flow", raising=False)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
     return tmp_path / "weights"
 
 
@@ -138,3 +143,46 @@ def test_every_command_takes_it(weights: Path, capsys: pytest.CaptureFixture[str
     base.load_lora_weights("export/lora", weight_name="pytorch_lora_weights.safetensors")
     assert main(["sample", "run=run", "prompt=a red circle", "output=again", *quick]) == 2
     assert named in capsys.readouterr().err
+
+
+def own_model(**members: Any) -> Any:
+    from aura_flow import AuraFlow  # type: ignore[import-not-found]
+
+    return type("Own", (AuraFlow,), members)
+
+
+def test_what_it_cannot_do_is_said_before_weights_are_read(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(weights.parent))
+    settings: dict[str, Any] = {"weights": str(weights), "resolution": 64, "max_sequence_length": 7}
+    own = own_model(_make_pipeline=lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(
+        ValueError, match=r"runtime\.attention=flash: AuraFlowNetwork runs diffusers' own attention; use"
+    ):
+        own(adaptation=LoRA(), attention="flash", **settings)
+    without_loader = type("SomePipeline", (), {})
+    with pytest.raises(ValueError, match=r"^diffusers' SomePipeline has no LoRA files; use adaptation=full"):
+        own_model(pipeline_class=without_loader)(adaptation=LoRA(), **settings)
+
+
+def test_its_blocks_are_found_by_their_lists(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(weights.parent))
+    transformer = AuraFlowPipeline.from_pretrained(weights).transformer
+    assert [name for name, _ in blocks_of(transformer)] == [
+        "joint_transformer_blocks.0",
+        "single_transformer_blocks.0",
+        "single_transformer_blocks.1",
+    ]
+
+
+def test_conditions_are_those_of_its_code_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identities = []
+    for number in (1, 2):
+        (tmp_path / "reader.py").write_text(f"class Reader:\n    number = {number}\n")
+        monkeypatch.delitem(sys.modules, "reader", raising=False)
+        importlib.invalidate_caches()
+        identities.append(code_identity(importlib.import_module("reader").Reader))
+    assert identities[0] != identities[1]
+    assert identities[0].startswith("reader.Reader ")
+    assert code_identity(Flux) == "fastgrpo.models.flux.Flux"

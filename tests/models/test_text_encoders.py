@@ -1,6 +1,6 @@
 """Text encoders come to the device as a copy that is dropped, and not at all while a run trains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +114,8 @@ class OnDisk:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.encoded = directory, 0
+
+    def check_texts(self, texts: Iterable[str]) -> None: ...
 
     def encode_ahead(self, texts: Sequence[str], *, is_shown: bool) -> int:
         absent = [text for text in texts if not (self.directory / text).exists()]

@@ -20,6 +20,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.z_image import ZImage
 from fastgrpo.pieces import build, build_partial
 from fastgrpo.train import build_trainer
+from fastgrpo.train import train as train_run
 from fastgrpo_kernels import combined
 from tests.models.test_sharding import CHECKPOINTING, FULL, Case, assert_agree, train
 from tests.ranks import Ranks, ranks_of_module
@@ -239,3 +240,16 @@ def test_published_models_bring_their_guidance_and_times(
     assert (config.model.weights, config.model.guidance_scale) == (weights, guidance_scale)
     assert config.algorithm.schedule.shift == shift
     assert config.runtime.micro_batch == 0
+
+
+def test_a_text_that_is_too_long_is_found_before_the_run_begins(tmp_path: Path) -> None:
+    weights = make_pipeline(tmp_path / "z_image")
+    words = ["model=z_image_miniature", f"model.weights={weights}", "model.resolution=64", *WITHOUT_GUIDANCE]
+    overrides = make_overrides(weights, tmp_path / "run", *words, "algorithm=nft", "train.iterations=1")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * 40 + "two blue squares " * 30 + "\n")
+    with pytest.raises(
+        ValueError, match=r"^prompt 'two blue squares .* tokens long with its chat template, and model\.max"
+    ):
+        train_run(load_config("train", overrides))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
