@@ -1,6 +1,7 @@
 """Micro-batches of one size: the last is filled up with rows of the first, whose results are thrown away.
 
-So there is one shape to compile, and a sample is rounded alike wherever it is in whichever batch of a kind.
+So there is one shape to compile, and a sample is rounded alike wherever it is in whichever batch of a kind that
+is filled up to one length of texts.
 """
 
 from collections.abc import Callable, Iterator

@@ -83,7 +83,7 @@ def test_an_operator_of_ours_is_called_from_compiled_code_and_passes_its_gradien
 
 def test_more_variants_than_the_limit_raise_each_time(cache: Path) -> None:
     block, run = make_blocks(1)[0], CompiledBlocks(cache=str(cache))(residual)
-    assert torch._dynamo.config.recompile_limit == torch._dynamo.config.accumulated_recompile_limit == 64 * 8
+    assert torch._dynamo.config.recompile_limit == torch._dynamo.config.accumulated_recompile_limit == 128 * 8
     with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
         for batch in (2, 3):
             run(block, make_x(batch))
