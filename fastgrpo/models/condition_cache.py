@@ -53,8 +53,9 @@ class ConditionCache:
             make_private(self.directory / self.encoders, _KEY)
 
     def get(self, texts: Sequence[str]) -> Conditions:
-        """One row a text.  A row is the same bit for bit whichever texts come with it, and wherever it comes from, but for
-        the zeros that fill it up to the longest of them.
+        """One row a text, filled up with zeros to the longest of them.
+
+        What is not filled is the same bit for bit whichever texts come with it, and wherever it comes from.
         """
         rows = {text: row for text in dict.fromkeys(texts) if (row := self._find(text)) is not None}
         for text, row, _ in self._encode([text for text in dict.fromkeys(texts) if text not in rows]):

@@ -60,7 +60,8 @@ METRICS = {
     "seconds/evaluate": "evaluation, in the iterations that have one",
     "seconds/checkpoint": "writing the checkpoint of the iteration before, 0 where there was none",
     "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
-    "compilations": "graphs that torch.compile made in the iteration; 0 after the first of each resolution and length of texts",
+    "compilations": "graphs that torch.compile made in the iteration; 0 after the first of each resolution and length "
+    "of texts",
     "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
