@@ -28,8 +28,8 @@ R = TypeVar("R")
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 # of one function in a resolution: 3 kinds of SD3.5's blocks, times sampling, lossy sampling, the branches without
-# gradient, the first block and the others under gradient, times up to 4 batch sizes; other families have fewer kinds and up
-# to 5 lengths of texts; dynamo's own 8 is for one shape
+# gradient, the first block and the others under gradient, times up to 4 batch sizes; other families have fewer kinds
+# and up to 5 lengths of texts; dynamo's own 8 is for one shape
 MAX_VARIANTS = 128 * MAX_RESOLUTIONS
 _LINK_SECONDS = 120
 
