@@ -92,8 +92,8 @@ COMMANDS = {
     "export": Command(
         run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
-        details="Writes lora/ for pipeline.load_lora_weights and, with merged=true, merged/ for "
-        "StableDiffusion3Pipeline.from_pretrained; both hold the averaged weights of the run's last checkpoint.",
+        details="Writes the averaged weights of the run's last checkpoint: lora/ for pipeline.load_lora_weights and, "
+        "with merged=true, merged/ for from_pretrained of the model's pipeline.",
         examples=(
             "fastgrpo export run=outputs/run output=exported",
             "fastgrpo export run=outputs/run output=exported merged=true",

@@ -11,6 +11,11 @@ RECIPES = (
     "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "smart_grpo", "smart_grpo_paper", "chunk_grpo",
     "flow_dppo", "flow_grpo_guard", "nft", "awm", "v_grpo", "rwr",
 )  # fmt: skip
+# a family of models each
+MINIATURES = (
+    "sd35_miniature", "flux_miniature", "z_image_miniature", "qwen_image_miniature", "qwen_image_21_miniature",
+    "flux2_klein_miniature",
+)  # fmt: skip
 _OF_STEPS, _OF_IMAGES = "algorithm=flow_grpo_fast", "algorithm=nft"
 # the embedded model's own types are float32, which fp8 and most attention does not take
 _HALF = ("model.dtype=bfloat16", "model.decode_dtype=bfloat16")
@@ -128,14 +133,21 @@ def _ranks() -> Iterator[Case]:
 
 
 def _models() -> Iterator[Case]:
-    for model in ("sd35_miniature", "flux_miniature"):
-        schedule = ("algorithm/schedule=flux", "algorithm.schedule.num_steps=6") if "flux" in model else ()
-        for recipe in (_OF_STEPS, _OF_IMAGES):
+    for model in MINIATURES:
+        # in place of the embedding that FLUX has for it, an algorithm on images has no guidance
+        of_steps, of_images = (_OF_STEPS, "algorithm.schedule.num_steps=6"), (_OF_IMAGES, "model.guidance_scale=1.0")
+        small = (f"model={model}", *_MINIATURE)
+        for recipe in (of_steps, of_images):
+            short = recipe[0].partition("=")[2]
             for how in ("eager", "blocks", "graphs"):
-                name = f"{model}-{recipe.partition('=')[2]}-{how}"
-                # in place of the embedding that FLUX has for it, an algorithm on images has no guidance
-                unguided = ("model.guidance_scale=1.0",) if recipe == _OF_IMAGES else ()
-                yield _case(name, recipe, *schedule, f"model={model}", *unguided, f"compile={how}", *_MINIATURE)
+                yield _case(f"{model}-{short}-{how}", *recipe, *small, f"compile={how}")
+            fp8 = ("lossy=fp8", "compile=blocks")
+            yield _case(f"{model}-{short}-fp8", *recipe, *small, *fp8)
+        yield _case(f"{model}-oblong", *of_steps, *small, "compile=graphs", "model.resolution=[192,256]")
+        yield _case(f"{model}-kl", *of_steps, *small, "algorithm.objective.kl_coef=0.01", "runtime.checkpointing=true")
+        yield _case(f"{model}-full", *of_steps, *small, "adaptation=full", "compile=blocks")
+        yield _case(f"{model}-two_ranks", *of_steps, *small, ranks=2)
+        yield _case(f"{model}-two_ranks-full", *of_images, *small, "adaptation=full", ranks=2)
     for experiment in ("flow_grpo_sd35", "nft_sd35", "smart_grpo_sd35", "flow_grpo_flux"):
         yield Case(
             name=experiment,

@@ -15,6 +15,8 @@ def export(config: DictConfig) -> None:
     model, origin = load_model(config)
     if not model.has_lora and not config.merged:
         raise ValueError(f"{config.run} trained all weights, so there is no LoRA to export; use merged=true")
+    if config.merged and config.model.get("weights") == "random":
+        raise ValueError(f"{config.run} is of model.weights=random, a pipeline without text encoders; use merged=false")
     print(f"{origin[0].upper()}{origin[1:]}:")
     if model.has_lora:
         model.save_lora(directory / "lora")

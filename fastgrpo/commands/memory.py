@@ -66,7 +66,7 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
     if (weights := config.model.get("weights")) != "random":
         raise ValueError(
             f"memory={config.memory} counts a model without its weights, and model.weights is {weights}; "
-            "add model.weights=random, for example with model=sd35_medium, or use memory=here"
+            "add model.weights=random, which a model of real size takes, or use memory=here"
         )
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(

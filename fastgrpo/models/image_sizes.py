@@ -24,7 +24,9 @@ class ImageSizes:
     def check(self, resolution: Resolution, what: str) -> None:
         """ValueError, which begins with ``what``, for a resolution that cannot be drawn."""
         if self.largest is not None and max(resolution) > self.largest:
-            raise ValueError(f"{what}: height and width must be at most {self.largest}; it has positions for no more")
+            raise ValueError(
+                f"{what}: height and width must be at most {self.largest}; the transformer has positions for no more"
+            )
         if odd := [side for side in dict.fromkeys(resolution) if side < self.step or side % self.step]:
             nearest = ", ".join(map(self._nearest, odd))
             raise ValueError(f"{what}: height and width must be multiples of {self.step}; {nearest}")

@@ -86,8 +86,8 @@ class QwenImageNetwork(BlockNetwork):
     def _turns(self, transformer: Any, num_text: int, rows: int, columns: int, device: torch.device) -> Rotation:
         key = (num_text, rows, columns)
         if key not in self._rotations:
-            turns = transformer.pos_embed([(1, rows, columns)], max_txt_seq_len=num_text, device=device)
-            self._rotations[key] = complex_rotation(torch.cat(turns))
+            turns = transformer.pos_embed([(1, rows, columns)], max_txt_seq_len=num_text, device=torch.device("cpu"))
+            self._rotations[key] = complex_rotation(on_device(torch.cat(turns), device))
         return self._rotations[key]
 
 

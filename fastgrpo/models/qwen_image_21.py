@@ -94,7 +94,7 @@ class QwenImage21Network(BlockNetwork):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # (text tokens, rows, columns) -> complex turns
+        # (text tokens, rows, columns) -> complex turns by the length of the text, of image tokens, of text tokens
         self._turns: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def stacks(self, transformer: Any) -> Iterator[Sequence[nn.Module]]:
@@ -125,25 +125,20 @@ class QwenImage21Network(BlockNetwork):
     def _rotation(self, transformer: Any, num_text: int, rows: int, columns: int, lengths_B: Tensor) -> Rotation:
         key = (num_text, rows, columns)
         if key not in self._turns:
-            self._turns[key] = _turns(transformer, *key, lengths_B.device)
-        frames_PE, image_LE, text_ME = self._turns[key]
-        frame_BLE = frames_PE[lengths_B.long()][:, None].expand(-1, len(image_LE), -1)
+            # tables on the CPU of turns by 0 to 8191 and by -1024 to -1, which are at their end
+            first, *others = transformer.pos_embed.freqs
+            down, across = (torch.arange(-(n - n // 2), n // 2) for n in (rows, columns))
+            places = down.repeat_interleave(columns), across.repeat(rows)
+            image_LE = torch.cat([table[place] for table, place in zip(others, places, strict=True)], dim=1)
+            text_ME = torch.cat([table[:num_text] for table in (first, *others)], dim=1)
+            by_length, of_image, of_text = (
+                on_device(turns, lengths_B.device) for turns in (first[: num_text + 1], image_LE, text_ME)
+            )
+            self._turns[key] = by_length, of_image, of_text
+        by_length, image_LE, text_ME = self._turns[key]
+        frame_BLE = by_length[lengths_B.long()][:, None].expand(-1, len(image_LE), -1)
         image_BLE = torch.cat([frame_BLE, image_LE.expand(len(lengths_B), -1, -1)], dim=2)
         return complex_rotation(torch.cat([image_BLE, text_ME.expand(len(lengths_B), -1, -1)], dim=1))
-
-
-def _turns(
-    transformer: Any, num_text: int, rows: int, columns: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Complex turns: of each length of a text, of image tokens by row and column, and of text tokens."""
-    # tables of turns by 0 to 8191 and by -1024 to -1, which are at their end
-    frames_PE, *others = transformer.pos_embed.freqs
-    down, across = (torch.arange(-(side - side // 2), side // 2) for side in (rows, columns))
-    places = down.repeat_interleave(columns), across.repeat(rows)
-    image_LE = torch.cat([table[place] for table, place in zip(others, places, strict=True)], dim=1)
-    text_ME = torch.cat([table[:num_text] for table in (frames_PE, *others)], dim=1)
-    # they are on the host
-    return on_device(frames_PE, device), on_device(image_LE, device), on_device(text_ME, device)
 
 
 class _NoProcessor:

@@ -44,7 +44,10 @@ def refuse_longer(text: str, num_tokens: int, most: int, longest: int) -> None:
 def note_cut(text: str, tokenizer: Any, most: int) -> None:
     """Say in one line that a text is cut to its first ``most`` tokens, where it is."""
     if (num_tokens := len(tokenizer(text).input_ids)) > most:
-        _log.warning("prompt %r is %d tokens long, of which the first %d are read", _shown(text), num_tokens, most)
+        _log.warning(
+            "prompt %r is %d tokens long, of which the first %d are read (model.max_sequence_length)",
+            *(_shown(text), num_tokens, most),
+        )
 
 
 def _shown(text: str) -> str:

@@ -203,7 +203,8 @@ class ZImage(PipelineModel):
         if self.max_sequence_length > longest:
             raise ValueError(
                 f"model.max_sequence_length is {self.max_sequence_length}, and this transformer has positions for "
-                f"{longest // _MULTIPLE * _MULTIPLE} tokens; use as many"
+                f"{longest // _MULTIPLE * _MULTIPLE} tokens; use model.max_sequence_length="
+                f"{longest // _MULTIPLE * _MULTIPLE}"
             )
         patches = zip(transformer.get("all_patch_size", (2,)), transformer.get("all_f_patch_size", (1,)), strict=False)
         if (_PATCH, 1) not in patches:

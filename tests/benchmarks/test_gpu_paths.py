@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_paths import __main__ as command
-from benchmarks.gpu_paths.cases import RECIPES, Case, all_cases
+from benchmarks.gpu_paths.cases import MINIATURES, RECIPES, Case, all_cases
 from fastgrpo.config import config_groups, load_config
 from fastgrpo.models.attention import BACKENDS
 from tests.processes import lives, wait_until
@@ -38,6 +38,8 @@ def test_every_recipe_model_kind_way_to_compile_solver_and_attention_is_tried() 
     for recipe in RECIPES:
         assert {f"{recipe}-{how}" for how in ("eager", "blocks", "graphs")} <= CASES.keys()
     assert all(f"runtime.attention={name}" in tried for name in BACKENDS)
+    assert set(MINIATURES) == {name for name in groups["model"] if name.endswith("_miniature")}
+    assert all(f"model={model} " in tried for model in MINIATURES)
     # the first is the one that all others are
     assert all(f"solver={option}" in tried for option in set(groups["solver"]) - {"euler"})
 
