@@ -67,6 +67,5 @@ def test_a_text_that_is_cut_is_one_line(tiny_weights: Path, caplog: pytest.LogCa
     most = model.pipeline.tokenizer.model_max_length
     said = [record.getMessage() for record in caplog.records]
     # 60 words, a beginning and an end
-    assert said == [
-        f"prompt {words[:57] + '...'!r} is 62 tokens long, of which the first {most} are read (model.max_sequence_length)"
-    ]
+    read = f"of which the first {most} are read (model.max_sequence_length)"
+    assert said == [f"prompt {words[:57] + '...'!r} is 62 tokens long, {read}"]

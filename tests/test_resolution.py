@@ -53,7 +53,7 @@ def test_anything_else_is_refused(value: object) -> None:
         ),
         ((15, 16), "it: height and width must be multiples of 16; 16 is the nearest to 15"),
         ((-32, 16), "it: height and width must be multiples of 16; 16 is the nearest to -32"),
-        ((16, 1025), "it: height and width must be at most 1024; the transformer has positions for no more"),
+        ((16, 1025), "it: height and width must be at most 1024; this model has no more positions"),
     ],
 )
 def test_the_nearest_that_fit_are_named(sides: tuple[int, int], message: str) -> None:

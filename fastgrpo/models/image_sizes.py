@@ -25,7 +25,7 @@ class ImageSizes:
         """ValueError, which begins with ``what``, for a resolution that cannot be drawn."""
         if self.largest is not None and max(resolution) > self.largest:
             raise ValueError(
-                f"{what}: height and width must be at most {self.largest}; the transformer has positions for no more"
+                f"{what}: height and width must be at most {self.largest}; this model has no more positions"
             )
         if odd := [side for side in dict.fromkeys(resolution) if side < self.step or side % self.step]:
             nearest = ", ".join(map(self._nearest, odd))

@@ -28,6 +28,7 @@ from fastgrpo.models.blocks.rotary import Rotation, complex_rotation
 from fastgrpo.models.one_frame import OneFrame
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.text_lengths import refuse_longer
+from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions, Time
 from fastgrpo_kernels import GuidedVelocity
 
