@@ -30,7 +30,7 @@ def check_named(node: Any, source: Path, line: Mapping[str, Any], pieces: tuple[
     for place, path in _code(node, key):
         if not is_dotted(path):
             raise ValueError(f"{source}: {place} is {path!r}, which names no class; correct it")
-        if line.get(place) == path or _is_piece(path, pieces):
+        if line.get(place) == path or _is_piece(path, pieces, f"{source}: {place}"):
             continue
         if "[" in place:
             # no word of a command line names a part of a list
@@ -83,11 +83,14 @@ def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield f"{key}[{index}]", child
 
 
-def _is_piece(path: str, packages: tuple[str, ...]) -> bool:
-    """Whether the module that it leads to, of one of the packages, defines it: a class, or a reward's function."""
+def _is_piece(path: str, packages: tuple[str, ...], place: str) -> bool:
+    """Whether the module that it leads to, of one of the packages, defines it: a class, or a reward's function.
+
+    ValueError, which begins with ``place``, where it is of one of the packages and there is none.
+    """
     module = path.rpartition(".")[0]
     if not module.startswith(tuple(f"{package}." for package in packages)):
         return False
-    found = find(path, TARGET, "fastgrpo.models.sd3.StableDiffusion3")
+    found = find(path, place, "fastgrpo.models.sd3.StableDiffusion3")
     is_one = inspect.isclass(found) or (inspect.isfunction(found) and path.startswith(_REWARDS))
     return is_one and found.__module__ == module

@@ -188,6 +188,16 @@ def test_images_of_ones_own_model_are_its_own(tiny_weights: Path) -> None:
         ("reward._target_", "fastgrpo.own_code.found.find", "no piece of fastgrpo's"),
         ("reward._target_", "fastgrpo.tensorrt.engine.load_library", "no piece of fastgrpo's"),
         ("reward._target_", "fastgrpo.rewards.scoring.Tensor", "no piece of fastgrpo's"),
+        (
+            "model.more._target_",
+            "fastgrpo.models.sd3.Gone",
+            "config.yaml: model.more._target_=fastgrpo.models.sd3.Gone: ",
+        ),
+        (
+            "adaptation._target_",
+            "fastgrpo.models.sd2.Gone",
+            "config.yaml: adaptation._target_=fastgrpo.models.sd2.Gone: there is no module",
+        ),
         ("solver._target_", "fastgrpo.cli.Command", "no piece of fastgrpo's"),
         ("adaptation.targets", [{"_target_": "own_model.Marked"}], "give adaptation.targets again"),
         ("model._target_", "own_model.Marked; echo", "names no class"),
