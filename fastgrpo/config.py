@@ -19,9 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastgrpo.checkpoints.begun import read_begun
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, value_of
-from fastgrpo.own_code.named import PIECES, check_named, check_values
+from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
 _CONFIGS = "fastgrpo_configs"
@@ -30,7 +31,6 @@ _RESUMING = ("train", "submit")
 _BROUGHT = {"compile", "runtime", "adaptation"}
 # caches are the user's own, whoever that is when they are opened
 _CACHES = ("cache", "condition_cache", "directory")
-HISTORY = "history"
 
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -116,10 +116,7 @@ def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> Dict
     path = _config_in(config.output)
     if config.resume is not True or not path.is_file():
         return None
-    begun: Any = OmegaConf.load(path)
-    begun.pop(HISTORY, None)
-    check_values(OmegaConf.to_container(begun, resolve=False), "", path)
-    return begun
+    return read_begun(path)
 
 
 def _config_in(output: str) -> Path:
