@@ -29,6 +29,7 @@ _CONFIGS = "fastgrpo_configs"
 _RESUMING = ("train", "submit")
 # groups of which a model chooses another option, as its size wants it; its time grid is another
 _BROUGHT = {"compile", "runtime", "adaptation"}
+_GRID = "algorithm.schedule"
 # caches are the user's own, whoever that is when they are opened
 _CACHES = ("cache", "condition_cache", "directory")
 
@@ -139,6 +140,10 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):
         if (subtree := OmegaConf.select(chosen, group)) is not None:
             OmegaConf.update(config, group, subtree, merge=False, force_add=True)
+    is_given = any(key_of(override).replace("/", ".").startswith(_GRID) for override in structural)
+    # it may be the model's, in the place of which an algorithm that is named again would bring its own
+    if not is_given and (grid := OmegaConf.select(begun, _GRID)) is not None:
+        OmegaConf.update(config, _GRID, grid, merge=False)
     if not any(key_of(override) == "reward_backend" for override in structural):
         _keep_backends(config, begun)
     for override in plain:
