@@ -38,7 +38,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """``configs/<name>.yaml`` with the overrides applied and every interpolation resolved.
 
     With ``resume=true``, the config that the run in ``output`` began with takes the place of the default one; what it
-    would import must be fastgrpo's own or named by an override, too.
+    would import must be fastgrpo's own or named by an override, and so must a variable whose token it would send.
     """
     overrides = [quoted(override) for override in overrides]
     groups = config_groups(name)

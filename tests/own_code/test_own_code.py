@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from fastgrpo import cli
 from fastgrpo.config import load_config
+from fastgrpo.own_code.named import to_name_again
 from tests.tiny_config import make_overrides
 
 # imports are counted in a file, also those of other processes
@@ -243,6 +244,45 @@ def test_a_reward_of_ones_own_is_named_again_to_go_on(tiny_weights: Path, capsys
     assert imported() == ""
     config = load_config("train", ["output=run", "resume=true", "reward.path=own_reward.half"])
     assert config.reward.path == "own_reward.half"
+
+
+def test_a_token_is_sent_where_the_line_names_its_variable_again(
+    tiny_weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWN_TOKEN", "s3cret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+    word, judge = "reward.terms.http.token_env=OWN_TOKEN", "reward.watch.judge.token_env=OWN_TOKEN"
+    begin(tiny_weights, "reward=http", "reward.terms.http.name=red", word)
+    resume = ["output=run", "resume=true"]
+    change("reward.terms.http.endpoints", ["http://elsewhere"])
+    for command in ("train", "submit"):
+        error = fails(capsys, [command, *resume], f"run/config.yaml: {word} sends", f"add {word} to the command")
+        assert "to ['http://elsewhere']" in error
+    for other in ("reward.terms.http.token_env=OTHER", "++reward.watch.http.token_env=OWN_TOKEN", ""):
+        line = [*resume, *([other] if other else [])]
+        if "OTHER" in other:
+            assert load_config("train", line).reward.terms.http.token_env == "OTHER"
+        else:
+            fails(capsys, ["train", *line], f"add {word} ")
+    assert load_config("train", [*resume, word]).reward.terms.http.token_env == "OWN_TOKEN"
+    assert load_config("train", [*resume, "reward.terms.http.token_env=''"]).reward.terms.http.token_env == ""
+    # of each reward, and by its value
+    change("reward.watch.judge", {"_target_": "fastgrpo.rewards.remote.vision_judge.VisionJudge"})
+    change("reward.watch.judge.token_env", "OWN_TOKEN")
+    fails(capsys, ["train", *resume, word], f"add {judge} to the command")
+    change("reward.terms.http.token_env", "AWS_SECRET_ACCESS_KEY")
+    stolen = "reward.terms.http.token_env=AWS_SECRET_ACCESS_KEY"
+    error = fails(capsys, ["train", *resume], f"add {stolen} {judge} to the command")
+    assert "s3cret" not in error
+
+
+def test_what_to_go_on_with_names_code_and_tokens() -> None:
+    remote = {"_target_": "fastgrpo.rewards.remote.http_reward.HttpReward", "endpoints": ["http://a"]}
+    config = {
+        "model": {"_target_": "own_model.Marked"},
+        "reward": {"terms": {"a": {**remote, "token_env": "OWN TOKEN"}, "b": {**remote, "token_env": ""}}},
+    }
+    assert to_name_again(config) == f"{NAMED} 'reward.terms.a.token_env=OWN TOKEN'"
 
 
 def test_what_the_line_names_at_one_key_is_not_allowed_at_another(
