@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from fastgrpo import cli
 from fastgrpo.config import load_config
-from fastgrpo.own_code.named import to_name_again
+from fastgrpo.own_code.named import PIECES, check_named, to_name_again
 from tests.tiny_config import make_overrides
 
 # imports are counted in a file, also those of other processes
@@ -274,6 +274,13 @@ def test_a_token_is_sent_where_the_line_names_its_variable_again(
     stolen = "reward.terms.http.token_env=AWS_SECRET_ACCESS_KEY"
     error = fails(capsys, ["train", *resume], f"add {stolen} {judge} to the command")
     assert "s3cret" not in error
+
+
+def test_a_token_is_named_by_its_value() -> None:
+    config = {"reward": {"terms": {"http": {"token_env": "OTHER", "endpoints": ["http://a"]}}}}
+    with pytest.raises(ValueError, match=r"add reward\.terms\.http\.token_env=OTHER to the command"):
+        check_named(config, Path("c"), {"reward.terms.http.token_env": "OWN_TOKEN"}, PIECES)
+    check_named(config, Path("c"), {"reward.terms.http.token_env": "OTHER"}, PIECES)
 
 
 def test_what_to_go_on_with_names_code_and_tokens() -> None:
