@@ -19,25 +19,26 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastgrpo.checkpoints.begun import read_begun
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, value_of
-from fastgrpo.own_code.named import PIECES, check_named, check_values
+from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
 _CONFIGS = "fastgrpo_configs"
 _RESUMING = ("train", "submit")
 # groups of which a model chooses another option, as its size wants it; its time grid is another
 _BROUGHT = {"compile", "runtime", "adaptation"}
+_GRID = "algorithm.schedule"
 # caches are the user's own, whoever that is when they are opened
 _CACHES = ("cache", "condition_cache", "directory")
-HISTORY = "history"
 
 
 def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """``configs/<name>.yaml`` with the overrides applied and every interpolation resolved.
 
     With ``resume=true``, the config that the run in ``output`` began with takes the place of the default one; what it
-    would import must be fastgrpo's own or named by an override, too.
+    would import must be fastgrpo's own or named by an override, and so must a variable whose token it would send.
     """
     overrides = [quoted(override) for override in overrides]
     groups = config_groups(name)
@@ -116,10 +117,7 @@ def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> Dict
     path = _config_in(config.output)
     if config.resume is not True or not path.is_file():
         return None
-    begun: Any = OmegaConf.load(path)
-    begun.pop(HISTORY, None)
-    check_values(OmegaConf.to_container(begun, resolve=False), "", path)
-    return begun
+    return read_begun(path)
 
 
 def _config_in(output: str) -> Path:
@@ -142,6 +140,10 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     for group in (key_of(override).replace("/", ".") for override in structural if key_of(override) in groups):
         if (subtree := OmegaConf.select(chosen, group)) is not None:
             OmegaConf.update(config, group, subtree, merge=False, force_add=True)
+    is_given = any(key_of(override).replace("/", ".").startswith(_GRID) for override in structural)
+    # it may be the model's, in the place of which an algorithm that is named again would bring its own
+    if not is_given and (grid := OmegaConf.select(begun, _GRID)) is not None:
+        OmegaConf.update(config, _GRID, grid, merge=False)
     if not any(key_of(override) == "reward_backend" for override in structural):
         _keep_backends(config, begun)
     for override in plain:

@@ -80,7 +80,7 @@ def train(config: DictConfig) -> Path:
         except Preempted:
             _write_lora(trainer, run)
             if world.is_first:
-                # what is in a config on disk is imported only where the line names it
+                # what is in a config on disk is imported, or a token sent, only where the line names it
                 words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
                 print(f"go on with: fastgrpo train {words.strip()}", flush=True)
             raise

@@ -49,7 +49,14 @@ def differences(a: Any, b: Any, key: str = "") -> set[str]:
             set(),
         ),
         # a group that is chosen anew is the group as it comes
-        (["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"], ["algorithm=flow_grpo"], {"num_steps"}),
+        (["algorithm=flow_grpo", "algorithm.objective.kl_coef=1.0"], ["algorithm=flow_grpo"], {"kl_coef"}),
+        (["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"], ["algorithm/schedule=sd3"], {"num_steps"}),
+        # but for its time grid, which may be the model's
+        (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft"], set()),
+        (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "algorithm.schedule.num_steps=3"], {"num_steps"}),
+        (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "algorithm/schedule=sd3"], {"schedule"}),
+        (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "model=flux_schnell"], set()),
+        (["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"], ["algorithm=flow_grpo"], set()),
         # one group in another
         (["algorithm=flow_grpo"], ["algorithm/dynamics=cps"], {"dynamics"}),
         (["algorithm=flow_grpo"], ["algorithm/dynamics=flow_sde"], set()),

@@ -44,6 +44,8 @@ _NOT_COMPARED = ("name", "output", "resume", "job", "history")
 _PLAIN = ("train", "prompts")
 # null in these groups is what a key means that a run of an earlier version does not have
 _NULL_IS_NONE = ("model",)
+# sizes of fastgrpo's own, of this version or an earlier one; an own model's may be anything
+_ARCHITECTURES = "fastgrpo.models.architectures."
 _SHOWN = 3
 _ABSENT = "absent"
 
@@ -62,7 +64,7 @@ class Change:
 
 def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: object) -> tuple[Change, ...]:
     """What ``wanted`` does otherwise than the config a run began with; ValueError for what may not change."""
-    before, after = dict(_leaves(begun)), dict(_leaves(wanted))
+    before, after = dict(_leaves(_read(begun))), dict(_leaves(_read(wanted)))
     found = [
         Change(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
         for key in dict.fromkeys((*before, *after))
@@ -80,6 +82,18 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
             "name=NEW model.weights=EXPORT/merged with your settings"
         )
     return tuple(found)
+
+
+def _read(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config without an architecture that nothing reads: it has the sizes of random weights alone."""
+    model = config.get("model", {})
+    if not str(_target_of(model.get("architecture"))).startswith(_ARCHITECTURES) or model.get("weights") == "random":
+        return config
+    return {**config, "model": {key: value for key, value in model.items() if key != "architecture"}}
+
+
+def _target_of(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, Mapping) else None
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from fastgrpo.checkpoints.begun import of_today
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.models.adapter import FlowModel
@@ -49,6 +50,7 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for key, path in line.items():
         _refuse_other(key, path, OmegaConf.select(OmegaConf.create(sections), key), run.config)
     check_values(sections, "", run.config)
+    sections["model"] = of_today(sections["model"], run.config)
     check_named(sections, run.config, line, MODELS)
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)

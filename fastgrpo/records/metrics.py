@@ -196,12 +196,16 @@ class Metrics:
 
     def _first_evaluation(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[np.ndarray]:
         pixels, texts = self._run.images / ".first.npz", self._run.images / ".first.json"
-        is_there = pixels.exists() and texts.exists()
-        if is_there and json.loads(texts.read_text(encoding="utf-8")) == list(prompts):
-            with np.load(pixels, allow_pickle=False) as first:
-                return [first[name] for name in first]
+        # one array, of a run that an earlier version began
+        earlier = pixels.with_suffix(".npy")
         if texts.exists():
-            _log.warning("evaluation prompts have changed: before_after.png starts anew")
+            if json.loads(texts.read_text(encoding="utf-8")) != list(prompts):
+                _log.warning("evaluation prompts have changed: before_after.png starts anew")
+            elif pixels.exists():
+                with np.load(pixels, allow_pickle=False) as first:
+                    return [first[name] for name in first]
+            elif earlier.exists():
+                return list(np.load(earlier, allow_pickle=False))
         file = io.BytesIO()
         np.savez(file, *images)
         write_whole(pixels, file.getvalue())

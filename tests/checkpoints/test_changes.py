@@ -56,6 +56,25 @@ def test_null_of_a_model_is_what_a_key_means_that_an_earlier_version_does_not_ha
         changes(BEGUN, with_value("algorithm.window", None), Path("r"))
 
 
+def with_model(**model: Any) -> dict[str, Any]:
+    return BEGUN | {"model": BEGUN["model"] | model}
+
+
+@pytest.mark.parametrize("other", [{}, {"architecture": {"_target_": "fastgrpo.models.architectures.New", "b": 2}}])
+def test_an_architecture_that_is_not_read_is_not_compared(other: dict[str, Any]) -> None:
+    one = {"architecture": {"_target_": "fastgrpo.models.architectures.Old", "a": 1}}
+    assert changes(with_model(**one), with_model(**other), Path("r")) == ()
+    assert changes(with_model(**other), with_model(**one), Path("r")) == ()
+    with pytest.raises(ValueError, match=r"model\.architecture\._target_ was fastgrpo\.models\.architectures\.Old"):
+        changes(with_model(weights="random", **one), with_model(weights="random", **other), Path("r"))
+
+
+@pytest.mark.parametrize("other", ["b", {"_target_": "own.Sizes", "a": 2}])
+def test_an_architecture_of_an_own_model_is_compared(other: Any) -> None:
+    with pytest.raises(ValueError, match=r"model\.architecture"):
+        changes(with_model(architecture={"_target_": "own.Sizes", "a": 1}), with_model(architecture=other), Path("r"))
+
+
 @pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history"])
 def test_where_a_run_lies_is_not_compared(key: str) -> None:
     assert changes(BEGUN, with_value(key, "other"), Path("r")) == ()

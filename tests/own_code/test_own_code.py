@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from fastgrpo import cli
 from fastgrpo.config import load_config
+from fastgrpo.own_code.named import PIECES, check_named, to_name_again
 from tests.tiny_config import make_overrides
 
 # imports are counted in a file, also those of other processes
@@ -188,6 +189,16 @@ def test_images_of_ones_own_model_are_its_own(tiny_weights: Path) -> None:
         ("reward._target_", "fastgrpo.own_code.found.find", "no piece of fastgrpo's"),
         ("reward._target_", "fastgrpo.tensorrt.engine.load_library", "no piece of fastgrpo's"),
         ("reward._target_", "fastgrpo.rewards.scoring.Tensor", "no piece of fastgrpo's"),
+        (
+            "model.more._target_",
+            "fastgrpo.models.sd3.Gone",
+            "config.yaml: model.more._target_=fastgrpo.models.sd3.Gone: ",
+        ),
+        (
+            "adaptation._target_",
+            "fastgrpo.models.sd2.Gone",
+            "config.yaml: adaptation._target_=fastgrpo.models.sd2.Gone: there is no module",
+        ),
         ("solver._target_", "fastgrpo.cli.Command", "no piece of fastgrpo's"),
         ("adaptation.targets", [{"_target_": "own_model.Marked"}], "give adaptation.targets again"),
         ("model._target_", "own_model.Marked; echo", "names no class"),
@@ -233,6 +244,52 @@ def test_a_reward_of_ones_own_is_named_again_to_go_on(tiny_weights: Path, capsys
     assert imported() == ""
     config = load_config("train", ["output=run", "resume=true", "reward.path=own_reward.half"])
     assert config.reward.path == "own_reward.half"
+
+
+def test_a_token_is_sent_where_the_line_names_its_variable_again(
+    tiny_weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWN_TOKEN", "s3cret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+    word, judge = "reward.terms.http.token_env=OWN_TOKEN", "reward.watch.judge.token_env=OWN_TOKEN"
+    begin(tiny_weights, "reward=http", "reward.terms.http.name=red", word)
+    resume = ["output=run", "resume=true"]
+    change("reward.terms.http.endpoints", ["http://elsewhere"])
+    for command in ("train", "submit"):
+        error = fails(capsys, [command, *resume], f"run/config.yaml: {word} sends", f"add {word} to the command")
+        assert "to ['http://elsewhere']" in error
+    for other in ("reward.terms.http.token_env=OTHER", "++reward.watch.http.token_env=OWN_TOKEN", ""):
+        line = [*resume, *([other] if other else [])]
+        if "OTHER" in other:
+            assert load_config("train", line).reward.terms.http.token_env == "OTHER"
+        else:
+            fails(capsys, ["train", *line], f"add {word} ")
+    assert load_config("train", [*resume, word]).reward.terms.http.token_env == "OWN_TOKEN"
+    assert load_config("train", [*resume, "reward.terms.http.token_env=''"]).reward.terms.http.token_env == ""
+    # of each reward, and by its value
+    change("reward.watch.judge", {"_target_": "fastgrpo.rewards.remote.vision_judge.VisionJudge"})
+    change("reward.watch.judge.token_env", "OWN_TOKEN")
+    fails(capsys, ["train", *resume, word], f"add {judge} to the command")
+    change("reward.terms.http.token_env", "AWS_SECRET_ACCESS_KEY")
+    stolen = "reward.terms.http.token_env=AWS_SECRET_ACCESS_KEY"
+    error = fails(capsys, ["train", *resume], f"add {stolen} {judge} to the command")
+    assert "s3cret" not in error
+
+
+def test_a_token_is_named_by_its_value() -> None:
+    config = {"reward": {"terms": {"http": {"token_env": "OTHER", "endpoints": ["http://a"]}}}}
+    with pytest.raises(ValueError, match=r"add reward\.terms\.http\.token_env=OTHER to the command"):
+        check_named(config, Path("c"), {"reward.terms.http.token_env": "OWN_TOKEN"}, PIECES)
+    check_named(config, Path("c"), {"reward.terms.http.token_env": "OTHER"}, PIECES)
+
+
+def test_what_to_go_on_with_names_code_and_tokens() -> None:
+    remote = {"_target_": "fastgrpo.rewards.remote.http_reward.HttpReward", "endpoints": ["http://a"]}
+    config = {
+        "model": {"_target_": "own_model.Marked"},
+        "reward": {"terms": {"a": {**remote, "token_env": "OWN TOKEN"}, "b": {**remote, "token_env": ""}}},
+    }
+    assert to_name_again(config) == f"{NAMED} 'reward.terms.a.token_env=OWN TOKEN'"
 
 
 def test_what_the_line_names_at_one_key_is_not_allowed_at_another(

@@ -218,6 +218,27 @@ def test_changed_evaluation_prompts_start_before_and_after_anew(
     assert "starts anew" in caplog.text
 
 
+def test_before_of_a_run_that_an_earlier_version_began_is_kept(
+    run: RunDirectory, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    first_BHWC = (colors() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.save(run.images / ".first.npy", first_BHWC, allow_pickle=False)
+    (run.images / ".first.json").write_text(json.dumps(PROMPTS))
+    for iteration in (10, 20):
+        metrics.evaluation_grid(iteration, 1.0 - colors(), PROMPTS)
+        page = np.asarray(Image.open(run.images / "before_after.png"))
+        x, y = cell_origin(0, len(PROMPTS), 2, 64, 64)
+        assert tuple(page[y + 5, x + 5]) == tuple(first_BHWC[0, 5, 5])
+    assert caplog.text == ""
+    # another first evaluation comes before it
+    metrics.evaluation_grid(30, 1.0 - colors()[:1], ["another"])
+    metrics.evaluation_grid(40, colors()[:1], ["another"])
+    page = np.asarray(Image.open(run.images / "before_after.png"))
+    x, y = cell_origin(0, 1, 2, 64, 64)
+    assert tuple(page[y + 5, x + 5]) == tuple(255 - first_BHWC[0, 5, 5])
+    assert caplog.text.count("starts anew") == 1
+
+
 def test_odd_pixels_and_odd_labels_are_drawn(metrics: Metrics) -> None:
     images_BCHW = torch.tensor([float("nan"), -3.0, 7.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     page = np.asarray(Image.open(metrics.evaluation_grid(0, images_BCHW, ["x" * 500 + "\n猫 " * 99])))
