@@ -151,7 +151,8 @@ def begun(model: str, directory: Path, **of_model: Any) -> Any:
 
 
 def changed(before: Any, after: Any, directory: Path) -> set[str]:
-    return {change.key for change in changes(before, OmegaConf.to_container(after), directory)}
+    wanted: Any = OmegaConf.to_container(after)
+    return {change.key for change in changes(before, wanted, directory)}
 
 
 @pytest.mark.parametrize("command", ["train", "submit"])
@@ -171,7 +172,7 @@ def test_a_run_on_weights_goes_on(model: str, weights: str | None, command: str,
         assert changed(old, named, run) == {"train.iterations"}
         assert named.model.architecture._target_.endswith(".Architecture")
         # and so it stands in the directory from then on
-        OmegaConf.save(OmegaConf.masked_copy(named, [key for key in named if key != "job"]), run / "config.yaml")
+        OmegaConf.save(OmegaConf.masked_copy(named, [str(key) for key in named if key != "job"]), run / "config.yaml")
         again = load_config(command, [f"output={run}", "resume=true"])
         assert changed(OmegaConf.to_container(named), again, run) == set()
 
