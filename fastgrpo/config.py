@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastgrpo.checkpoints.begun import read_begun
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, value_of
+from fastgrpo.own_code.begun import settings_of
 from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
@@ -117,7 +117,7 @@ def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> Dict
     path = _config_in(config.output)
     if config.resume is not True or not path.is_file():
         return None
-    return read_begun(path)
+    return OmegaConf.create(settings_of(OmegaConf.to_container(OmegaConf.load(path), resolve=False), path))
 
 
 def _config_in(output: str) -> Path:
@@ -142,7 +142,7 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
             OmegaConf.update(config, group, subtree, merge=False, force_add=True)
     is_given = any(key_of(override).replace("/", ".").startswith(_GRID) for override in structural)
     # it may be the model's, in the place of which an algorithm that is named again would bring its own
-    if not is_given and (grid := OmegaConf.select(begun, _GRID)) is not None:
+    if not is_given and _pieces(begun) == _pieces(chosen) and (grid := OmegaConf.select(begun, _GRID)) is not None:
         OmegaConf.update(config, _GRID, grid, merge=False)
     if not any(key_of(override) == "reward_backend" for override in structural):
         _keep_backends(config, begun)
@@ -156,6 +156,12 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     _expand_home(config)
     assert isinstance(config, DictConfig)
     return config
+
+
+def _pieces(config: Any) -> dict[str, str]:
+    """The classes of an algorithm, but for its time grid: another algorithm has others."""
+    algorithm = config.get("algorithm") or {}
+    return {key: algorithm[key].get("_target_") for key in algorithm if _has_target(algorithm[key])} | {"schedule": ""}
 
 
 def _without_brought(config: DictConfig) -> DictConfig:

@@ -56,6 +56,7 @@ def differences(a: Any, b: Any, key: str = "") -> set[str]:
         (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "algorithm.schedule.num_steps=3"], {"num_steps"}),
         (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "algorithm/schedule=sd3"], {"schedule"}),
         (["model=flux_schnell", "algorithm=nft"], ["algorithm=nft", "model=flux_schnell"], set()),
+        (["model=flux_schnell", "algorithm=nft"], ["algorithm=flow_grpo"], {"algorithm"}),
         (["algorithm=flow_grpo", "algorithm.schedule.num_steps=4"], ["algorithm=flow_grpo"], set()),
         # one group in another
         (["algorithm=flow_grpo"], ["algorithm/dynamics=cps"], {"dynamics"}),

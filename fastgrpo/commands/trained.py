@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fastgrpo.checkpoints.begun import of_today
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.overrides import key_of, line_of, quoted
+from fastgrpo.own_code.begun import of_today
 from fastgrpo.own_code.named import MODELS, check_named, check_values
 from fastgrpo.parts import build_model
 from fastgrpo.pieces import check

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from fastgrpo.own_code.named import check_values
 
 # what resumptions changed is no setting; a job is the line's, and has lines of shell
@@ -13,14 +11,13 @@ _NOT_TAKEN = ("history", "job")
 _GONE = tuple(f"fastgrpo.models.architectures.{name}" for name in ("SD3Architecture", "FluxArchitecture"))
 
 
-def read_begun(path: Path) -> DictConfig:
-    """Its settings, which hold values only; ValueError for a run that this version cannot go on with."""
-    plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+def settings_of(plain: Any, path: Path) -> dict[str, Any]:
+    """Of that file as plain data, its settings; ValueError for a run that this version cannot go on with."""
     if not isinstance(plain, dict):
         raise ValueError(f"{path} is not the config of a run; name another directory by output=")
     plain = {key: value for key, value in plain.items() if key not in _NOT_TAKEN}
     check_values(plain, "", path)
-    return OmegaConf.create(plain | {"model": of_today(plain["model"], path)} if "model" in plain else plain)
+    return plain | {"model": of_today(plain["model"], path)} if "model" in plain else plain
 
 
 def of_today(model: Any, source: Path) -> Any:
