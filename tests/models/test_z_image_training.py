@@ -202,8 +202,8 @@ def test_the_velocity_depends_on_text_latent_and_time() -> None:
     ("settings", "message"),
     [
         ({"max_sequence_length": 40}, r"multiple of 32 tokens, and model\.max_sequence_length is 40; use 64$"),
-        ({"max_sequence_length": 0}, r"model\.max_sequence_length is 0; use 32$"),
-        ({"max_sequence_length": 544}, r"model\.max_sequence_length must lie in 0 to 512, .* got 544$"),
+        ({"max_sequence_length": 0}, r"model\.max_sequence_length must lie in 1 to 512, .* got 0$"),
+        ({"max_sequence_length": 544}, r"model\.max_sequence_length must lie in 1 to 512, .* got 544$"),
         ({"transformer": {"axes_lens": [65, 512, 512]}}, r"is 64, and this transformer has positions for 32 tokens"),
         ({"transformer": {"all_patch_size": [4]}}, r"no patches of 2 x 2 in one frame; use Tongyi-MAI/Z-Image$"),
         ({"transformer": {"siglip_feat_dim": 8}}, r"reads images too \(siglip_feat_dim\); use Tongyi-MAI/Z-Image$"),
