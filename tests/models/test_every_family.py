@@ -38,8 +38,8 @@ def config_of(model: str, recipe: str, directory: Path) -> list[str]:
     words = [f"model={model}", f"algorithm={recipe}", "algorithm.schedule.num_steps=4", "model.resolution=64"]
     words += [*WINDOWS.get(recipe, []), "model.dtype=float64", "model.decode_dtype=float64", "checkpoint.every=1"]
     algorithm: Algorithm = build(load_config("train", words).algorithm)
-    # a loss on images is of one velocity, that of the text; fields that a small group has no room for
-    words += ["model.guidance_scale=1"] if algorithm.learns_from_images else []
+    # a loss on images is of one velocity, that of the text
+    words += ["model.guidance_scale=1", "train.updates=2"] if algorithm.learns_from_images else []
     return make_overrides(Path("random"), directory / "run", *words, "resume=true")
 
 
