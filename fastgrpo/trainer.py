@@ -109,7 +109,9 @@ class Trainer:
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
         measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
-        return measured | {"compilations": num_compilations() - compiled}
+        # a change of size changes rewards too
+        size = {} if prompts.resolution is None else prompts.resolution._asdict()
+        return measured | size | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; asked to stop, or if a reward fails, save and stop."""

@@ -75,6 +75,8 @@ def test_an_iteration_is_of_one_shape_from_its_noise_to_its_images(
         metrics = trainer.step()
         assert metrics.get("ratio_deviation", 0.0) == 0.0
         assert metrics["skipped_steps"] == 0
+        shapes: dict[tuple[int, ...], Any] = {shape: resolution for resolution, shape in LATENT_SHAPES.items()}
+        assert (metrics.get("height"), metrics.get("width")) == (shapes[found[-1]] or (None, None))
     # 2, 2 and 1 of 5 prompts
     assert [found.count(LATENT_SHAPES[resolution]) for resolution in (WIDE, None, TALL)] == [2, 2, 1]
 

@@ -27,6 +27,8 @@ METRICS = {
     "iteration": "iterations done, from 1; 0 is the state before training",
     "images": "images that training has made so far, over all GPUs; those of searches and evaluations not counted",
     "seconds": "training time so far, without evaluation, over all resumptions",
+    "height": "of the iteration's images in pixels, where its prompts ask for a resolution of their own",
+    "width": "the same; rewards and losses of images of other sizes are not to be compared",
     "reward/<name>": "mean of one named reward over the iteration's images",
     "reward/total": "mean of the weighted sum of the rewards: what is maximised",
     "reward/group_std": "standard deviation of the total reward within a group, mean over groups; 0 teaches nothing",
