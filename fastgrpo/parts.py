@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.solver import CachedGuidance, Solver
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.device import device_of, set_threads
@@ -73,6 +74,11 @@ class RunParts:
             iterations=training.iterations,
             seed=config.seed,
         )
+        if training.reweights and isinstance(algorithm.noise, Retries):
+            raise ValueError(
+                "train.gradients=reweight takes gradients while images are made, and algorithm/noise=retries makes some "
+                "of them again; use train.gradients=replay"
+            )
         plain: Any = OmegaConf.to_container(config)
         solver: Solver = build(config.solver)
         if algorithm.learns_from_images and isinstance(solver, CachedGuidance):

@@ -5,6 +5,7 @@ pool that is spread over the ranks; their scores are all that travels.
 Letters: P prompts, K candidates, B samples of this rank, C H W of a latent.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.noise import Candidates, NoiseDraw
+from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal
+from fastgrpo.algorithm.retries import Retries
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -31,8 +33,18 @@ class StartNoise:
     num_iterations: int = 1
     world: World = field(default_factory=World)
 
-    @torch.no_grad()
     def __call__(self, samples: Samples, iteration: int = 0) -> Noise:
+        """Those that the samples begin with."""
+        return self._proposed(samples, iteration, self.algorithm.noise)
+
+    def again(self, samples: Samples, iteration: int, groups: Sequence[int], attempt: int) -> Noise:
+        """Those of samples of some groups, of which all samples are made again."""
+        retries = self.algorithm.noise
+        assert isinstance(retries, Retries)
+        return self._proposed(samples, iteration, lambda draw, score: retries.again(draw, score, groups, attempt))
+
+    @torch.no_grad()
+    def _proposed(self, samples: Samples, iteration: int, propose: NoiseProposal) -> Noise:
         prompts, model = samples.prompts, self.sampler.model
         draw = NoiseDraw(
             seed=self.seed,
@@ -55,7 +67,7 @@ class StartNoise:
                 searched = Prompts(texts, candidates.prompt_ids, prompts.resolution)
                 return self._scores(searched, candidates, estimate_steps)
 
-            return self.algorithm.noise(draw, score)
+            return propose(draw, score)
 
     def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:
         """Rewards [P, K] of all candidates, on every rank."""

@@ -36,6 +36,7 @@ from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.source import Loaded
+from fastgrpo.retry import Retry
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime
@@ -114,6 +115,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         seed=parts.seed,
         world=world,
     )
+    rollout = make_rollout(algorithm, sampler, parts.seed)
     old_policy = OldPolicy(model.trainable, training.old_policy_growth, training.old_policy_limit)
     update = Update(
         model=model,
@@ -140,7 +142,8 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         model=model,
         algorithm=algorithm,
         start_noise=start_noise,
-        rollout=make_rollout(algorithm, sampler, parts.seed),
+        rollout=rollout,
+        retry=Retry(start_noise=start_noise, rollout=rollout, rewards=rewards, world=world),
         rewards=rewards,
         update=update,
         old_policy=old_policy,

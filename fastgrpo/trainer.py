@@ -32,6 +32,7 @@ from fastgrpo.prompts import PromptSource
 from fastgrpo.records.record import Recorder
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.retry import Made, Retry
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Noise, Samples
@@ -56,6 +57,7 @@ class Trainer:
     algorithm: Algorithm
     start_noise: StartNoise
     rollout: Rollout
+    retry: Retry
     rewards: Rewards
     update: Update
     old_policy: OldPolicy
@@ -99,19 +101,22 @@ class Trainer:
             )
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
-            rewards = self.rewards.of_groups(rewards_BR, self.group_size)
+        with timer("search"), self.old_policy.applied():
+            made = self.retry(samples, spread, self.iteration, Made(trajectories, rewards_BR))
+        with timer("reward"):
+            rewards = self.rewards.of_groups(made.rewards_BR, self.group_size)
             advantages_B = _of(samples, self.algorithm.advantage(rewards.learned_PG))
         with timer("update"):
-            learned = (trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
+            learned = (made.trajectories.trained, conditions, advantages_B, shares, made.trajectories.gradients)
             stats = self.update(*learned, iteration=self.iteration)
             self.old_policy.follow()
             self.ema.update()
-        self.health(self.iteration, stats, trajectories, advantages_B)
+        self.health(self.iteration, stats, made.trajectories, advantages_B)
         self.iteration += 1
         measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
-        return measured | size | {"compilations": num_compilations() - compiled}
+        return measured | made.metrics | size | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; asked to stop, or if a reward fails, save and stop."""

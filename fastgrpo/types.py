@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from fastgrpo.resolution import Resolution
 
+# (tensor of all samples, tensor of some, dimension of samples) -> tensor of all samples
+Merge = Callable[[Tensor, Tensor, int], Tensor]
 # of a batch, or float32 [B], one a sample
 Time = float | Tensor
 
@@ -196,6 +198,12 @@ class TrainedSteps:
         """Some of the samples: ``select`` takes them from a tensor along a dimension."""
         return self.map(lambda part_TB: select(part_TB, 1))
 
+    def merge(self, other: "TrainedSteps", merge: "Merge") -> "TrainedSteps":
+        """The same samples, with tensors made of both."""
+        assert self.steps == other.steps
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return TrainedSteps(self.steps, *(merge(own, others, 1) for own, others in pairs))
+
     def cat(self, *others: "TrainedSteps") -> "TrainedSteps":
         """The samples of all, of the same steps."""
         columns = zip(self.tensors, *(other.tensors for other in others), strict=True)
@@ -208,6 +216,10 @@ class TrainedImages:
 
     samples: Samples
     x_0_BCHW: Tensor
+
+    def merge(self, other: "TrainedImages", merge: "Merge") -> "TrainedImages":
+        """The same samples, with latents made of both."""
+        return TrainedImages(self.samples, merge(self.x_0_BCHW, other.x_0_BCHW, 0))
 
 
 @dataclass(frozen=True)
@@ -241,6 +253,22 @@ class Trajectories(Generic[Trained]):
     start_BCHW: Tensor
     trained: Trained
     gradients: list[SampleGradients] = field(default_factory=list)
+
+    def replaced(self, rows_b: Tensor, others: "Trajectories[Trained]", is_taken_b: Tensor) -> "Trajectories[Trained]":
+        """Those of ``rows_b`` replaced, where it is taken, by ``others``, which are of these rows alone."""
+        assert not self.gradients
+
+        def merge(of_all: Tensor, of_some: Tensor, dim: int) -> Tensor:
+            shape = [1] * of_all.ndim
+            shape[dim] = len(rows_b)
+            kept = torch.where(is_taken_b.view(shape), of_some, of_all.index_select(dim, rows_b))
+            return of_all.index_copy(dim, rows_b, kept)
+
+        return Trajectories(
+            merge(self.images_BCHW, others.images_BCHW, 0),
+            merge(self.start_BCHW, others.start_BCHW, 0),
+            self.trained.merge(others.trained, merge),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
-_LINE |= {"old_policy", "health", "step_replay", "image_replay", "signals"}
+_LINE |= {"retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
 _FACE = {"config", "overrides", "pieces", "parts"}
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
     **dict.fromkeys(("start_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
+    "retry": _CARRIED | {"start_noise", "rollout"},
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},
     **dict.fromkeys(("checkpoints", "records"), _LINE),

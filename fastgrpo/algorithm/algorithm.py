@@ -11,6 +11,7 @@ from fastgrpo.algorithm.dynamics import ODE, Dynamics
 from fastgrpo.algorithm.noise import DECISION_STREAM, STEP_STREAM, NoiseProposal, SharedNoise
 from fastgrpo.algorithm.objective.images import ImageObjective, check_contract
 from fastgrpo.algorithm.objective.steps import StepObjective
+from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.schedule import GivenTimes, LinearSchedule, OfResolution, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
 from fastgrpo.algorithm.timesteps import DrawnTimes, Timesteps
@@ -66,6 +67,11 @@ class Algorithm:
     def grid(self) -> tuple[float, ...]:
         """The times t_0 = 1 ... t_N = 0 of a rollout."""
         return self.schedule()
+
+    @property
+    def images_at_once(self) -> int:
+        """Images that are kept of a sample at the same time: two while one of them is chosen."""
+        return 2 if isinstance(self.noise, Retries) else 1
 
     @property
     def usual_updates(self) -> int:
@@ -148,7 +154,9 @@ class Algorithm:
         return isinstance(self.noise, SharedNoise)
 
     def _check_search(self, group_size: int) -> None:
-        if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch):
+        if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch | Retries):
+            return
+        if isinstance(self.noise, Retries) and self.noise.candidates == 1:
             return
         if self.noise.estimate_steps > self.schedule.num_steps:
             raise ValueError(
@@ -156,7 +164,7 @@ class Algorithm:
                 f"{self.schedule.num_steps}, got {self.noise.estimate_steps}; an estimate is to cost less than an image"
             )
         _check_falling(self.estimate_grid(self.noise.estimate_steps))
-        if not isinstance(self.noise, BestOfK):
+        if isinstance(self.noise, EliteSearch | RandomSearch):
             self.noise.check_group(group_size)
 
     def _checked_steps(self, iteration: int, seed: int) -> tuple[int, ...]:

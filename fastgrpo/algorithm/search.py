@@ -143,7 +143,7 @@ class EliteSearch:
         rounds, rounds_SK = [], []
         for r in range(self.rounds):
             candidates = Candidates(draw, SEARCH_STREAM + r, self.candidates, searched, (mean_SCHW, std_SCHW))
-            rewards_SK = _estimate(score, candidates, self.estimate_steps)
+            rewards_SK = scores_of(score, candidates, self.estimate_steps)
             rounds.append(candidates)
             rounds_SK.append(rewards_SK)
             elites_ST = _best_first(rewards_SK)[:, : self.elites]
@@ -187,7 +187,7 @@ class BestOfK:
         num_searches = draw.group_size if self.start == "distinct" else 1
         everyone = range(len(draw.prompt_ids))
         candidates = Candidates(draw, SEARCH_STREAM, num_searches * self.candidates, everyone)
-        rewards_PK = _estimate(score, candidates, self.estimate_steps)
+        rewards_PK = scores_of(score, candidates, self.estimate_steps)
         best_PS = rewards_PK.unflatten(1, (num_searches, self.candidates)).argmax(dim=2)
         best_PS = best_PS + self.candidates * torch.arange(num_searches, device=best_PS.device)
         return _hand_out([candidates], rewards_PK, best_PS)
@@ -215,7 +215,7 @@ class RandomSearch:
         self.check_group(draw.group_size)
         everyone = range(len(draw.prompt_ids))
         rounds = [Candidates(draw, SEARCH_STREAM + r, self.candidates, everyone) for r in range(self.rounds)]
-        rewards_PK = torch.cat([_estimate(score, candidates, self.estimate_steps) for candidates in rounds], dim=1)
+        rewards_PK = torch.cat([scores_of(score, candidates, self.estimate_steps) for candidates in rounds], dim=1)
         # candidates are exchangeable, so the first ones are random ones
         num_taken = draw.group_size if self.start == "distinct" else 1
         taken_PS = torch.arange(num_taken, device=rewards_PK.device).expand(len(rewards_PK), -1)
@@ -265,7 +265,7 @@ class _Searched:
         return found_BCHW
 
 
-def _estimate(score: Score, candidates: Candidates, estimate_steps: int) -> Tensor:
+def scores_of(score: Score, candidates: Candidates, estimate_steps: int) -> Tensor:
     rewards_PK = score(candidates, estimate_steps).float()
     if rewards_PK.shape != (len(candidates.prompts), candidates.num):
         raise ValueError(

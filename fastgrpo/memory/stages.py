@@ -158,7 +158,7 @@ class MemoryPlanner:
         # the start noise, the image, and what is learned from
         per_sample = (1 + num_latents) * x_1CHW.nbytes + model.decode(x_1CHW).nbytes
         per_sample += num_velocities * x_1CHW.numel() * conditions.embeds_BLC.element_size()
-        per_sample += conditions.num_bytes
+        per_sample = self.algorithm.images_at_once * per_sample + conditions.num_bytes
         num_trained = sum(_own_part(weight).numel() for weight in model.trainable.values())
         first_share = -(-self.samples // self.optimizer_steps) if self.reweights else 0
         per_trained = _BYTES_PER_TRAINED + 4 * first_share + _BYTES_PER_LAGGING * self.lags

@@ -64,7 +64,9 @@ METRICS = {
     "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
     "compilations": "graphs that torch.compile made in the iteration; 0 after the first of each resolution and length "
     "of texts",
-    "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
+    "search/share": "share of the iteration's prompts that were searched, or whose groups were made again; the others "
+    "kept plain noise",
+    "search/images": "images made in full by the search in place of others, for each image of the iteration",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
 }

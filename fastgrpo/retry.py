@@ -1,0 +1,100 @@
+"""Groups that are made again, where the algorithm's noise asks for it: rollout and rewards from new noises.
+
+What a sample keeps of its images is trained on, with advantages of the rewards that are kept.
+Letters: P prompts, S of them that are made again, G samples of a prompt, B samples of this rank, b of them that are
+made again, R rewards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm.retries import Retries
+from fastgrpo.distributed.spread import Spread
+from fastgrpo.distributed.world import World
+from fastgrpo.on_device import on_device
+from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.rollout import Rollout
+from fastgrpo.start_noise import StartNoise
+from fastgrpo.types import Samples, Trajectories
+
+
+@dataclass(frozen=True)
+class Made:
+    """Trajectories of this rank's samples, and the rewards [P * G, R] of all ranks'."""
+
+    trajectories: Trajectories[Any]
+    rewards_BR: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """What was made of an iteration's samples -> what they keep of that and of further attempts."""
+
+    start_noise: StartNoise
+    rollout: Rollout
+    rewards: Rewards
+    world: World = field(default_factory=World)
+
+    def __call__(self, samples: Samples, spread: Spread, iteration: int, made: Made) -> Made:
+        retries = self.start_noise.algorithm.noise
+        if not isinstance(retries, Retries):
+            return made
+        first_PG = total_PG = self._total(made.rewards_BR, samples.group_size)
+        tried: list[int] = []
+        for attempt in range(1, retries.tries + 1):
+            groups = retries.groups(total_PG)
+            if not groups:
+                break
+            tried.append(len(groups))
+            made = self._again(retries, samples, spread, iteration, made, groups, attempt)
+            total_PG = self._total(made.rewards_BR, samples.group_size)
+        metrics = {
+            "search/share": max(tried, default=0) / len(samples.prompts),
+            "search/gain": (total_PG.mean() - first_PG.mean()).item(),
+            "search/images": sum(tried) / len(samples.prompts),
+        }
+        return Made(made.trajectories, made.rewards_BR, metrics)
+
+    def _again(
+        self,
+        retries: Retries,
+        samples: Samples,
+        spread: Spread,
+        iteration: int,
+        made: Made,
+        groups: list[int],
+        attempt: int,
+    ) -> Made:
+        """One attempt at the samples of some groups, each on the rank that has it."""
+        group_size, num_rewards = samples.group_size, made.rewards_BR.shape[1]
+        rows_SG = [place * group_size + sample for place in groups for sample in range(group_size)]
+        number = {row: n for n, row in enumerate(rows_SG)}
+        found = Spread(tuple(tuple(number[row] for row in rows if row in number) for rows in spread.rows))
+        own = [row for row in samples.rows if row in number]
+        # a rank that has none keeps step with the others on one that is thrown away
+        rows = tuple(retries.row(row, group_size, attempt) for row in own or rows_SG[:1])
+        again = Samples(samples.prompts, group_size * (retries.tries + 1), rows, found.most)
+        noise = self.start_noise.again(again, iteration, groups, attempt)
+        scores = self.rewards.begin(again.texts)
+        trajectories = self.rollout(
+            again, self.start_noise.sampler.model.encode(again.texts), noise, iteration, scores.add
+        )
+        new_bR = self.world.gather(lambda: scores.collect()[: len(own)], found, num_rewards, "rewards of another try")
+
+        device = made.rewards_BR.device
+        rows_b = on_device(rows_SG, device)
+        old_bR = made.rewards_BR[rows_b]
+        is_new_b = retries.prefers(self._total(new_bR, group_size), self._total(old_bR, group_size)).flatten()
+        rewards_BR = made.rewards_BR.index_copy(0, rows_b, torch.where(is_new_b[:, None], new_bR, old_bR))
+        if not own:
+            return Made(made.trajectories, rewards_BR)
+        places_b = on_device([b for b, row in enumerate(samples.rows) if row in number], device)
+        is_taken_b = is_new_b[on_device([number[row] for row in own], device)]
+        return Made(made.trajectories.replaced(places_b, trajectories, is_taken_b), rewards_BR)
+
+    def _total(self, rewards_BR: Tensor, group_size: int) -> Tensor:
+        return self.rewards.of_groups(rewards_BR, group_size).total_PG
