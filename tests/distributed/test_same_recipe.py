@@ -47,6 +47,10 @@ SHARED_IMAGES = (
     "train.optimizer_steps=2",
     "train.old_policy_growth=0.3",
 )
+# about what the best image of a group has, so that some groups of an iteration are made again and some are not
+RETRIED = ("algorithm/noise=retries", "algorithm.noise.tries=2", "algorithm.noise.success=0.125")
+RETRIED_IMAGES = ("algorithm=nft", "algorithm.schedule.num_steps=3", *RETRIED, "train.optimizer_steps=2")
+RETRIED_STEPS = (*RETRIED, "algorithm.noise.candidates=2", "algorithm.noise.estimate_steps=1")
 GUIDED = ("model.guidance_scale=2.0", "train.optimizer_steps=2")
 FULL = ("adaptation=full", "train.learning_rate=1e-4", "train.prompts_per_iteration=4", "train.group_size=2")
 # of 4 prompts it searches few, so that some rank has no candidate, and must keep step
@@ -74,6 +78,8 @@ def beyond(alone: Run, found: Sequence[Run], dtype: str = "float64") -> dict[str
         pytest.param(GUIDED, 2, id="guided"),
         pytest.param(IMAGES, 2, id="images"),
         pytest.param(SHARED_IMAGES, 4, id="shared images"),
+        pytest.param(RETRIED_IMAGES, 4, id="retried images"),
+        pytest.param(RETRIED_STEPS, 2, id="retried steps"),
     ],
 )
 def test_metrics_and_weights_are_those_of_one_rank(
@@ -96,6 +102,17 @@ def test_full_fine_tuning_on_shards_is_that_of_one_rank(
     assert beyond(alone, on_ranks(num_ranks, train, config, tmp_path / "ranks")) == {}
     num_candidates = [4 * 2 * row["search/share"] for row in alone.rows[1:]]
     assert 0 < min(num_candidates) < 3
+
+
+def test_ranks_without_samples_that_are_made_again_keep_step(
+    tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    words = (*FLOAT64, *RETRIED_STEPS, *FULL, "adaptation.rollout_weights=sharded", "algorithm.noise.success=0.121")
+    config = make_config(tiny_weights, *words)
+    alone = train(World(), config, tmp_path / "1")
+    assert beyond(alone, on_ranks(3, train, config, tmp_path / "ranks")) == {}
+    # groups of 2 samples on 3 ranks
+    assert min(row["search/share"] for row in alone.rows[1:]) == 0.25
 
 
 @pytest.mark.parametrize(
