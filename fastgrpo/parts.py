@@ -76,8 +76,8 @@ class RunParts:
         )
         if training.reweights and isinstance(algorithm.noise, Retries):
             raise ValueError(
-                "train.gradients=reweight takes gradients while images are made, and algorithm/noise=retries makes some "
-                "of them again; use train.gradients=replay"
+                "train.gradients=reweight takes gradients while images are made, and algorithm/noise=retries makes "
+                "some of them again; use train.gradients=replay"
             )
         plain: Any = OmegaConf.to_container(config)
         solver: Solver = build(config.solver)

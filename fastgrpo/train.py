@@ -33,10 +33,10 @@ from fastgrpo.prompts import PromptSource, num_bytes
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
+from fastgrpo.retry import Retry
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.source import Loaded
-from fastgrpo.retry import Retry
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime

@@ -30,9 +30,9 @@ from fastgrpo.profiling.profile import Step, unprofiled
 from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
 from fastgrpo.records.record import Recorder
+from fastgrpo.retry import Made, Retry
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.retry import Made, Retry
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Noise, Samples

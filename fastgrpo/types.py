@@ -11,7 +11,7 @@ Letters, used in names throughout the package:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -254,7 +254,7 @@ class Trajectories(Generic[Trained]):
     trained: Trained
     gradients: list[SampleGradients] = field(default_factory=list)
 
-    def replaced(self, rows_b: Tensor, others: "Trajectories[Trained]", is_taken_b: Tensor) -> "Trajectories[Trained]":
+    def replaced(self, rows_b: Tensor, others: "Trajectories[Any]", is_taken_b: Tensor) -> "Trajectories[Trained]":
         """Those of ``rows_b`` replaced, where it is taken, by ``others``, which are of these rows alone."""
         assert not self.gradients
 

@@ -220,5 +220,5 @@ def test_an_iteration_learns_from_what_was_kept(
 
 def test_what_cannot_be_made_again_is_refused(tiny_weights: Path, tmp_path: Path) -> None:
     words = ("algorithm/noise=retries", "train.gradients=reweight", "algorithm.objective.kl_coef=0")
-    with pytest.raises(ValueError, match="makes some of them again; use train.gradients=replay"):
+    with pytest.raises(ValueError, match=r"makes some of them again; use train.gradients=replay"):
         RunParts.read(load_config("train", make_overrides(tiny_weights, tmp_path / "run", *words)))
