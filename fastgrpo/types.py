@@ -264,11 +264,12 @@ class Trajectories(Generic[Trained]):
             kept = torch.where(is_taken_b.view(shape), of_some, of_all.index_select(dim, rows_b))
             return of_all.index_copy(dim, rows_b, kept)
 
-        return Trajectories(
-            merge(self.images_BCHW, others.images_BCHW, 0),
-            merge(self.start_BCHW, others.start_BCHW, 0),
-            self.trained.merge(others.trained, merge),
+        trained: Any = self.trained.merge(others.trained, merge)
+        images_BCHW, start_BCHW = (
+            merge(own, other, 0)
+            for own, other in ((self.images_BCHW, others.images_BCHW), (self.start_BCHW, others.start_BCHW))
         )
+        return Trajectories(images_BCHW, start_BCHW, trained)
 
 
 @dataclass(frozen=True)
