@@ -81,6 +81,16 @@ class Caption:
             return (1,) * len(self.kinds)
         return tuple(len(list(group)) for _, group in groupby(self.kinds))
 
+    @property
+    def form(self) -> str:
+        """What a caption asks for, apart from colors and shapes: as ``left of``, ``two groups of 5 objects``."""
+        number = len(self.kinds)
+        if self.relation is None:
+            return "one object" if number == 1 else f"{number} equal objects"
+        if number == 2:
+            return self.relation
+        return f"{'chain' if self.then else 'two groups'} of {number} objects"
+
     def __str__(self) -> str:
         words, start = [], 0
         for size, relation in zip(self.sizes, (*self.relations, None), strict=True):

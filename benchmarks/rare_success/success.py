@@ -1,0 +1,86 @@
+"""How often the base model draws each caption right: strict successes over plain noises, 10 ODE steps, no guidance.
+
+    python -m benchmarks.rare_success.success --captions candidates --images 64 --counts COUNTS
+    python -m benchmarks.rare_success.success --captions easy --images 64 --counts COUNTS
+    python -m benchmarks.rare_success.success --captions hard --images 128 --seed 1 --counts COUNTS
+    python -m benchmarks.rare_success.success --write --counts COUNTS
+
+Each of the first adds to the counts in a file; the last writes what is there as a result.  ``candidates`` are the world's
+hard ones, ``hard`` those that were chosen of them, ``easy`` the 300 captions of the world.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rare_success.counts import Counts
+from benchmarks.rare_success.written import write
+from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.config import load_config
+from fastgrpo.evaluate import Evaluation
+from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.parts import build_model, read_runtime
+from fastgrpo.pieces import build
+from fastgrpo.shapes.hard_captions import hard_candidates, hard_captions
+from fastgrpo.shapes.world import all_captions
+from fastgrpo.types import Prompt
+
+NUM_STEPS = 10
+# captions measured together; counts are kept after each such portion
+PORTION = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", choices=["candidates", "easy", "hard"])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", type=Path, required=True)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    counts = Counts.read(arguments.counts)
+    if arguments.captions is not None:
+        begun = time.process_time()
+        for found in measured(_texts(arguments.captions), arguments.images, arguments.seed):
+            counts = counts.with_more(found, f"{arguments.captions}, seed {arguments.seed}")
+            counts.write(arguments.counts)
+            print(f"{time.process_time() - begun:.0f} CPU s", found, flush=True)
+    if arguments.write:
+        print(write(counts).read_text())
+
+
+def measured(texts: list[str], num_images: int, seed: int) -> Iterator[dict[str, tuple[int, int]]]:
+    """(successes, images) of each caption, a portion of them at a time."""
+    config = load_config("evaluate", ["reward=shapes"])
+    model = build_model(config)
+    algorithm: Algorithm = build(config.algorithm)
+    evaluation: dict[str, Any] = {
+        "model": model,
+        "rewards": build(config.reward),
+        "images_per_prompt": num_images,
+        "grid": algorithm.evaluation_grid(NUM_STEPS),
+        "batch_sizes": BatchSizes.of_runtime(read_runtime(config)),
+    }
+    for first in range(0, len(texts), PORTION):
+        part = texts[first : first + PORTION]
+        # noise is of (seed, place in the portion, image): no two portions share theirs
+        own_seed = seed * 1_000_003 + first
+        result = Evaluation(prompts=[Prompt(text) for text in part], seed=own_seed, **evaluation)()
+        successes_P = result.scores["shapes_strict"].sum(dim=1).int().tolist()
+        yield {text: (number, num_images) for text, number in zip(part, successes_P, strict=True)}
+
+
+def _texts(captions: str) -> list[str]:
+    train, held_out = hard_captions()
+    found = {"candidates": hard_candidates, "easy": all_captions, "hard": lambda: [*train, *held_out]}[captions]()
+    return [str(caption) for caption in found]
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
