@@ -2,24 +2,26 @@
 
     python -m benchmarks.rare_success.success --captions candidates --images 64 --counts COUNTS
     python -m benchmarks.rare_success.success --captions easy --images 64 --counts COUNTS
+    python -m benchmarks.rare_success.success --choose --counts COUNTS
     python -m benchmarks.rare_success.success --captions hard --images 128 --seed 1 --counts COUNTS
     python -m benchmarks.rare_success.success --write --counts COUNTS
 
-Each of the first adds to the counts in a file; the last writes what is there as a result.  ``candidates`` are the world's
-hard ones, ``hard`` those that were chosen of them, ``easy`` the 300 captions of the world.
+A line with captions adds to the counts in a file, and does not measure again what is there; ``--choose`` writes the
+prompts chosen by them, and the last line a result.  ``candidates`` are the world's hard ones, ``hard`` those that were
+chosen of them, ``easy`` the 300 captions of the world.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.rare_success.counts import Counts
-from benchmarks.rare_success.written import write
+from benchmarks.rare_success.written import write, write_chosen
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.config import load_config
 from fastgrpo.evaluate import Evaluation
@@ -41,21 +43,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", type=Path, required=True)
+    parser.add_argument("--choose", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     counts = Counts.read(arguments.counts)
     if arguments.captions is not None:
-        begun = time.process_time()
-        for found in measured(_texts(arguments.captions), arguments.images, arguments.seed):
-            counts = counts.with_more(found, f"{arguments.captions}, seed {arguments.seed}")
+        begun, name = time.process_time(), f"{arguments.captions}, seed {arguments.seed}"
+        done = set(counts.by_measurement.get(name, ()))
+        for found in measured(_texts(arguments.captions), arguments.images, arguments.seed, done):
+            counts = counts.with_more(found, name)
             counts.write(arguments.counts)
             print(f"{time.process_time() - begun:.0f} CPU s", found, flush=True)
+    if arguments.choose:
+        write_chosen(counts)
     if arguments.write:
         print(write(counts).read_text())
 
 
-def measured(texts: list[str], num_images: int, seed: int) -> Iterator[dict[str, tuple[int, int]]]:
-    """(successes, images) of each caption, a portion of them at a time."""
+def measured(texts: list[str], num_images: int, seed: int, done: Set[str]) -> Iterator[dict[str, tuple[int, int]]]:
+    """(successes, images) of each caption but those done, a portion of them at a time."""
     config = load_config("evaluate", ["reward=shapes"])
     model = build_model(config)
     algorithm: Algorithm = build(config.algorithm)
@@ -67,7 +73,9 @@ def measured(texts: list[str], num_images: int, seed: int) -> Iterator[dict[str,
         "batch_sizes": BatchSizes.of_runtime(read_runtime(config)),
     }
     for first in range(0, len(texts), PORTION):
-        part = texts[first : first + PORTION]
+        part = [text for text in texts[first : first + PORTION] if text not in done]
+        if not part:
+            continue
         # noise is of (seed, place in the portion, image): no two portions share theirs
         own_seed = seed * 1_000_003 + first
         result = Evaluation(prompts=[Prompt(text) for text in part], seed=own_seed, **evaluation)()
@@ -76,9 +84,8 @@ def measured(texts: list[str], num_images: int, seed: int) -> Iterator[dict[str,
 
 
 def _texts(captions: str) -> list[str]:
-    train, held_out = hard_captions()
-    found = {"candidates": hard_candidates, "easy": all_captions, "hard": lambda: [*train, *held_out]}[captions]()
-    return [str(caption) for caption in found]
+    found = {"candidates": hard_candidates, "easy": all_captions, "hard": lambda: [*chain(*hard_captions())]}[captions]
+    return [str(caption) for caption in found()]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Segmentation follows GenEval (arXiv:2310.11513) in spirit: object, color, count 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -133,9 +133,9 @@ def _relations(
     if not caption.relations:
         return mean_C, holds_C
     ends = np.cumsum((0, *caption.sizes))
-    groups = [range(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    groups = [range(first, last) for first, last in pairwise(ends.tolist())]
     total_C = np.zeros(len(choices_CW))
-    for relation, before, after in zip(caption.relations, groups[:-1], groups[1:], strict=True):
+    for relation, (before, after) in zip(caption.relations, pairwise(groups), strict=True):
         held = np.zeros((len(places) + empty,) * 2)
         at = np.array([item.x if relation == "left of" else item.y for item in places])
         step = at[None, :] - at[:, None]

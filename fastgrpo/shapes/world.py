@@ -6,7 +6,7 @@ A caption is one of three sentences, and everything else follows from it:
     three green triangles                   a count of 2 or 3 equal objects
     a red circle left of a blue square      two objects and a relation
 
-These are ``all_captions``, which the shipped model was made from.  It has never seen the harder ones, up to six objects:
+These are ``all_captions``, which the shipped model was made from.  It has never seen harder ones, of up to 6 objects:
 
     five green triangles                                        a count of 4 or 5
     two red circles left of three blue squares                  two groups and a relation
