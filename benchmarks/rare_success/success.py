@@ -2,8 +2,9 @@
 
     python -m benchmarks.rare_success.success --captions candidates --images 64 --counts COUNTS
     python -m benchmarks.rare_success.success --captions easy --images 64 --counts COUNTS
-    python -m benchmarks.rare_success.success --choose --counts COUNTS
+    python -m benchmarks.rare_success.success --choose --below 0.02 --counts COUNTS
     python -m benchmarks.rare_success.success --captions hard --images 128 --seed 1 --counts COUNTS
+    python -m benchmarks.rare_success.success --choose --counts COUNTS
     python -m benchmarks.rare_success.success --write --counts COUNTS
 
 A line with captions adds to the counts in a file, and does not measure again what is there; ``--choose`` writes the
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rare_success.chosen import HARD_BELOW
 from benchmarks.rare_success.counts import Counts
 from benchmarks.rare_success.written import write, write_chosen
 from fastgrpo.algorithm.algorithm import Algorithm
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", type=Path, required=True)
     parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--below", type=float, default=HARD_BELOW)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     counts = Counts.read(arguments.counts)
@@ -55,7 +58,7 @@ def main() -> None:
             counts.write(arguments.counts)
             print(f"{time.process_time() - begun:.0f} CPU s", found, flush=True)
     if arguments.choose:
-        write_chosen(counts)
+        write_chosen(counts, arguments.below)
     if arguments.write:
         print(write(counts).read_text())
 

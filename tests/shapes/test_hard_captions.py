@@ -94,3 +94,12 @@ def test_candidates_are_new_and_of_many_forms() -> None:
     forms = Counter(caption.form for caption in candidates)
     assert forms["4 equal objects"] == forms["5 equal objects"] == 12
     assert len(forms) == 9
+
+
+def test_prompt_files_hold_new_sentences_of_every_form_apart() -> None:
+    train, held_out = hard_captions()
+    assert (len(train), len(held_out)) == (96, 32)
+    assert len({*train, *held_out}) == 128
+    assert {*train, *held_out} <= set(hard_candidates())
+    assert {c.form for c in train} == {c.form for c in held_out}
+    assert {len(c.kinds) for c in train} >= {3, 4, 5}
