@@ -27,23 +27,21 @@ BANDS = {"<1%": (0.0, 0.01), "1-5%": (0.01, 0.05), "5-20%": (0.05, 0.20), "20-50
 NUM_IN_BAND = 24
 
 
-def choose_hard(totals: Totals, below: float = HARD_BELOW) -> tuple[list[Caption], list[Caption]]:
+def choose_hard(totals: Totals) -> tuple[list[Caption], list[Caption]]:
     """Trained on and held out: candidates seen to succeed in less than 1%, of each form those that ever did first.
 
     Which of a form's are held out is drawn by a seed, so that both parts are as hard.  ValueError where a form has too
-    few captions below 1%.  ``below`` is another bound, for what is to be measured more closely.
+    few captions below 1%.
     """
     generator = np.random.default_rng(SEED)
     train: list[Caption] = []
     held_out: list[Caption] = []
     for form, (num_train, num_held_out) in NUM_HARD.items():
-        found = [c for c in hard_candidates() if c.form == form and _rate(totals, c) < below]
+        found = [c for c in hard_candidates() if c.form == form and _rate(totals, c) < HARD_BELOW]
         # sorted keeps the candidates' order among equals
         found = sorted(found, key=lambda c: -_rate(totals, c))[: num_train + num_held_out]
         if len(found) < num_train + num_held_out:
-            raise ValueError(
-                f"only {len(found)} captions of form {form!r} lie below {below:.0%}; measure more candidates"
-            )
+            raise ValueError(f"only {len(found)} captions of form {form!r} lie below 1%; measure more candidates")
         places = set(generator.permutation(len(found))[:num_held_out].tolist())
         train += [c for i, c in enumerate(found) if i not in places]
         held_out += [c for i, c in enumerate(found) if i in places]

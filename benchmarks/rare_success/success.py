@@ -2,23 +2,22 @@
 
     python -m benchmarks.rare_success.success --captions candidates --images 64 --counts COUNTS
     python -m benchmarks.rare_success.success --captions easy --images 64 --counts COUNTS
-    python -m benchmarks.rare_success.success --choose --below 0.02 --counts COUNTS
-    python -m benchmarks.rare_success.success --captions hard --images 128 --seed 1 --counts COUNTS
+    python -m benchmarks.rare_success.success --captions doubtful --images 128 --counts COUNTS
     python -m benchmarks.rare_success.success --choose --counts COUNTS
     python -m benchmarks.rare_success.success --write --counts COUNTS
 
 A line with captions adds to the counts in a file, and does not measure again what is there; ``--choose`` writes the
-prompts chosen by them, and the last line a result.  ``candidates`` are the world's hard ones, ``hard`` those that were
-chosen of them, ``easy`` the 300 captions of the world.
+prompts chosen by them, and the last line a result.  ``candidates`` are the world's hard ones, ``doubtful`` those of them
+that lie above 1% so far, ``hard`` those that were chosen, ``easy`` the 300 captions of the world.
 """
 
 import argparse
 import time
 from collections.abc import Iterator, Set
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.rare_success.chosen import HARD_BELOW
@@ -41,24 +40,23 @@ PORTION = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", choices=["candidates", "easy", "hard"])
+    parser.add_argument("--captions", choices=["candidates", "doubtful", "easy", "hard"])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", type=Path, required=True)
     parser.add_argument("--choose", action="store_true")
-    parser.add_argument("--below", type=float, default=HARD_BELOW)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     counts = Counts.read(arguments.counts)
     if arguments.captions is not None:
         begun, name = time.process_time(), f"{arguments.captions}, seed {arguments.seed}"
         done = set(counts.by_measurement.get(name, ()))
-        for found in measured(_texts(arguments.captions), arguments.images, arguments.seed, done):
+        for found in measured(_texts(arguments.captions, counts), arguments.images, arguments.seed, done):
             counts = counts.with_more(found, name)
             counts.write(arguments.counts)
             print(f"{time.process_time() - begun:.0f} CPU s", found, flush=True)
     if arguments.choose:
-        write_chosen(counts, arguments.below)
+        write_chosen(counts)
     if arguments.write:
         print(write(counts).read_text())
 
@@ -86,9 +84,17 @@ def measured(texts: list[str], num_images: int, seed: int, done: Set[str]) -> It
         yield {text: (number, num_images) for text, number in zip(part, successes_P, strict=True)}
 
 
-def _texts(captions: str) -> list[str]:
-    found = {"candidates": hard_candidates, "easy": all_captions, "hard": lambda: [*chain(*hard_captions())]}[captions]
-    return [str(caption) for caption in found()]
+def _texts(captions: str, counts: Counts) -> list[str]:
+    if captions == "easy":
+        # mixed, so that those measured when a measurement is stopped are like the others
+        easy = all_captions()
+        return [str(easy[i]) for i in np.random.default_rng(0).permutation(len(easy))]
+    if captions == "hard":
+        return [str(caption) for part in hard_captions() for caption in part]
+    candidates, totals = [str(caption) for caption in hard_candidates()], counts.total
+    if captions == "candidates":
+        return candidates
+    return [text for text in candidates if text in totals and totals[text][0] >= HARD_BELOW * totals[text][1]]
 
 
 if __name__ == "__main__":

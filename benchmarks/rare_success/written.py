@@ -16,9 +16,9 @@ BANDS_FILE = Path(__file__).parent / "bands.json"
 PROMPTS = Path(str(files("fastgrpo.shapes") / "prompts"))
 
 
-def write_chosen(counts: Counts, below: float) -> None:
+def write_chosen(counts: Counts) -> None:
     """The prompt files, and the bands."""
-    for part, captions in zip(("train", "held_out"), choose_hard(counts.total, below), strict=True):
+    for part, captions in zip(("train", "held_out"), choose_hard(counts.total), strict=True):
         (PROMPTS / f"hard_{part}.txt").write_text("".join(f"{caption}\n" for caption in captions))
     BANDS_FILE.write_text(json.dumps(choose_bands(counts.total), indent=1) + "\n")
 
