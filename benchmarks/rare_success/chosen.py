@@ -49,15 +49,16 @@ def choose_hard(totals: Totals) -> tuple[list[Caption], list[Caption]]:
 
 
 def choose_bands(totals: Totals) -> dict[str, list[str]]:
-    """Up to 24 training prompts, easy and hard, of each band of success.
+    """Up to 24 prompts of each band of success: easy ones to train on, and hard candidates that are not held out.
 
     Below 1%, those that succeed most often: of the others nobody knows whether they ever do.
     """
     generator = np.random.default_rng(SEED)
-    train, _ = choose_hard(totals)
+    train, held_out = choose_hard(totals)
+    others = [c for c in hard_candidates() if c not in train and c not in held_out]
     bands = {}
     for band, (low, high) in BANDS.items():
-        found = [str(c) for c in (*training_captions(), *train) if low <= _rate(totals, c) < high]
+        found = [str(c) for c in (*training_captions(), *train, *others) if low <= _rate(totals, c) < high]
         if low == 0.0:
             found = sorted(found, key=lambda text: -totals[text][0] / totals[text][1])[:NUM_IN_BAND]
         else:

@@ -7,8 +7,8 @@
     python -m benchmarks.rare_success.success --write --counts COUNTS
 
 A line with captions adds to the counts in a file, and does not measure again what is there; ``--choose`` writes the
-prompts chosen by them, and the last line a result.  ``candidates`` are the world's hard ones, ``doubtful`` those of them
-that lie above 1% so far, ``hard`` those that were chosen, ``easy`` the 300 captions of the world.
+prompts chosen by them, and the last line a result.  ``candidates`` are the hard ones of the world, ``doubtful`` those
+that lie above 1% so far, ``hard`` those that were chosen, ``easy`` the 300 that the model was made from.
 """
 
 import argparse
