@@ -64,7 +64,7 @@ def _statistics(scores_PG: Tensor) -> dict[str, float | None]:
 def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
     """Means by what a caption of the shapes world asks for; empty for other prompts."""
     try:
-        kinds = [_kind(text) for text in texts]
+        kinds = [parse_caption(text).form for text in texts]
     except ValueError:
         return {}
     by_kind = {}
@@ -73,13 +73,6 @@ def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
         scores = {name: _statistics(scores_PG[rows_P]) for name, scores_PG in result.scores.items()}
         by_kind[kind] = {"prompts": int(rows_P.sum()), "rewards": scores}
     return by_kind
-
-
-def _kind(text: str) -> str:
-    caption = parse_caption(text)
-    if caption.relation is not None:
-        return caption.relation
-    return "one object" if len(caption.kinds) == 1 else f"{len(caption.kinds)} equal objects"
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ squares and triangles of its own area and centroid.  Two answers come out:
 Segmentation follows GenEval (arXiv:2310.11513) in spirit: object, color, count and position are checked one by one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from functools import lru_cache
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -77,43 +79,77 @@ def _overlap(mask: np.ndarray, x: float, y: float, area: int) -> dict[str, float
 
 
 def verify(image_HWC: np.ndarray, caption: Caption) -> tuple[float, float]:
-    """(graded, strict) of one image [H, W, 3] in [0, 1] against its caption."""
+    """(graded, strict) of one image [H, W, 3] in [0, 1] against its caption.
+
+    Graded is that of the best choice of found objects for the wanted ones: the mean of how well each matches, over the
+    wanted or, if they are more, the found ones, times a half and half the share of its relations that hold.  A relation
+    between groups is judged for every pair of their objects.
+    """
     found = find_objects(image_HWC)
     wanted = caption.kinds
-    num_slots = max(len(found), len(wanted))
     if not found:
         return 0.0, 0.0
-    best_graded, best_strict = 0.0, 0.0
-    # at most three objects are wanted; further ones only lower the score through num_slots
-    candidates = sorted(found, key=lambda item: -max(_match(item, kind)[0] for kind in wanted))[:4]
-    slots: list[Found | None] = [*candidates, *[None] * len(wanted)]
-    for chosen in set(permutations(range(len(slots)), len(wanted))):
-        pairs = [(slots[i], kind) for i, kind in zip(chosen, wanted, strict=True)]
-        matches = [_match(item, kind) for item, kind in pairs]
-        relation = _relation(caption.relation, [item for item, _ in pairs])
-        graded = sum(score for score, _ in matches) / num_slots * (0.5 + 0.5 * relation)
-        strict = len(found) == len(wanted) and all(exact for _, exact in matches) and relation == 1.0
-        best_graded, best_strict = max(best_graded, graded), max(best_strict, float(strict))
-    return (1.0 if best_strict else min(best_graded, 0.99)), best_strict
+    matches = {kind: [_match(item, kind) for item in found] for kind in set(wanted)}
+    best = [max(of_kind[i][0] for of_kind in matches.values()) for i in range(len(found))]
+    # further objects only lower the score through the number found
+    num_candidates = 4 if len(wanted) <= 3 else len(wanted) + 2
+    candidates = sorted(range(len(found)), key=lambda i: -best[i])[:num_candidates]
+    # a place that nothing fills matches nothing and lies nowhere
+    empty = max(len(wanted) - len(candidates), 0)
+    places = [found[i] for i in candidates]
+    choices_CW = _choices(len(candidates) + empty, caption.sizes)
+    score_C, exact_C = np.zeros(len(choices_CW)), np.full(len(choices_CW), len(found) == len(wanted))
+    for place_C, kind in zip(choices_CW.T, wanted, strict=True):
+        score_C = score_C + np.array([*(matches[kind][i][0] for i in candidates), *[0.0] * empty])[place_C]
+        exact_C &= np.array([*(matches[kind][i][1] for i in candidates), *[False] * empty])[place_C]
+    relation_C, holds_C = _relations(places, empty, choices_CW, caption)
+    graded = float((score_C / max(len(found), len(wanted)) * (0.5 + 0.5 * relation_C)).max())
+    strict = bool((exact_C & holds_C).any())
+    return (1.0 if strict else min(graded, 0.99)), float(strict)
 
 
-def _match(item: Found | None, kind: tuple[str, str]) -> tuple[float, bool]:
+@lru_cache(maxsize=256)
+def _choices(num_places: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """Every way [C, W] to choose places for the wanted objects; of more than three, in one order within each group."""
+    num_wanted = sum(sizes)
+    # in every order of few: the last bit of a sum depends on it, and the scores of these captions are to stay
+    if num_wanted <= 3:
+        return np.array(list(permutations(range(num_places), num_wanted)))
+    ways: list[tuple[int, ...]] = [()]
+    for size in sizes:
+        ways = [
+            (*way, *more)
+            for way in ways
+            for more in combinations([place for place in range(num_places) if place not in way], size)
+        ]
+    return np.array(ways)
+
+
+def _relations(
+    places: Sequence[Found], empty: int, choices_CW: np.ndarray, caption: Caption
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over relations of the mean over pairs of objects [C], and whether all of them hold [C]."""
+    mean_C, holds_C = np.ones(len(choices_CW)), np.ones(len(choices_CW), dtype=bool)
+    if not caption.relations:
+        return mean_C, holds_C
+    ends = np.cumsum((0, *caption.sizes))
+    groups = [range(first, last) for first, last in pairwise(ends.tolist())]
+    total_C = np.zeros(len(choices_CW))
+    for relation, (before, after) in zip(caption.relations, pairwise(groups), strict=True):
+        held = np.zeros((len(places) + empty,) * 2)
+        at = np.array([item.x if relation == "left of" else item.y for item in places])
+        step = at[None, :] - at[:, None]
+        held[: len(at), : len(at)] = np.clip((step + _RELATION_MARGIN) / (2 * _RELATION_MARGIN), 0.0, 1.0)
+        pairs_CR = np.stack([held[choices_CW[:, i], choices_CW[:, j]] for i in before for j in after], axis=1)
+        total_C += pairs_CR.sum(axis=1) / pairs_CR.shape[1]
+        holds_C &= (pairs_CR == 1.0).all(axis=1)
+    return total_C / len(caption.relations), holds_C
+
+
+def _match(item: Found, kind: tuple[str, str]) -> tuple[float, bool]:
     """How well an object is of a (color, shape): graded in [0, 1], and whether exactly."""
-    if item is None:
-        return 0.0, False
     color, shape = kind
     right_shape = item.shape == shape and item.area <= _MAX_AREA
-    form = np.clip((item.overlap[shape] - 0.5) / (_MIN_OVERLAP - 0.5), 0.0, 1.0) * (1.0 if right_shape else 0.3)
+    form = min(max((item.overlap[shape] - 0.5) / (_MIN_OVERLAP - 0.5), 0.0), 1.0) * (1.0 if right_shape else 0.3)
     score = (0.5 + 0.5 * form) if item.color == color else 0.3 * form
-    return float(score), item.color == color and right_shape and item.overlap[shape] >= _MIN_OVERLAP
-
-
-def _relation(relation: str | None, items: list[Found | None]) -> float:
-    """1 where the relation holds by the margin, falling to 0 over the same distance on the wrong side."""
-    if relation is None:
-        return 1.0
-    first, second = items
-    if first is None or second is None:
-        return 0.0
-    step = second.x - first.x if relation == "left of" else second.y - first.y
-    return float(np.clip((step + _RELATION_MARGIN) / (2 * _RELATION_MARGIN), 0.0, 1.0))
+    return score, item.color == color and right_shape and item.overlap[shape] >= _MIN_OVERLAP
