@@ -1,7 +1,7 @@
 """Where does a search pay in training?  Bands of prompts by the base model's success, groups, recipes and searches.
 
-    python -m benchmarks.success_map --bands benchmarks/success_map/bands.json --out OUT
-    python -m benchmarks.success_map ... --methods "nft" "nft, retries" --groups 8 --seeds 0 1 2
+    python -m benchmarks.rare_success --out OUT
+    python -m benchmarks.rare_success ... --methods "nft" "nft, retries" --groups 8 --seeds 0 1 2
 
 A run that is in --out is not made again: a stopped measurement goes on, and a further one adds seeds to it.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import write_report
-from benchmarks.success_map.cell import IMAGES_PER_PROMPT, NUM_IMAGES
-from benchmarks.success_map.methods import METHODS
-from benchmarks.success_map.tables import map_of
+from benchmarks.rare_success.cell import IMAGES_PER_PROMPT, NUM_IMAGES
+from benchmarks.rare_success.methods import METHODS
+from benchmarks.rare_success.tables import map_of
 
 
 def main(arguments_of_shell: Sequence[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
         "base model's success.\n\n" + map_of(runs, list(bands), arguments.seconds)
     )
     path = write_report(
-        "success_map", title="Where a search pays in training", body=body, data={"runs": runs, "bands": bands}
+        "rare_success", title="Where a search pays in training", body=body, data={"runs": runs, "bands": bands}
     )
     print(path.read_text())
 
@@ -69,7 +69,7 @@ def _make(arguments: argparse.Namespace, prompts: list[str], band: str, group: i
     file = path.with_suffix(".txt")
     file.write_text("\n".join(prompts) + "\n")
     command = [
-        *(sys.executable, "-m", "benchmarks.success_map.cell", "--prompts", str(file), "--method", method),
+        *(sys.executable, "-m", "benchmarks.rare_success.cell", "--prompts", str(file), "--method", method),
         *("--group", str(group), "--seed", str(seed), "--seconds", str(arguments.seconds)),
         *("--every", str(arguments.every), "--out", str(path)),
     ]

@@ -1,4 +1,4 @@
-"""One run of the map, in a process of its own: ``python -m benchmarks.success_map.cell``, which the whole map calls.
+"""One run of the map, in a process of its own: ``python -m benchmarks.rare_success.cell``, which the whole map calls.
 
 A policy is trained on the prompts of one band by the strict reward, and judged on the same prompts with plain noise:
 how soon does it learn what it was asked for?  Seconds are of training alone, of the process's CPU time.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.success_map.methods import METHODS
+from benchmarks.rare_success.methods import METHODS
 from fastgrpo.config import load_config
 from fastgrpo.files.whole import write_whole
 from fastgrpo.train import build_trainer

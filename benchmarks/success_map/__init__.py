@@ -1,1 +1,0 @@
-"""Where a search pays, by how rarely the base model succeeds: ``python -m benchmarks.success_map``."""
