@@ -8,7 +8,8 @@
 
 A line with captions adds to the counts in a file, and does not measure again what is there; ``--choose`` writes the
 prompts chosen by them, and the last line a result.  ``candidates`` are the hard ones of the world, ``doubtful`` those
-that lie above 1% so far, ``hard`` those that were chosen, ``easy`` the 300 that the model was made from.
+that lie above 1% so far, ``hard`` those that were chosen, ``easy`` the 300 that the model was made from and ``counted``
+the 36 of them without a relation.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PORTION = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", choices=["candidates", "doubtful", "easy", "hard"])
+    parser.add_argument("--captions", choices=["candidates", "doubtful", "hard", "easy", "counted"])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", type=Path, required=True)
@@ -89,6 +90,8 @@ def _texts(captions: str, counts: Counts) -> list[str]:
         # mixed, so that those measured when a measurement is stopped are like the others
         easy = all_captions()
         return [str(easy[i]) for i in np.random.default_rng(0).permutation(len(easy))]
+    if captions == "counted":
+        return [str(caption) for caption in all_captions() if caption.relation is None]
     if captions == "hard":
         return [str(caption) for part in hard_captions() for caption in part]
     candidates, totals = [str(caption) for caption in hard_candidates()], counts.total

@@ -69,6 +69,7 @@ def _caution(counts: Counts, hard: set[str]) -> str:
     bound = f"{most:.1%}" if min(never) == max(never) else f"{least:.1%} to {most:.1%}"
     return (
         f"{len(never)} of the {len(hard)} hard prompts were never drawn right in {min(never)} to {max(never)} images: "
-        f"nobody can tell that from never, and the upper end of such a prompt's own interval is {bound}.  Prompts were "
-        "chosen for their successes in these same images, so those of single prompts are too high."
+        f"nobody can tell that from never, and the upper end of such a prompt's own interval is {bound}.  Prompts and "
+        "bands were chosen by these same images, so their rates are biased; a form's is of all its captions that were "
+        "measured, of which those that once succeeded got more images."
     )

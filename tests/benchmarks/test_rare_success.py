@@ -15,7 +15,7 @@ from fastgrpo.shapes.hard_captions import hard_candidates, hard_captions
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    (path,) = Path(RESULTS).glob("rare_success_success_cpu_*.json")
+    (path,) = RESULTS.glob("rare_success_success_cpu_*.json")
     return json.loads(path.read_text())
 
 
