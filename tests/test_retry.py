@@ -1,6 +1,8 @@
 """Groups that are made again: which, from which noises, and what their samples keep, beside a computation by hand."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -222,3 +224,26 @@ def test_what_cannot_be_made_again_is_refused(tiny_weights: Path, tmp_path: Path
     words = ("algorithm/noise=retries", "train.gradients=reweight", "algorithm.objective.kl_coef=0")
     with pytest.raises(ValueError, match=r"makes some of them again; use train.gradients=replay"):
         RunParts.read(load_config("train", make_overrides(tiny_weights, tmp_path / "run", *words)))
+
+
+def test_all_tries_are_the_old_policys(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train.old_policy_growth=0.3", "algorithm.noise.success=1e6", "algorithm.noise.tries=2")
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *IMAGES, *words)
+    applied, seen = [False], []
+
+    @contextmanager
+    def marked() -> Iterator[None]:
+        applied[0] = True
+        yield
+        applied[0] = False
+
+    rollout = type(trainer.rollout).__call__
+
+    def spy(self, *arguments, **settings):
+        seen.append(applied[0])
+        return rollout(self, *arguments, **settings)
+
+    monkeypatch.setattr(trainer.old_policy, "applied", marked)
+    monkeypatch.setattr(type(trainer.rollout), "__call__", spy)
+    trainer.step()
+    assert seen == [True] * 3

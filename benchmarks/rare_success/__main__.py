@@ -17,10 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import write_report
 from benchmarks.rare_success.cell import IMAGES_PER_PROMPT, NUM_IMAGES
 from benchmarks.rare_success.methods import METHODS
 from benchmarks.rare_success.tables import map_of
+from benchmarks.report import write_report
 
 
 def main(arguments_of_shell: Sequence[str] | None = None) -> None:
