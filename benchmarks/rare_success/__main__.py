@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rare_success.cell import IMAGES_PER_PROMPT, NUM_IMAGES
+from benchmarks.rare_success.cell import NUM_IMAGES, NUM_JUDGED
 from benchmarks.rare_success.methods import METHODS
 from benchmarks.rare_success.tables import map_of
 from benchmarks.report import write_report
@@ -49,9 +49,9 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
     body = (
         f"{NUM_IMAGES} images an iteration, strict reward, trained and judged on the prompts of a band "
-        f"({', '.join(f'{name}: {len(texts)}' for name, texts in bands.items())}) with {IMAGES_PER_PROMPT} images a "
-        f"prompt from plain noise; {arguments.seconds:g} CPU seconds of training, one thread.  A band is named by the "
-        "base model's success.\n\n" + map_of(runs, list(bands), arguments.seconds)
+        f"({', '.join(f'{name}: {len(texts)}' for name, texts in bands.items())}) with at least {NUM_JUDGED} images "
+        f"from plain noise; {arguments.seconds:g} CPU seconds of training, one thread.  A band is named by the base "
+        "model's success.\n\n" + map_of(runs, list(bands), arguments.seconds)
     )
     path = write_report(
         "rare_success", title="Where a search pays in training", body=body, data={"runs": runs, "bands": bands}

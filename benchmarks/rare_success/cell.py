@@ -21,7 +21,8 @@ from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
 
 NUM_IMAGES = 96
-IMAGES_PER_PROMPT = 8
+# of an evaluation, at least
+NUM_JUDGED = 192
 # no run comes so far, so the learning rate does not fall
 _ITERATIONS = 100_000
 _SEARCH = ("search/share", "search/images", "search/gain", "search/rank_correlation")
@@ -63,7 +64,7 @@ def make_trainer(prompts: Path, group: int, seed: int, output: Path, words: Sequ
                 f"train.prompts_per_iteration={NUM_IMAGES // group}",
                 f"train.group_size={group}",
                 f"train.iterations={_ITERATIONS}",
-                f"evaluate.images_per_prompt={IMAGES_PER_PROMPT}",
+                f"evaluate.images_per_prompt={-(-NUM_JUDGED // len(prompts.read_text().splitlines()))}",
                 *words,
             ],
         )
