@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrpo.algorithm.solver import Euler, Solver
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import Batch, BatchSizes, in_batches
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, estimate_decoding
 from fastgrpo.on_device import on_device
 from fastgrpo.types import Conditions, Samples
 from fastgrpo_kernels import GuidedVelocity
@@ -28,12 +28,16 @@ def handed_to_nobody(images_BCHW: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The ODE of ``grid``, as ``solver`` follows it; nothing that it makes depends on ``batch_sizes`` but rounding."""
+    """The ODE of ``grid``, as ``solver`` follows it; nothing that it makes depends on ``batch_sizes`` but rounding.
+
+    estimates: whether its images are a search's, for rewards alone, so that a small decoder will do.
+    """
 
     model: FlowModel
     grid: Sequence[float]
     batch_sizes: BatchSizes
     solver: Solver = field(default_factory=Euler)
+    estimates: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -84,11 +88,11 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Latents at t = 0 after the last steps, and their images, float32 in [0, 1]."""
 
+        decode = estimate_decoding(self.model) if self.estimates else self.model.decode
+
         def run(batch: Batch) -> tuple[Tensor, Tensor]:
             x_0_BCHW = self._along(batch.of(x_BCHW), batch.conditions(conditions), steps)
-            decoded = in_batches(
-                len(x_0_BCHW), self.batch_sizes.decoding, lambda part: self.model.decode(part.of(x_0_BCHW))
-            )
+            decoded = in_batches(len(x_0_BCHW), self.batch_sizes.decoding, lambda part: decode(part.of(x_0_BCHW)))
             images_BCHW = torch.cat([images[: part.count] for part, images in decoded])
             return x_0_BCHW[: batch.count], images_BCHW[: batch.count]
 

@@ -75,7 +75,7 @@ class StartNoise:
         own = spread.rows[self.world.rank]
         # a rank without candidates keeps step with the others on one that is thrown away
         samples = Samples(prompts, candidates.num, own or (0,), spread.most)
-        estimate = replace(self.sampler, grid=self.algorithm.estimate_grid(estimate_steps))
+        estimate = replace(self.sampler, grid=self.algorithm.estimate_grid(estimate_steps), estimates=True)
 
         def rewards() -> Tensor:
             scores = self.rewards.begin_search(samples.texts)

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "reward.*.patience_seconds",
     "reward.*.startup_patience_seconds",
     "model.condition_cache",
+    # a search's estimates are no images that are learned from
+    "model.estimate_decoder",
     "adaptation.rollout_weights",
     "adaptation.shard_over",
     "adaptation.backup",

@@ -31,7 +31,7 @@ from fastgrpo.memory.plan import (
     measure,
     plan_memory,
 )
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, estimate_decoding
 from fastgrpo.out_of_memory import is_out_of_memory, release
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.types import Conditions
@@ -113,6 +113,7 @@ class MemoryPlanner:
             largest = LargestTensor()
             with largest:
                 image_1CHW = model.decode(_latents(model, 1))
+                estimate_decoding(model)(_latents(model, 1))
         replay = self.make_replay(model)
         costs |= measure({TRAINING: lambda n: replay.rehearse(_latents(model, n), self._conditions(model, n))}, meter)
         for weight in model.trainable.values():
@@ -139,7 +140,9 @@ class MemoryPlanner:
             model.velocity(_latents(model, num_samples), self.algorithm.grid[0], self._conditions(model, num_samples))
 
         def decode(num_samples: int) -> None:
-            model.decode(_latents(model, num_samples))
+            # one after the other, with batches of one size: the larger peak counts
+            for decoding in (model.decode, estimate_decoding(model)):
+                decoding(_latents(model, num_samples))
 
         stages: dict[str, Callable[[int], object]] = {SAMPLING: sample, DECODING: decode}
         if (rewards := self.rewards) is not None:

@@ -121,3 +121,12 @@ class FlowModel(Protocol):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Images of latents at t = 0."""
+
+
+def estimate_decoding(model: FlowModel) -> Callable[[Tensor], Tensor]:
+    """What decodes the latents that a search's few steps lead to, whose images rewards alone see.
+
+    A model may have a method ``decode_estimate`` for it, which costs less than ``decode``; none has to.
+    """
+    decoding: Callable[[Tensor], Tensor] = getattr(model, "decode_estimate", model.decode)
+    return decoding

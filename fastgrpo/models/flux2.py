@@ -112,6 +112,7 @@ class Flux2Klein(PipelineModel):
     pipeline_class = Flux2KleinPipeline
     transformer_class = Flux2Transformer2DModel
     autoencoder_class = AutoencoderKLFlux2
+    has_small_decoders = False
     network_class = Flux2Network
     text_encoders = ("text_encoder",)
 

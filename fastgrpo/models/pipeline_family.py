@@ -36,6 +36,8 @@ class PipelineFamily(Policy):
     shortest_text, longest_text = 1, 512
     # whether a velocity under guidance is linear in its two branches
     guidance_is_linear = True
+    # whether an AutoencoderTiny may know its latents: not where they are packed, or those of a video's autoencoder
+    has_small_decoders = True
 
     pipeline: Any
     max_sequence_length: int

@@ -22,6 +22,8 @@ from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.encoder_identity import code_identity, encoder_identity
+from fastgrpo.models.estimate_decoder import EstimateDecoder, EstimateDecoderFiles
+from fastgrpo.models.estimate_decoder import decoded as decoded_small
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lossy import Lossy
@@ -57,6 +59,9 @@ class PipelineModel(PipelineFamily):
     guidance_scale: of classifier-free guidance, 1 turns it off.
     max_sequence_length: tokens of a text, of T5 where a family has CLIP too.  use_t5: whether to load it.
     dtype, decode_dtype: float32, bfloat16, float16 or float64, of the frozen weights and of the autoencoder.
+    estimate_decoder: of a search's estimates, an AutoencoderTiny: a directory, a hub id or ``pkg://package/path``;
+        ``auto`` is the one in a directory of this name beside the pipeline's parts, if there is one.  None decodes them
+        as all other images.
     attention: a name of ``fastgrpo.models.attention``.
     compile: of the repeated block and of decoding; None runs them as they are.
     checkpointing: keep the inputs of blocks alone for the backward pass, and compute the rest again.
@@ -78,6 +83,7 @@ class PipelineModel(PipelineFamily):
         use_t5: bool = True,
         dtype: str = "float32",
         decode_dtype: str = "float32",
+        estimate_decoder: str | None = None,
         device: str = "cpu",
         attention: str = "sdpa",
         compile: Compile | None = None,
@@ -111,6 +117,7 @@ class PipelineModel(PipelineFamily):
         sizes = self.image_sizes_of(transformer_config, vae_config)
         sizes.check(self._resolution, f"model.resolution={self._resolution}")
         self._num_channels, self._pixels = self.num_channels(vae_config), self.pixels_of_latent(vae_config)
+        small = self._find_estimate_decoder(estimate_decoder)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
@@ -131,6 +138,10 @@ class PipelineModel(PipelineFamily):
             for weight in self.decoder.parameters():
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        self._estimate_decoder = None
+        if small is not None:
+            module = small.load(self.device, _DTYPES[decode_dtype], is_random=self._random is not None)
+            self._estimate_decoder = EstimateDecoder(module, compile(decoded_small))
         super().__init__(
             adaptation=adapted,
             network=network,
@@ -163,6 +174,19 @@ class PipelineModel(PipelineFamily):
             )
         if not use_t5 and not self.t5:
             raise ValueError(f"model.use_t5=false, but {type(self).__name__} has no T5; leave it out")
+
+    def _find_estimate_decoder(self, path: str | None) -> EstimateDecoderFiles | None:
+        if path == "auto":
+            beside = None if self._files is None else self._files.directory / "estimate_decoder"
+            path = str(beside) if beside is not None and beside.is_dir() else None
+        if path is None:
+            return None
+        if not self.has_small_decoders:
+            raise ValueError(
+                f"model.estimate_decoder={path}: no AutoencoderTiny decodes the latents of {type(self).__name__}; set "
+                "it to null"
+            )
+        return EstimateDecoderFiles.find(path, num_channels=self._num_channels, pixels=self._pixels)
 
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
         if self._random is not None:
@@ -273,6 +297,9 @@ class PipelineModel(PipelineFamily):
         if decoder.dtype in _HALF:
             z_BCHW = z_BCHW.contiguous(memory_format=torch.channels_last)
         return (self._decode(decoder, z_BCHW).float() / 2 + 0.5).clamp(0, 1).contiguous()
+
+    def decode_estimate(self, x_BCHW: Tensor) -> Tensor:
+        return self.decode(x_BCHW) if self._estimate_decoder is None else self._estimate_decoder(x_BCHW)
 
     def save_lora(self, directory: Path) -> None:
         """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""

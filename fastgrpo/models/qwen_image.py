@@ -98,6 +98,7 @@ class QwenImage(PipelineModel):
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     autoencoder_class = AutoencoderKLQwenImage
+    has_small_decoders = False
     network_class = QwenImageNetwork
     text_encoders = ("text_encoder",)
     has_lengths = True

@@ -156,6 +156,7 @@ class QwenImage21(PipelineModel):
     pipeline_class = QwenImage21Pipeline
     transformer_class = QwenImage21Transformer2DModel
     autoencoder_class = AutoencoderKLQwenImage21
+    has_small_decoders = False
     network_class = QwenImage21Network
     text_encoders = ("text_encoder",)
     has_lengths = True

@@ -58,12 +58,14 @@ def find_objects(image_HWC: np.ndarray) -> list[Found]:
     best = np.take_along_axis(along, color[..., None], axis=-1)[..., 0]
     is_object = (best >= _MIN_BLEND * _LENGTHS[color]) & (best >= _MIN_COSINE * np.linalg.norm(difference, axis=-1))
     found = []
+    num_pixels = np.bincount(color[is_object], minlength=len(_NAMES))
     for index, name in enumerate(_NAMES):
+        if num_pixels[index] < _MIN_AREA:
+            continue
         labels, _ = ndimage.label(is_object & (color == index))
-        for label, window in enumerate(ndimage.find_objects(labels), start=1):
-            mask = labels == label
-            area = int(mask[window].sum())
+        for label, area in enumerate(np.bincount(labels.ravel())[1:].tolist(), start=1):
             if area >= _MIN_AREA:
+                mask = labels == label
                 rows, columns = np.nonzero(mask)
                 x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
                 found.append(Found(name, x, y, area, _overlap(mask, x, y, area)))
@@ -74,7 +76,8 @@ def _overlap(mask: np.ndarray, x: float, y: float, area: int) -> dict[str, float
     overlap = {}
     for shape in SHAPES:
         ideal = coverage(shape, x, y, float(np.sqrt(area / np.pi))) >= 0.5
-        overlap[shape] = float((mask & ideal).sum() / (mask | ideal).sum())
+        common = np.count_nonzero(mask & ideal)
+        overlap[shape] = common / (area + np.count_nonzero(ideal) - common)
     return overlap
 
 

@@ -1,6 +1,7 @@
 """The embedded model's recipe in miniature, through the stages that made the shipped weights."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,14 @@ from fastgrpo_kernels import combined
 SHIPPED = Path(fastgrpo.shapes.__file__).parent / "checkpoint"
 
 
-MINIATURE = Recipe(autoencoder_steps=2, transformer_cycles=(1, 1), scorer_steps=1, num_scenes=128)
+MINIATURE = Recipe(
+    autoencoder_steps=2,
+    transformer_cycles=(1, 1),
+    scorer_steps=1,
+    num_scenes=128,
+    num_decoded=512,
+    estimate_decoder_steps=1,
+)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -38,6 +46,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_weights_are_a_function_of_the_seed(pretrained, tmp_path):
     # another process, with another order of sets, and by the documented command
     words = ["--autoencoder-steps=2", "--transformer-cycles", "1", "1", "--scorer-steps=1", "--num-scenes=128"]
+    words += ["--num-decoded=512", "--estimate-decoder-steps=1"]
     subprocess.run(
         [sys.executable, "-m", "fastgrpo.shapes.pretrain", f"--out={tmp_path / 'again'}", *words],
         check=True,
@@ -45,9 +54,16 @@ def test_the_weights_are_a_function_of_the_seed(pretrained, tmp_path):
     )
     pretrain(tmp_path / "other", replace(MINIATURE, seed=1))
     first, again, other = (weights(path) for path in (pretrained, tmp_path / "again", tmp_path / "other"))
-    assert len(first) == 5
+    assert len(first) == 6
     assert first == again
     assert all(first[name] != other[name] for name in first)
+
+
+def test_the_small_decoder_is_a_function_of_the_pipeline_beside_it(pretrained, tmp_path):
+    directory = shutil.copytree(pretrained, tmp_path / "again", ignore=shutil.ignore_patterns("estimate_decoder"))
+    words = ["--num-decoded=512", "--estimate-decoder-steps=1", "--estimate-decoder-alone"]
+    subprocess.run([sys.executable, "-m", "fastgrpo.shapes.pretrain", f"--out={directory}", *words], check=True)
+    assert weights(directory) == weights(pretrained)
 
 
 def test_it_writes_the_files_that_are_shipped(pretrained):
