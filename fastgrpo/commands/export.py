@@ -18,16 +18,15 @@ def export(config: DictConfig) -> None:
         raise ValueError("nothing to export; give run=outputs/NAME, or lora=DIRECTORY with merged=true")
     if config.lora and not config.merged:
         raise ValueError(f"lora={config.lora} is a LoRA already; use merged=true for a pipeline with it in its weights")
+    if config.merged and config.model.get("weights") == "random":
+        remedy = "use merged=false" if config.run else "give other weights"
+        raise ValueError(
+            f"{config.run or 'this'} is of model.weights=random, a pipeline without text encoders; {remedy}"
+        )
     directory = new_directory(config.output)
     model, origin = load_model(config)
     if not model.has_lora and not config.merged:
         raise ValueError(f"{config.run} trained all weights, so there is no LoRA to export; use merged=true")
-    if config.merged and config.model.get("weights") == "random":
-        whose = f"{config.run} is of" if config.run else "this is"
-        raise ValueError(
-            f"{whose} model.weights=random, a pipeline without text encoders, which cannot be written; use "
-            f"{'merged=false' if config.run else 'other weights'}"
-        )
     print(f"{origin[0].upper()}{origin[1:]}:")
     # beside what was added to the base model there is nothing trained
     if model.has_lora and config.run:

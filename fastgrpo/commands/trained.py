@@ -39,10 +39,10 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if config.lora and config.run:
         raise ValueError(f"lora={config.lora}: run={config.run} brings its own weights; leave one of the two out")
     if config.lora:
-        own_lora = OmegaConf.merge(config, {"model": {"lora": config.lora}})
-        assert isinstance(own_lora, DictConfig)
-        check(own_lora)
-        return own_lora
+        with_lora = config.copy()
+        OmegaConf.update(with_lora, "model.lora", config.lora, force_add=True)
+        check(with_lora)
+        return with_lora
     if not config.run:
         return config
     of_run = [override for override in overrides if re.split(r"[./]", key_of(override))[0] in _OF_RUN]

@@ -211,13 +211,13 @@ def _refuse_other_layers(
     """ValueError for layers that the model has not, or has in another shape."""
     if lacking := [layer for layer in layers if layer not in known]:
         raise ValueError(
-            f"{_KEY}: {path} is of another model: a {model} has no layer {some(lacking)}, of {len(layers)}; give the "
-            "model that it was trained on"
+            f"{_KEY}: {path} is of another model: a {model} lacks {len(lacking)} of its {len(layers)} layers, "
+            f"{some(lacking)}; give the model that it was trained on"
         )
     other = [layer for layer, term in layers.items() if term.shape != known[layer]]
     if other:
-        shapes = [f"{layer} {list(layers[layer].shape)}, not {list(known[layer])}" for layer in other]
+        shapes = [f"{layer} {list(layers[layer].shape)} and not {list(known[layer])}" for layer in other]
         raise ValueError(
-            f"{_KEY}: {path} is of another model: it has {some(shapes)}, of {len(layers)} layers; give the model that "
-            "it was trained on"
+            f"{_KEY}: {path} is of another model: {len(other)} of its {len(layers)} layers have other shapes than in "
+            f"a {model}, {some(shapes)}; give the model that it was trained on"
         )
