@@ -71,7 +71,8 @@ COMMANDS = {
         run="fastgrpo.commands.sample.sample",
         summary="make images of prompts",
         details="Writes one PNG an image, and grid.png with all of them. run= takes the model and the averaged weights "
-        "of a finished run, lora= a LoRA that was made elsewhere; search=true starts from the noises that the algorithm's search finds best by the reward.",
+        "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward. "
+        "lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
             "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
@@ -83,8 +84,8 @@ COMMANDS = {
         run="fastgrpo.commands.evaluate.evaluate",
         summary="measure rewards on held-out prompts",
         details="Starts from plain noise, the same in every evaluation, never from a search. Prints a table and writes "
-        "evaluation.json and a grid of images. run= evaluates a finished run, lora= a LoRA that was made elsewhere, else it is the base "
-        "model.",
+        "evaluation.json and a grid of images. run= evaluates a finished run, else the base model. "
+        "lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
             "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",

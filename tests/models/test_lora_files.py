@@ -79,7 +79,7 @@ def small(module: nn.Module) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_of_peft_computes_what_it_does_there(rslora: bool, tiny_weights: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    patterns = {"rank_pattern": {}, "alpha_pattern": {}} if rslora else {}
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} if rslora else {}
     adapted = get_peft_model(load_pipeline(tiny_weights).transformer, LoraConfig(**PEFT | patterns, use_rslora=rslora))
     small(adapted)
     # flow_grpo's checkpoints have it in lora/
