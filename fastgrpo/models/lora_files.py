@@ -11,6 +11,7 @@ the layout of a model's authors get diffusers' names by diffusers' own converter
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,9 +53,8 @@ def read_lora(lora: str, pipeline_class: Any, model: str, shapes: Mapping[str, t
     .safetensors file.
     """
     path = _find(lora)
-    stored = read_header(path, _KEY)
-    _refuse_other_weights(path, stored)
-    config = _adapter_config(path, stored)
+    _refuse_other_weights(path, read_header(path, _KEY))
+    config = _adapter_config(path)
     tensors, known = load_file(path), {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
     terms: Mapping[str, LayerTerm] = _terms(path, tensors, config)
     layers = _named(terms, known)
@@ -118,10 +118,8 @@ def _refuse_other_weights(path: Path, names: Iterable[str]) -> None:
         )
 
 
-def _adapter_config(path: Path, names: Iterable[str]) -> dict[str, Any]:
-    """What peft or diffusers say of the adapter, under peft's keys; nothing where alphas are beside the factors."""
-    if any(name.endswith(".alpha") for name in names):
-        return {}
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """What peft or diffusers say of the adapter beside its factors, under peft's keys."""
     if path.name == _PEFT:
         config = read_config(path.with_name(_PEFT_CONFIG), "it has the alpha: copy it there", _KEY)
     else:
@@ -147,12 +145,23 @@ def _terms(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
         found.setdefault(match["layer"], {})[_PARTS.get(match["part"], "B")] = tensor
     terms = {}
     for layer, parts in found.items():
-        if not {"A", "B"} <= parts.keys() or parts["A"].shape[:1] != parts["B"].shape[1:2]:
+        if not {"A", "B"} <= parts.keys() or not _are_factors(parts["A"], parts["B"]):
             shapes = ", ".join(f"{part} {list(parts[part].shape)}" for part in sorted(parts))
             raise ValueError(f"{_KEY}: {path} has of {layer} {shapes}, not A [R, I] and B [O, R]; download it again")
-        rank = len(parts["A"])
-        terms[layer] = LayerTerm(parts["A"], parts["B"], _scale(layer, rank, parts.get("alpha"), config))
+        try:
+            scale = _scale(layer, len(parts["A"]), parts.get("alpha"), config)
+        # what others wrote: a pattern may be no pattern, and an alpha no number
+        except (re.error, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{_KEY}: {path} has no alpha of {layer} ({error}); write it anew") from error
+        if not all(bool(part.float().isfinite().all()) for part in parts.values()) or not math.isfinite(scale):
+            raise ValueError(f"{_KEY}: {path} has numbers of {layer} that are not finite; get one that has not")
+        terms[layer] = LayerTerm(parts["A"], parts["B"], scale)
     return terms
+
+
+def _are_factors(a_RI: Tensor, b_OR: Tensor) -> bool:
+    """Of a linear layer, or of a convolution, of which A has the kernel and B has none."""
+    return min(a_RI.ndim, b_OR.ndim) > 1 and b_OR.shape[1] == len(a_RI) and b_OR.numel() == len(b_OR) * len(a_RI)
 
 
 def _scale(layer: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:

@@ -6,19 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, ZImagePipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastgrpo.commands.trained import with_run
+from fastgrpo.config import load_config
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.flux import Flux
 from fastgrpo.models.flux2 import Flux2Klein
 from fastgrpo.models.lora import LoRA
+from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.models.z_image import ZImage
+from fastgrpo.parts import build_model
 from fastgrpo_kernels import combined
-from tests import tiny, tiny_flux, tiny_flux2, tiny_z_image
+from tests import tiny, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_z_image
 from tests.models import test_flux, test_z_image
 from tests.models.test_lora import TEXTS, T, load_pipeline, make_latents, train_a_little, velocity_of
 
@@ -46,6 +50,7 @@ FAMILIES: dict[str, tuple[Any, Any, Callable[[Path], Path]]] = {
     "flux": (Flux, FluxPipeline, tiny_flux.make_pipeline),
     "flux2": (Flux2Klein, Flux2KleinPipeline, tiny_flux2.make_pipeline),
     "z_image": (ZImage, ZImagePipeline, tiny_z_image.make_pipeline),
+    "qwen_image": (QwenImage, QwenImagePipeline, tiny_qwen_image.make_pipeline),
 }
 
 
@@ -155,6 +160,8 @@ COMFY_Z_IMAGE = {
     "diffusion_model.noise_refiner.0.feed_forward.w2": (48, 128),
 }
 FLUX2 = {"diffusion_model.double_blocks.0.img_attn.qkv": (96, 32), "diffusion_model.img_in": (32, 16)}
+KOHYA_FLUX2 = {"lora_unet_double_blocks_0_txt_attn_qkv": (96, 32), "lora_unet_double_blocks_0_img_attn_proj": (32, 32)}
+KOHYA_QWEN = {"lora_unet_transformer_blocks_0_attn_add_q_proj": (32, 32), "lora_unet_img_in": (32, 64)}
 KINDS = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
 
 
@@ -167,6 +174,8 @@ KINDS = {"lora_down": "lora_up", "lora_A": "lora_B", "down": "up"}
         ("z_image", KOHYA_Z_IMAGE, "lora_down", True),
         ("z_image", COMFY_Z_IMAGE, "lora_A", True),
         ("flux2", FLUX2, "lora_A", False),
+        ("flux2", KOHYA_FLUX2, "lora_down", True),
+        ("qwen_image", KOHYA_QWEN, "lora_down", True),
     ],
 )
 def test_other_programs_names_are_read_as_diffusers_reads_them(
@@ -194,3 +203,48 @@ def test_other_programs_names_are_read_as_diffusers_reads_them(
     assert [layer for layer in ours if not torch.equal(ours[layer], before[layer])] == changed
     for layer in changed:
         torch.testing.assert_close(ours[layer], theirs[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_all_alphas_of_flux_are_read_where_diffusers_leaves_them_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tiny_flux.make_pipeline(tmp_path / "weights")
+    a_RI, b_OR = torch.randn(4, 32), torch.randn(64, 4)
+    stored = {"lora_down.weight": a_RI, "lora_up.weight": b_OR, "alpha": torch.tensor(6.0)}
+    path = tmp_path / "lora.safetensors"
+    save_file({f"lora_unet_final_layer_linear.{name}": tensor for name, tensor in stored.items()}, path)
+    settings: dict[str, Any] = {"weights": str(weights), "resolution": 64, "max_sequence_length": 64}
+    adaptation = FullFineTuning(keep_reference=False)
+    changed, base = (Flux(**settings, adaptation=adaptation, lora=lora).transformer for lora in (str(path), None))
+    torch.testing.assert_close(changed.proj_out.weight - base.proj_out.weight, 1.5 * b_OR @ a_RI, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sum_is_rounded_once(tiny_weights: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # named as neither library names its file, with factors in the type of the weights
+    a_RI, b_OR = (torch.randn(4, 32, dtype=torch.bfloat16), torch.randn(32, 4, dtype=torch.bfloat16))
+    tensors = {"lora_A.default.weight": a_RI, "lora_B.default.weight": b_OR, "alpha": torch.tensor(3.0)}
+    save_file(
+        {f"transformer_blocks.1.attn.to_k.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "a.sft"
+    )
+    settings: dict[str, Any] = {"adaptation": FullFineTuning(keep_reference=False), "dtype": "bfloat16"}
+    base, ours = (
+        make_model(tiny_weights, lora, **settings).transformer.transformer_blocks[1].attn.to_k.weight
+        for lora in (None, tmp_path / "a.sft")
+    )
+    exact = (base.double() + 0.75 * b_OR.double() @ a_RI.double()).bfloat16()
+    assert ours.dtype == torch.bfloat16
+    # to the bit, but for sums that lie on the border of two numbers
+    assert (ours != exact).sum() <= 1
+    assert (ours != base).sum() > 900
+
+
+def test_a_lora_of_random_weights_makes_another_model_of_them(tmp_path: Path) -> None:
+    models = []
+    for scale in (0.0, 1.0):
+        factors = {"lora_A.weight": torch.ones(1, 64), "lora_B.weight": torch.full((256, 1), scale)}
+        save_file({f"transformer.x_embedder.{name}": factor for name, factor in factors.items()}, tmp_path / "a.sft")
+        words = ["model=flux_miniature", "runtime.device=cpu", f"lora={tmp_path / 'a.sft'}"]
+        models.append(build_model(with_run(load_config("evaluate", words), words)))
+    base, other = (model.transformer.x_embedder.weight for model in models)  # type: ignore[attr-defined]
+    torch.testing.assert_close(other - base, torch.ones(256, 64))
+    assert models[0].fingerprint != models[1].fingerprint

@@ -83,6 +83,15 @@ def layer(name: str, num_outputs: int = 32, num_inputs: int = 32, rank: int = 2)
             layer(Q) | {f"{Q}.lora_A.weight": torch.ones(3, 32)},
             f"has of {Q} A [3, 32], B [32, 2], not A [R, I] and B [O, R]; download it again",
         ),
+        ({f"{Q}.lora_A.weight": torch.ones(2), f"{Q}.lora_B.weight": torch.ones(2)}, f"has of {Q} A [2], B [2], not A"),
+        (layer(Q) | {f"{Q}.lora_B.weight": torch.ones(32, 2, 3, 3)}, "B [32, 2, 3, 3], not A [R, I] and B [O, R]"),
+        (
+            layer(Q) | {f"{Q}.lora_B.weight": torch.full((32, 2), torch.nan)},
+            f"has numbers of {Q} that are not finite; get one that has not",
+        ),
+        (layer(Q) | {f"{Q}.alpha": torch.tensor(torch.inf)}, f"has numbers of {Q} that are not finite"),
+        (layer(Q) | {f"{Q}.alpha": torch.ones(2)}, f"has no alpha of {Q} (only one element tensors"),
+        (layer(Q, rank=0) | {f"{Q}.alpha": torch.tensor(2.0)}, f"has no alpha of {Q} ("),
         (
             layer(Q) | layer("lora_unet_transformer_blocks_0_attn_to_q"),
             f"names a layer in two ways, as lora_unet_transformer_blocks_0_attn_to_q, {Q}; write it anew with one",
@@ -113,6 +122,12 @@ def test_a_file_of_something_else_is_refused(
             "init_lora_weights pissa_niter_4, more than a product",
         ),
         ({"peft_type": "IA3"}, "of peft_type IA3, init_lora_weights None, more than a product"),
+        ({"lora_alpha": "high"}, "has no alpha of base_model.model.transformer_blocks.0.attn.to_q (could not convert"),
+        (
+            {"lora_alpha": 2, "alpha_pattern": {"(": 3}},
+            "has no alpha of base_model.model.transformer_blocks.0.attn.to_q",
+        ),
+        ({"lora_alpha": 2, "alpha_pattern": [3]}, "has no alpha of base_model.model.transformer_blocks.0.attn.to_q"),
         (None, "adapter_config.json is missing; it has the alpha: copy it there"),
     ],
 )
