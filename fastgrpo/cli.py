@@ -71,10 +71,12 @@ COMMANDS = {
         run="fastgrpo.commands.sample.sample",
         summary="make images of prompts",
         details="Writes one PNG an image, and grid.png with all of them. run= takes the model and the averaged weights "
-        "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward.",
+        "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward. "
+        "lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
             "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
+            "fastgrpo sample prompt='a red kite' model=sd35_medium lora=lora.safetensors",
             "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true output=searched",
         ),
     ),
@@ -82,21 +84,25 @@ COMMANDS = {
         run="fastgrpo.commands.evaluate.evaluate",
         summary="measure rewards on held-out prompts",
         details="Starts from plain noise, the same in every evaluation, never from a search. Prints a table and writes "
-        "evaluation.json and a grid of images. run= evaluates a finished run, else the base model.",
+        "evaluation.json and a grid of images. run= evaluates a finished run, else the base model. "
+        "lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
             "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",
             "fastgrpo evaluate run=outputs/run/checkpoints/step_000100 evaluate.images_per_prompt=16",
+            "fastgrpo evaluate lora=outputs/run/lora output=outputs/lora_evaluation",
         ),
     ),
     "export": Command(
         run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
         details="Writes the averaged weights of the run's last checkpoint: lora/ for pipeline.load_lora_weights and, "
-        "with merged=true, merged/ for from_pretrained of the model's pipeline.",
+        "with merged=true, merged/ for from_pretrained of the model's pipeline. lora= in place of run= writes the "
+        "pipeline of a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo export run=outputs/run output=exported",
             "fastgrpo export run=outputs/run output=exported merged=true",
+            "fastgrpo export lora=lora.safetensors model=sd35_medium output=exported merged=true",
         ),
     ),
     "serve-reward": Command(

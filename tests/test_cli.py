@@ -144,7 +144,7 @@ def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
         (["train", "algorithm=flow_gpro"], ["Could not find 'algorithm/flow_gpro'", "flow_grpo_fast"]),
         (["train", "prompts.path=[a"], ["'[a'"]),
         (["train", "reward=custom"], ["reward.path has no value"]),
-        (["export"], ["run has no value; give it as run=VALUE"]),
+        (["export"], ["nothing to export; give run=outputs/NAME, or lora=DIRECTORY with merged=true"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -72,6 +72,7 @@ CONFINED = {
     ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
+    "peft": ("fastgrpo/models/",),
     "flash_attn": ("fastgrpo/models/attention.py",),
     "flash_attn_interface": ("fastgrpo/models/attention.py",),
     "xformers": ("fastgrpo/models/attention.py",),

@@ -1,4 +1,7 @@
-"""A finished run's weights for diffusers: the LoRA alone, and on request a whole pipeline with the weights in it."""
+"""Weights for diffusers: of a finished run the LoRA, and on request a whole pipeline with the weights in it.
+
+Of a LoRA that was trained elsewhere the pipeline.
+"""
 
 import json
 from pathlib import Path
@@ -11,14 +14,22 @@ from fastgrpo.commands.trained import load_model
 
 def export(config: DictConfig) -> None:
     """Run a checked ``export`` config and print what reads the result."""
+    if not (config.run or config.lora):
+        raise ValueError("nothing to export; give run=outputs/NAME, or lora=DIRECTORY with merged=true")
+    if config.lora and not config.merged:
+        raise ValueError(f"lora={config.lora} is a LoRA already; use merged=true for a pipeline with it in its weights")
+    if config.merged and config.model.get("weights") == "random":
+        remedy = "use merged=false" if config.run else "give other weights"
+        raise ValueError(
+            f"{config.run or 'this'} is of model.weights=random, a pipeline without text encoders; {remedy}"
+        )
     directory = new_directory(config.output)
     model, origin = load_model(config)
     if not model.has_lora and not config.merged:
         raise ValueError(f"{config.run} trained all weights, so there is no LoRA to export; use merged=true")
-    if config.merged and config.model.get("weights") == "random":
-        raise ValueError(f"{config.run} is of model.weights=random, a pipeline without text encoders; use merged=false")
     print(f"{origin[0].upper()}{origin[1:]}:")
-    if model.has_lora:
+    # beside what was added to the base model there is nothing trained
+    if model.has_lora and config.run:
         model.save_lora(directory / "lora")
         print(f'  {directory / "lora"}  pipeline.load_lora_weights("{directory / "lora"}")')
     if config.merged:

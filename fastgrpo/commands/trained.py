@@ -1,6 +1,7 @@
 """The model of a finished run: its configuration, read as data, and the averaged weights of a checkpoint.
 
-``run`` is a run directory, whose newest complete checkpoint is taken, or one ``checkpoints/step_*`` of it.
+``run`` is a run directory, whose newest complete checkpoint is taken, or one ``checkpoints/step_*`` of it.  Without
+one it is the base model, with ``lora`` added to its weights where that is given.
 """
 
 import re
@@ -29,10 +30,19 @@ _TARGET = "._target_"
 
 
 def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config with the run's model in place of its own; ValueError if the user asked for another one as well.
+    """The config with the run's model in place of its own, or with ``lora`` in its own.
+
+    ValueError if the user asked for another one as well.
 
     What the run's config would import must be of fastgrpo.models, or named by an override ``KEY._target_=PATH``.
     """
+    if config.lora and config.run:
+        raise ValueError(f"lora={config.lora}: run={config.run} brings its own weights; leave one of the two out")
+    if config.lora:
+        with_lora = config.copy()
+        OmegaConf.update(with_lora, "model.lora", config.lora, force_add=True)
+        check(with_lora)
+        return with_lora
     if not config.run:
         return config
     of_run = [override for override in overrides if re.split(r"[./]", key_of(override))[0] in _OF_RUN]
@@ -84,8 +94,9 @@ def _refuse_other(key: str, path: str, recorded: object, source: Path) -> None:
 def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     """The model of a config that ``with_run`` returned, and in words where its weights are from."""
     if not config.run:
-        own, base = config.model.get("transformer"), config.model.get("weights", config.model._target_)
-        return build_model(config), f"the base model {base}{f' with {own}' if own else ''}"
+        base = config.model.get("weights", config.model._target_)
+        own = "".join(f" with {config.model[key]}" for key in ("transformer", "lora") if config.model.get(key))
+        return build_model(config), f"the base model {base}{own}"
     run, step = _find(config.run)
     checkpoint = Checkpoint(run.checkpoints, every=1, keep=1)
     path = step or checkpoint.latest()

@@ -26,6 +26,7 @@ from fastgrpo.models.estimate_decoder import EstimateDecoder, EstimateDecoderFil
 from fastgrpo.models.estimate_decoder import decoded as decoded_small
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
+from fastgrpo.models.lora_files import read_lora
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
@@ -33,6 +34,7 @@ from fastgrpo.models.policy import Compile, Uncompiled
 from fastgrpo.models.quiet import errors_alone
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
+from fastgrpo.models.transformer_weights import shapes_of
 from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions
 
@@ -54,6 +56,7 @@ class PipelineModel(PipelineFamily):
     variant: of which files the weights are read, as fp16; None reads the plain ones.
     transformer: a .safetensors file, a directory or a hub id whose transformer takes the place of the pipeline's; None
         keeps the pipeline's own.
+    lora: a directory or a .safetensors file of a LoRA that is added to the frozen weights; None adds none.
     adaptation: ``LoRA`` or ``FullFineTuning``.
     resolution: of an image in pixels, [height, width] or both in one; that of prompts which ask for no other.
     guidance_scale: of classifier-free guidance, 1 turns it off.
@@ -78,6 +81,7 @@ class PipelineModel(PipelineFamily):
         architecture: Architecture | None = None,
         variant: str | None = None,
         transformer: str | None = None,
+        lora: str | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int = 128,
         use_t5: bool = True,
@@ -119,12 +123,19 @@ class PipelineModel(PipelineFamily):
         self._num_channels, self._pixels = self.num_channels(vae_config), self.pixels_of_latent(vae_config)
         small = self._find_estimate_decoder(estimate_decoder)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
+        added = None
+        if lora is not None:
+            shapes = shapes_of(self.transformer_class, transformer_config)
+            added = read_lora(lora, self.pipeline_class, self.transformer_class.__name__, shapes)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        if added is not None:
+            added.add_to(self.transformer)
         # random weights are a function of these, and over FakeTensors there is nothing to read
-        start = _fingerprint(self.transformer) if self._random is None else f"{self._random} {dtype} {self.device.type}"
+        is_read = self._random is None or added is not None
+        start = _fingerprint(self.transformer) if is_read else f"{self._random} {dtype} {self.device.type}"
         adapted = adaptation(self.transformer)
         self.fingerprint = f"{start} {adapted.description}"
         network = self.make_network(

@@ -85,7 +85,7 @@ class TransformerFile:
     def check(self) -> None:
         refuse_other_class(self.config, self._config_path, self.transformer_class)
         stored = _without_prefix(read_header(self.path, _KEY))
-        expected = _shapes_of(self.transformer_class, self.config)
+        expected = shapes_of(self.transformer_class, self.config)
         if not _difference(stored, expected):
             return
         _refuse_other_weights(self.path, stored, expected, self.transformer_class)
@@ -171,7 +171,7 @@ class TransformerDirectory:
             remedy = f"set model.variant to {' or '.join(names)}" if names else "give a directory that has them"
             raise ValueError(f"{_KEY}: {self.path} has no diffusion_pytorch_model*.safetensors; {remedy}")
         stored = {name: shape for path in files for name, shape in read_header(path, _KEY).items()}
-        if difference := _difference(stored, _shapes_of(self.transformer_class, config)):
+        if difference := _difference(stored, shapes_of(self.transformer_class, config)):
             raise ValueError(f"{_KEY}: {self.path} {difference}; give the weights of a whole model")
 
     def load(self, dtype: torch.dtype) -> nn.Module:
@@ -207,7 +207,8 @@ def _without_prefix(stored: Mapping[str, Any]) -> dict[str, Any]:
     return inside or dict(stored)
 
 
-def _shapes_of(transformer_class: Any, config: Mapping[str, Any]) -> Shapes:
+def shapes_of(transformer_class: Any, config: Mapping[str, Any]) -> Shapes:
+    """Of all weights of a transformer with this config."""
     with torch.device("meta"):
         module = transformer_class.from_config(config)
     return {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
