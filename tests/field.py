@@ -32,12 +32,13 @@ def reward(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
 
 @dataclass
 class Field:
-    """As much of a ``FlowModel`` as sampling knows; ``rows`` were computed, ``encoded`` are texts that were."""
+    """As much of a ``FlowModel`` as sampling knows; ``rows`` were computed in ``calls``, texts ``encoded``."""
 
     has_two_branches: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     in_lockstep: bool = False
     rows: int = 0
+    calls: int = 0
     encoded: list[str] = field(default_factory=list)
 
     def latent_shape_of(self, resolution: Resolution | None) -> tuple[int, int, int]:
@@ -51,6 +52,7 @@ class Field:
     def velocity(
         self, x_BCHW: Tensor, t: float, conditions: Conditions, unconditional: Tensor | None = None
     ) -> Tensor | GuidedVelocity:
+        self.calls += 1
         self.rows += len(x_BCHW) * (2 if self.has_two_branches else 1)
         v_BCHW = velocity(x_BCHW, t, conditions.embeds_BLC[:, :, None])
         return GuidedVelocity(v_BCHW, velocity(x_BCHW, t, 0.0), 2.0) if self.has_two_branches else v_BCHW
