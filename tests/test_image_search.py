@@ -25,7 +25,8 @@ from tests.field import Field, decoded, reward, velocity
 TEXTS = ["a", "three"]
 IDS = [7, 2]
 GRID = LinearSchedule(5, 3.0)()
-SEARCHES: list[Search] = [BestOfN(), BestOfEstimates(estimate_steps=2), Elite(estimate_steps=2), Halving()]
+HALVING = Halving(looks=(0.5, 0.7), keep=0.5)
+SEARCHES: list[Search] = [BestOfN(), BestOfEstimates(estimate_steps=2), Elite(estimate_steps=2), HALVING]
 REWARDS = Rewards(terms={"reward": reward}, weights={"reward": 1.0})
 
 

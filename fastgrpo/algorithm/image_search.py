@@ -141,8 +141,10 @@ class Halving:
     As many candidates begin as the budget allows; what it leaves over lets more of them go on, at the last look first.
     """
 
-    looks: tuple[float, ...] = (0.5, 0.7)
-    keep: float = 0.5
+    # of 17 x 6 ways those that drew most prompts right within 20 to 80 velocities on the embedded model, untrained, whose
+    # looks agree with the final reward by rank correlations of .29, .63 and .92
+    looks: tuple[float, ...] = (0.4, 0.6, 0.8)
+    keep: float = 0.65
 
     def __post_init__(self) -> None:
         looks = (self.looks,) if isinstance(self.looks, int | float) else tuple(self.looks)
