@@ -71,26 +71,28 @@ COMMANDS = {
         run="fastgrpo.commands.sample.sample",
         summary="make images of prompts",
         details="Writes one PNG an image, and grid.png with all of them. run= takes the model and the averaged weights "
-        "of a finished run; search=true starts from the noises that the algorithm's search finds best by the reward. "
-        "lora= takes a LoRA that was made elsewhere.",
+        "of a finished run; search=true makes each image the best that it finds by the reward in budget=64 network "
+        "evaluations. lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
             "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
             "fastgrpo sample prompt='a red kite' model=sd35_medium lora=lora.safetensors",
-            "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true output=searched",
+            "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true budget=160 output=searched",
         ),
     ),
     "evaluate": Command(
         run="fastgrpo.commands.evaluate.evaluate",
         summary="measure rewards on held-out prompts",
-        details="Starts from plain noise, the same in every evaluation, never from a search. Prints a table and writes "
-        "evaluation.json and a grid of images. run= evaluates a finished run, else the base model. "
-        "lora= takes a LoRA that was made elsewhere.",
+        details="Starts from plain noise, the same in every evaluation. Prints a table and writes evaluation.json and "
+        "a grid of images. run= evaluates a finished run, else the base model; lora= takes a LoRA that was made "
+        "elsewhere. search=true evaluates the images that a search finds by the reward; rewards under reward.watch "
+        "judge them without having been searched for.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
             "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",
             "fastgrpo evaluate run=outputs/run/checkpoints/step_000100 evaluate.images_per_prompt=16",
             "fastgrpo evaluate lora=outputs/run/lora output=outputs/lora_evaluation",
+            "fastgrpo evaluate run=outputs/run search=true budget=40 output=outputs/searched",
         ),
     ),
     "export": Command(

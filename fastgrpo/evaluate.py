@@ -1,5 +1,6 @@
-"""Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.  Never the search: it is for learning.
+"""Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.
 
+In training never a search; ``fastgrpo evaluate`` may be given one, which begins with the same plain noise.
 The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.  Images are made one
 resolution after the other, those of each spread over the ranks.
 """
@@ -14,11 +15,13 @@ from torch import Tensor
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import World
+from fastgrpo.image_search import ImageSearch, plain
 from fastgrpo.memory.batches import BatchSizes, even
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.resolution import places_by_resolution
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
+from fastgrpo.search_portion import Cost
 from fastgrpo.types import Prompt, Prompts, Samples
 
 
@@ -27,7 +30,8 @@ class EvaluationResult:
     """Each named reward: of all images, [P, G] in ``scores``, and its mean; one image of each of the first few prompts.
 
     ``verified`` says of each of those whether it is right, where a reward is a verdict: 0 or 1 for every image.  The
-    images, [3, H, W] each, and ``texts`` and ``verified`` of them, are there on the first rank alone.
+    images, [3, H, W] each, and ``texts`` and ``verified`` of them, are there on the first rank alone.  ``cost`` is what
+    this rank's images took.
     """
 
     scores: dict[str, Tensor]
@@ -36,11 +40,15 @@ class EvaluationResult:
     texts: list[str]
     images: list[Tensor]
     verified: list[bool] | None
+    cost: Cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """``images_per_prompt`` images of each prompt on ``grid``; ``num_shown`` of them, of distinct prompts, are kept."""
+    """``images_per_prompt`` images of each prompt on ``grid``; ``num_shown`` of them, of distinct prompts, are kept.
+
+    A ``search``, with a sampler of the same grid, finds each image; each rank searches for its own.
+    """
 
     model: FlowModel
     rewards: Rewards
@@ -51,6 +59,7 @@ class Evaluation:
     seed: int
     num_shown: int = 32
     world: World = field(default_factory=World)
+    search: ImageSearch | None = None
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
@@ -60,7 +69,8 @@ class Evaluation:
     def __call__(self) -> EvaluationResult:
         spread = Spread.of_shares(self._shares, self.world.size)
         shown: dict[str, Tensor] = {}
-        rewards_BR = self.world.gather(lambda: self._rewards(shown), spread, len(self.rewards.all), "evaluation")
+        costs: list[Cost] = []
+        rewards_BR = self.world.gather(lambda: self._rewards(shown, costs), spread, len(self.rewards.all), "evaluation")
         rewards = self.rewards.of_groups(rewards_BR, self.images_per_prompt)
         scores = {name: scores_PG.cpu() for name, scores_PG in rewards.named.items()}
         found = self.world.to_first(shown, "images to show")
@@ -73,6 +83,7 @@ class Evaluation:
             texts=self.texts[: len(images)],
             images=images,
             verified=verdict[: len(images), 0].tolist() if verdict is not None else None,
+            cost=sum(costs, Cost()),
         )
 
     @property
@@ -87,9 +98,10 @@ class Evaluation:
             for found in places_by_resolution(prompt.resolution for prompt in self.prompts).values()
         ]
 
-    def _rewards(self, shown: dict[str, Tensor]) -> Tensor:
+    def _rewards(self, shown: dict[str, Tensor], costs: list[Cost]) -> Tensor:
         """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
+        make = plain(sampler) if self.search is None else self.search
         own, made = self._spread()
         awaited = self.rewards.begin([text for rows in made for text in self._samples(rows, len(rows)).texts])
         # without what is lossy: an evaluation judges the policy alone
@@ -103,9 +115,9 @@ class Evaluation:
                     self.model.device,
                     rows=samples.rows,
                 )
-                conditions = self.model.encode(samples.texts)
-                images_BCHW = sampler(samples, conditions, draw.starts(EVALUATION_STREAM), awaited.add)
-                for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
+                made_here = make(samples, draw, EVALUATION_STREAM, awaited.add)
+                costs.append(made_here.cost)
+                for row, image_CHW in zip(samples.rows, made_here.images_BCHW, strict=True):
                     prompt, place = divmod(row, self.images_per_prompt)
                     if place == 0 and prompt < self.num_shown and any(row in rows for rows in own):
                         shown[str(prompt)] = image_CHW.cpu()

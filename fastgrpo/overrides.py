@@ -5,7 +5,7 @@ no valid expression, or a list of values to sweep over, which no command does, i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from hydra.errors import HydraException
 
 # keys whose value is a sentence
 TEXT_KEYS = ("prompt",)
+# groups that a plain yes or no chooses from: which option each of them means
+_SWITCHED = {"search": {True: "halving", False: "none"}}
 _OPENING = ("'", '"', "[", "{")
 
 
@@ -53,6 +55,22 @@ def beside_targets(overrides: Sequence[str]) -> list[str]:
     """The same line, in which keys beside a ``_target_`` that it names may be new: no default has what that takes."""
     nodes = tuple(key_of(o).removesuffix("_target_") for o in overrides if key_of(o).endswith("._target_"))
     return [f"++{o}" if is_plain(o) and key_of(o).startswith(nodes) else o for o in overrides]
+
+
+def switched(override: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """The override with an option of its group in place of true or false; ValueError for what is neither."""
+    key, equals, text = override.partition("=")
+    if key not in _SWITCHED or key not in groups or not equals:
+        return override
+    value = value_of(override)
+    if isinstance(value, bool):
+        return f"{key}={_SWITCHED[key][value]}"
+    if value not in groups[key]:
+        options = ", ".join(groups[key])
+        raise ValueError(
+            f"{key} must be true, false or one of {options}, got {text}; {key}=true is {key}={_SWITCHED[key][True]}"
+        )
+    return override
 
 
 def quoted(override: str) -> str:

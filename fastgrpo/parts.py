@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.making import Search
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.solver import CachedGuidance, Solver
 from fastgrpo.files.locations import resolve_path
@@ -154,6 +155,12 @@ class _Drawn:
         given = {key: make.keywords[key] for key in ("weights", "architecture", "variant") if key in make.keywords}
         sizes: ImageSizes = make.func.image_sizes(**given)
         return sizes
+
+
+def read_search(config: DictConfig) -> Search:
+    """The group ``search``."""
+    search: Search = build(config.search)
+    return search
 
 
 def read_runtime(config: DictConfig) -> Runtime:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fastgrpo import cli
+from fastgrpo.algorithm.image_search import Halving
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo_kernels import combined
 from tests.tiny import PROMPTS, make_pipeline
@@ -271,21 +272,40 @@ def test_sampling_a_run_differs_from_the_base_and_is_reproducible(
         assert (a != base).any()
 
 
-def test_searched_samples_have_more_reward_than_plain_ones(tiny_weights: Path, prompts: Path, tmp_path: Path) -> None:
-    """File size is the reward; the estimate takes as many steps as the sample, so the search cannot be misled."""
-    words = ["sample", f"model.weights={tiny_weights}", *MODEL, REWARD, f"prompts.path={prompts}", "num_steps=2"]
-    words += ["algorithm/schedule=linear", "algorithm.schedule.shift=3.0", "algorithm.noise.estimate_steps=2"]
-    words += ["images_per_prompt=2", "algorithm.noise.elites=8", "reward.terms.jpeg.quality=95"]
-    for search in ("true", "false"):
-        assert cli.main([*words, f"search={search}", f"output={tmp_path / search}"]) == 0
-    kilobytes = {}
-    for search in ("true", "false"):
-        paths = sorted((tmp_path / search).glob("0*.png"))
+def test_searched_samples_have_more_reward_than_plain_ones(
+    run: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """File size is the reward, of the model of a run; one image in full is the plain one."""
+    words = ["sample", f"run={run}", "runtime.micro_batch=4", REWARD, f"prompts.path={prompts}", "num_steps=4"]
+    words += ["images_per_prompt=2", "reward.terms.jpeg.quality=95"]
+    said, files = {}, {}
+    for name, more in (
+        ("plain", ["search=false", "budget=1"]),
+        ("one", ["search=true", "budget=4"]),
+        ("halving", ["search=true", "budget=20"]),
+        ("elite", ["search=elite", "budget=20", "search.estimate_steps=1"]),
+    ):
+        capsys.readouterr()
+        assert cli.main([*words, *more, f"output={tmp_path / name}"]) == 0
+        said[name] = capsys.readouterr().out
+        paths = sorted((tmp_path / name).glob("0*.png"))
         assert len(paths) == 2 * len(PROMPTS)
-        kilobytes[search] = sum(path.stat().st_size for path in paths)
-        images = [Image.open(path).tobytes() for path in paths]
-        assert len(set(images)) == len(images)
-    assert kilobytes["true"] > kilobytes["false"]
+        files[name] = [path.read_bytes() for path in paths]
+        assert len(set(files[name])) == len(paths)
+    assert files["one"] == files["plain"]
+    assert f"averaged weights of {run}/checkpoints/step_000003: {tmp_path / 'plain'}," in said["plain"]
+    assert "each the best of 1 that Halving found by 1 * jpeg: 4 network evaluations" in said["one"]
+    plan = Halving().plan(20, 4)
+    assert f"the best of {plan.candidates} that Halving found" in said["halving"]
+    assert f": {plan.velocities} network evaluations an image of budget=20, {plan.scored} images" in said["halving"]
+    # 16 estimates of a step
+    assert (
+        "the best of 16 that Elite found by 1 * jpeg: 20 network evaluations an image of budget=20, 17" in said["elite"]
+    )
+    kilobytes = {name: sum(map(len, contents)) for name, contents in files.items()}
+    assert kilobytes["halving"] > kilobytes["plain"]
+    # a pipe gets lines alone
+    assert "searching" not in said["halving"]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +317,14 @@ def test_searched_samples_have_more_reward_than_plain_ones(tiny_weights: Path, p
         (["prompt=a", "num_steps=0"], "num_steps must be at least 1"),
         (["prompt=a", "images_per_prompt=0"], "images_per_prompt must be at least 1"),
         (["prompt=a", "output=/proc/nowhere"], "cannot write /proc/nowhere"),
-        (["prompt=a", "search=true", "algorithm/noise=gaussian"], "use algorithm/noise=elite"),
+        (["prompt=a", "search=yes"], "search must be true, false or one of best_of_estimates, best_of_n, elite"),
+        (["prompt=a", "search=elite", "search.keep=0.5"], "search.keep"),
+        (["prompt=a", "search=true", "search.keep=2"], "search.keep must lie between 0 and 1, got 2"),
+        (["prompt=a", "search=true", "budget=9"], "budget=9 is too small: one image of 10 steps takes 10"),
+        (["prompt=a", "search=true", "budget=many"], "budget must be int"),
+        (["prompt=a", "search=true", "budget=19", "model.guidance_scale=2.0"], "raise it to at least 20"),
+        (["prompt=a", "search=elite", "num_steps=3"], "search.estimate_steps must be at most num_steps = 3"),
+        (["prompt=nothing", "search=true", "reward=shapes"], "reward 'shapes' cannot judge the prompt 'nothing'"),
         (["prompt=a", "run=nowhere"], "run=nowhere is neither a run directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -390,6 +417,62 @@ def test_evaluation_of_a_run_is_the_one_that_training_logged(
     assert report["versions"]["torch"] == torch.__version__
     assert {"hardware", "commit"} <= report.keys()
     assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_an_evaluation_of_searched_images_says_what_it_took_and_judges_by_what_is_watched(
+    tiny_weights: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", f"model.weights={tiny_weights}", *MODEL, REWARD, f"prompts.held_out={prompts}"]
+    words += ["reward.terms.jpeg.quality=95", "evaluate.images_per_prompt=2", "evaluate.num_steps=4"]
+    words += ["+reward/terms@reward.watch.small=jpeg_compressibility", "reward.watch.small.quality=20", "budget=19"]
+    reports = {}
+    for search in ("false", "best_of_n"):
+        assert cli.main([*words, f"search={search}", f"output={tmp_path / search}"]) == 0
+        reports[search] = json.loads((tmp_path / search / "evaluation.json").read_text())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "each the best of 4 that BestOfN found by 1 * jpeg: 16 network evaluations an image of budget=19, 4" in shown
+    assert reports["false"]["search"] is None
+    assert reports["best_of_n"]["search"] == {
+        "method": "BestOfN",
+        "settings": {},
+        "maximized": {"jpeg": 1.0},
+        "budget": 19,
+        "candidates": 4,
+        "evaluations_per_image": 16.0,
+        "scored_per_image": 4.0,
+    }
+    assert list(reports["best_of_n"]["rewards"]) == ["jpeg", "small"]
+    plain, found = (reports[search]["rewards"]["jpeg"]["mean"] for search in ("false", "best_of_n"))
+    assert found > plain
+    assert reports["best_of_n"]["images"] == reports["false"]["images"] == 2 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["search=true", "budget=9"], "budget=9 is too small"),
+        (["search=maybe"], "search must be true, false or one of"),
+        (["search=elite", "evaluate.num_steps=2"], "search.estimate_steps must be at most num_steps = 2"),
+    ],
+    ids=" ".join,
+)
+def test_an_evaluation_refuses_a_search_that_cannot_be(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, ["evaluate", *words, f"output={tmp_path / 'out'}"], 2, says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_fails_ends_a_search(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards_without_number.py").write_text(
+        "def broken(images, prompts):\n    return images.mean(dim=(1, 2, 3)) / 0 * 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "prompt=a", f"model.weights={tiny_weights}", *MODEL, "search=true", "reward.golden=false"]
+    words += ["reward=custom", "reward.path=rewards_without_number.broken", f"output={tmp_path / 'out'}"]
+    fails(capsys, words, 1, "reward 'custom' answered nan for image 0")
 
 
 # export

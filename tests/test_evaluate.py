@@ -3,15 +3,27 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.noise import NoiseDraw
+from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Halving
+from fastgrpo.algorithm.making import Search
+from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
+from fastgrpo.algorithm.schedule import LinearSchedule
+from fastgrpo.distributed.world import World
+from fastgrpo.evaluate import Evaluation
+from fastgrpo.image_search import ImageSearch
 from fastgrpo.memory.batches import BatchSizes
+from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
+from fastgrpo.types import Prompt, Prompts, Samples
 from fastgrpo_kernels import philox_normal
+from tests.field import Field, reward
+from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import TEXTS, make_config
 
 
@@ -70,3 +82,75 @@ def test_evaluation_starts_from_its_own_stream_whatever_the_runs_seed(
     draw = NoiseDraw(7, prompts.tolist(), 2, shape)
     for stream in (0, 1, 2, 1000, 1001, 2000):
         assert not torch.equal(draw.starts(stream), expected)
+
+
+on_ranks = ranks_of_module()
+GRID = LinearSchedule(5, 3.0)()
+SEARCHES: list[Search] = [BestOfN(), BestOfEstimates(estimate_steps=2), Elite(estimate_steps=2), Halving()]
+
+
+def brightness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    return images_BCHW.mean(dim=(1, 2, 3))
+
+
+def search_of(model: Any, rewards: Rewards, search: Search, batch: int) -> ImageSearch:
+    return ImageSearch(
+        sampler=Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(batch)),
+        rewards=rewards,
+        search=search,
+        budget=38,
+        estimate_grid=lambda num_steps: LinearSchedule(num_steps, 3.0)(),
+    )
+
+
+def evaluated(
+    world: World, search: Search | None, batch: int = 4, in_lockstep: bool = False
+) -> tuple[dict[str, Tensor], int, int, Tensor]:
+    """Scores, network evaluations and calls of the network on this rank, and the images shown; of 5 prompts, 3 each."""
+    model: Any = Field(in_lockstep=in_lockstep)
+    rewards = Rewards(terms={"reward": reward}, weights={"reward": 1.0}, watch={"bright": brightness})
+    evaluation = Evaluation(
+        model=model,
+        rewards=rewards,
+        prompts=[Prompt(text) for text in TEXTS],
+        images_per_prompt=3,
+        grid=GRID,
+        batch_sizes=BatchSizes.of(batch),
+        seed=0,
+        world=world,
+        search=search_of(model, rewards, search, batch) if search else None,
+    )
+    result = evaluation()
+    shown = torch.stack(result.images) if result.images else torch.empty(0)
+    return result.scores, result.cost.evaluations, model.calls, shown
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_an_evaluation_of_searched_images_judges_what_the_search_finds_of_its_noise(search: Search) -> None:
+    scores, evaluations, _, shown = evaluated(World(), search)
+    model: Any = Field()
+    rewards = Rewards(terms={"reward": reward}, weights={"reward": 1.0})
+    samples = Samples.all_of(Prompts(list(TEXTS), list(range(5))), 3)
+    draw = NoiseDraw(0, list(range(5)), 3, (1, 2, 2))
+    found = search_of(model, rewards, search, 64)(samples, draw, EVALUATION_STREAM)
+    assert torch.equal(scores["reward"].flatten(), found.scores_B)
+    assert torch.equal(scores["bright"].flatten(), brightness(found.images_BCHW, []))
+    assert torch.equal(shown, found.images_BCHW[::3])
+    # fifteen images in batches of four: none is made for nothing
+    assert evaluations == found.cost.evaluations == 15 * search.plan(38, 5).velocities
+    plain = evaluated(World(), None)
+    assert (scores["reward"] > plain[0]["reward"]).float().mean() > 0.7
+    assert plain[1] == 15 * 5
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, None], ids=str)
+def test_ranks_search_for_their_own_images_and_find_what_one_finds(search: Search | None, on_ranks: Ranks) -> None:
+    alone = evaluated(World(), search)
+    for num_ranks in (2, 4):
+        for in_lockstep in (False, True):
+            ranks = on_ranks(num_ranks, evaluated, search, batch=3, in_lockstep=in_lockstep)
+            for scores, *_ in ranks:
+                assert all(torch.equal(scores[name], alone[0][name]) for name in alone[0])
+            assert torch.equal(ranks[0][3], alone[3])
+            # each as often as the others, as where weights are spread over them
+            assert len({calls for _, _, calls, _ in ranks}) == 1

@@ -11,10 +11,20 @@ _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
 _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
-_LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
+_LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
+_LINE |= {"start_noise", "rollout", "replay", "update", "evaluate", "ema"}
 _LINE |= {"retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
-_SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
+_SEE_AN_ADAPTER = {
+    "sampler",
+    "search_portion",
+    "image_search",
+    "prompt_images",
+    "rollout",
+    "step_replay",
+    "image_replay",
+    "update",
+}
 _FACE = {"config", "overrides", "pieces", "parts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "own_code": set(),
@@ -39,7 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": _PIECES,
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
-    **dict.fromkeys(("start_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
+    **dict.fromkeys(("start_noise", "rollout", "search_portion"), _CARRIED | {"sampler"}),
+    "image_search": _CARRIED | {"sampler", "search_portion"},
+    **dict.fromkeys(("prompt_images", "evaluate"), _CARRIED | {"sampler", "search_portion", "image_search"}),
     "retry": _CARRIED | {"start_noise", "rollout"},
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},

@@ -19,13 +19,15 @@ from fastgrpo.types import Noise
 from fastgrpo_kernels import philox_normal, refit_moments, sample_candidates
 
 # what the streams of the counter-based generator are for; a search round r draws from SEARCH_STREAM + r, the noise of
-# step j from STEP_STREAM + j, that of draw k of an iteration's images from MATCHING_STREAM + k
+# step j from STEP_STREAM + j, that of draw k of an iteration's images from MATCHING_STREAM + k, round r of a search at
+# sampling from CANDIDATE_STREAM + r
 START_STREAM = 0
 SEARCH_STREAM = 1
 STEP_STREAM = 1000
 DECISION_STREAM = 2000
 EVALUATION_STREAM = 3000
 MATCHING_STREAM = 4000
+CANDIDATE_STREAM = 5000
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """``fastgrpo evaluate``: an evaluation as a table, as JSON, and as a grid of images.
 
-The standard error of a mean is that over prompts, std of the prompts' means / sqrt(P): images of one prompt are not
+With a search each image is the best that it finds by the terms of the reward; what is watched judges it alone.  The
+standard error of a mean is that over prompts, std of the prompts' means / sqrt(P): images of one prompt are not
 independent.  Letters: P prompts, G images of each.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.whole import write_whole
@@ -22,6 +25,7 @@ from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.summary import commit, hardware, versions
+from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.world import parse_caption
 from fastgrpo.train import build_evaluation
@@ -33,15 +37,26 @@ def evaluate(config: DictConfig) -> None:
     prompts = read_prompts(config, "held_out")
     texts = [prompt.text for prompt in prompts]
     algorithm: Algorithm = build(config.algorithm)
+    search = wanted_search(config, evaluating.num_steps)
     rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)()
+    evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)
+    spent = None
+    if search is None:
+        result = evaluation()
+    else:
+        sampler = Sampler(model=model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
+        num_images = len(texts) * evaluating.images_per_prompt
+        with begun_search(search, config, sampler, rewards, algorithm, num_images) as begun:
+            result = replace(evaluation, search=begun)()
+        spent = account(begun, result.cost, num_images)
     report = {
         "model": origin,
         "images": result.num_images,
         "prompts": len(texts),
         "num_steps": evaluating.num_steps,
+        "search": spent,
         "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
         "kinds": _by_kind(texts, result),
         "hardware": hardware(),
@@ -76,7 +91,8 @@ def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(f"{report['images']} images of {report['model']}")
+    search = report["search"]
+    print(f"{report['images']} images of {report['model']}" + (f", {in_words(search)}" if search else ""))
     table = Table("", "prompts", *report["rewards"])
     for name, part in report["kinds"].items():
         table.add_row(name, str(part["prompts"]), *[_cell(value) for value in part["rewards"].values()])

@@ -1,30 +1,28 @@
-"""Images of prompts: start noise, plain or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
+"""Images of prompts, plain or the best that a search finds.  One PNG an image, and a labelled grid of all."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
-from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.files.whole import write_whole
+from fastgrpo.image_search import plain
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
+from fastgrpo.prompt_images import PromptImages
 from fastgrpo.records.grids import draw_grid, png, to_uint8
-from fastgrpo.resolution import places_by_resolution
 from fastgrpo.sampler import Sampler
+from fastgrpo.search_portion import Cost
 from fastgrpo.settings import check_seed
-from fastgrpo.start_noise import StartNoise
-from fastgrpo.types import Prompt, Prompts, Samples
+from fastgrpo.types import Prompt
 
 _MAX_NAME = 40
 
@@ -38,60 +36,32 @@ def sample(config: DictConfig) -> None:
         raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
-    rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if config.search else None
+    search = wanted_search(config, config.num_steps)
+    rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if search else None
     directory = new_directory(config.output)
     model, origin = load_model(config)
     sampler = Sampler(model=model, grid=grid, batch_sizes=batch_sizes)
-    start_noise: Callable[[Samples], Tensor]
-    if rewards is not None:
-        search = StartNoise(algorithm=algorithm, rewards=rewards, sampler=sampler, seed=config.seed)
-        start_noise = partial(_searched, search)
-    else:
-        start_noise = partial(_plain, sampler=sampler, seed=config.seed)
-    images = PromptImages(sampler=sampler, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
-    pages: dict[int, np.ndarray] = {}
-    for index, images_BCHW in images(prompts):
-        pages[index] = to_uint8(images_BCHW)
-        for number, pixels_HWC in enumerate(pages[index]):
-            write_whole(directory / _file_name(index, number, prompts[index].text), png(Image.fromarray(pixels_HWC)))
     labels = [prompt.text for prompt in prompts for _ in range(config.images_per_prompt)]
+    pages: dict[int, np.ndarray] = {}
+    said, cost = "", Cost()
+    with ExitStack() as bar:
+        make = plain(sampler)
+        if search and rewards:
+            make = begun = bar.enter_context(begun_search(search, config, sampler, rewards, algorithm, len(labels)))
+        images = PromptImages(sampler=sampler, make=make, images_per_prompt=config.images_per_prompt, seed=config.seed)
+        for places, searched in images(prompts):
+            cost += searched.cost
+            of_prompts = searched.images_BCHW.split(config.images_per_prompt)
+            for index, images_GCHW in zip(places, of_prompts, strict=True):
+                pages[index] = to_uint8(images_GCHW)
+                for number, pixels_HWC in enumerate(pages[index]):
+                    name = _file_name(index, number, prompts[index].text)
+                    write_whole(directory / name, png(Image.fromarray(pixels_HWC)))
+        if search:
+            said = f", {in_words(account(begun, cost, len(labels)))}"
     pixels = [pixels_HWC for index in sorted(pages) for pixels_HWC in pages[index]]
     write_whole(directory / "grid.png", png(draw_grid(pixels, labels)))
-    print(f"{len(labels)} images of {origin}: {directory}, all on one page in {directory / 'grid.png'}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptImages:
-    """``images_per_prompt`` images [B, 3, H, W] of each prompt, each from its start noise."""
-
-    sampler: Sampler
-    start_noise: Callable[[Samples], Tensor]
-    images_per_prompt: int
-
-    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Tensor]]:
-        """The place of each prompt and its images, one resolution after the other."""
-        at_once = max(1, self.sampler.batch_sizes.sampling.value // self.images_per_prompt)
-        for resolution, places in places_by_resolution(prompt.resolution for prompt in prompts).items():
-            for first in range(0, len(places), at_once):
-                ids = places[first : first + at_once]
-                part = Prompts([prompts[place].text for place in ids], ids, resolution)
-                samples = Samples.all_of(part, self.images_per_prompt)
-                conditions = self.sampler.model.encode(samples.texts)
-                images_BCHW = self.sampler(samples, conditions, self.start_noise(samples))
-                yield from zip(ids, images_BCHW.split(self.images_per_prompt), strict=True)
-
-
-def _searched(search: StartNoise, samples: Samples) -> Tensor:
-    noise = search(samples)
-    if noise.num_scored == 0:
-        raise ValueError("search=true, but this algorithm's noise is not searched; use algorithm/noise=elite")
-    return noise.start_BCHW
-
-
-def _plain(samples: Samples, *, sampler: Sampler, seed: int) -> Tensor:
-    model, prompts = sampler.model, samples.prompts
-    shape = model.latent_shape_of(prompts.resolution)
-    return plain_noise(NoiseDraw(seed, prompts.ids, samples.group_size, shape, model.device))
+    print(f"{len(labels)} images of {origin}{said}: {directory}, all on one page in {directory / 'grid.png'}")
 
 
 def _prompts(config: DictConfig) -> list[Prompt]:
