@@ -1,4 +1,5 @@
 """Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.  Never the search: it is for learning.
+On request, ``fastgrpo evaluate proposal=...``, the noise is that of a learned proposal.
 
 The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.  Images are made one
 resolution after the other, those of each spread over the ranks.
@@ -11,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
+from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw, Starts, plain_starts
 from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import BatchSizes, even
@@ -50,6 +51,7 @@ class Evaluation:
     batch_sizes: BatchSizes
     seed: int
     num_shown: int = 32
+    starts: Starts = plain_starts
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
@@ -104,7 +106,9 @@ class Evaluation:
                     rows=samples.rows,
                 )
                 conditions = self.model.encode(samples.texts)
-                images_BCHW = sampler(samples, conditions, draw.starts(EVALUATION_STREAM), awaited.add)
+                images_BCHW = sampler(
+                    samples, conditions, self.starts(draw, EVALUATION_STREAM, conditions), awaited.add
+                )
                 for row, image_CHW in zip(samples.rows, images_BCHW, strict=True):
                     prompt, place = divmod(row, self.images_per_prompt)
                     if place == 0 and prompt < self.num_shown and any(row in rows for rows in own):

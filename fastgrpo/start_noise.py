@@ -5,6 +5,7 @@ pool that is spread over the ranks; their scores are all that travels.
 Letters: P prompts, K candidates, B samples of this rank, C H W of a latent.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import Candidates, NoiseDraw
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
+from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.types import Noise, Prompts, Samples
@@ -30,10 +32,15 @@ class StartNoise:
     seed: int
     num_iterations: int = 1
     world: World = field(default_factory=World)
+    proposal: Learner = field(default_factory=NothingLearned)
 
     @torch.no_grad()
     def __call__(self, samples: Samples, iteration: int = 0) -> Noise:
         prompts, model = samples.prompts, self.sampler.model
+
+        def moments(places: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self.proposal.moments(model.encode([prompts.texts[place] for place in places]), latent_shape)
+
         draw = NoiseDraw(
             seed=self.seed,
             prompt_ids=prompts.ids,
@@ -43,6 +50,7 @@ class StartNoise:
             iteration=iteration,
             num_iterations=self.num_iterations,
             rows=samples.rows,
+            moments=moments,
         )
 
         with ExitStack() as rounds:

@@ -12,7 +12,7 @@ _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
-_LINE |= {"old_policy", "health", "step_replay", "image_replay", "signals"}
+_LINE |= {"proposal", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
 _FACE = {"config", "overrides", "pieces", "parts"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("algorithm", "models", "compile"), _PLAIN),
     **dict.fromkeys(("profiling", "tensorrt"), _PLAIN | {"compile"}),
     "distributed": _PLAIN | {"profiling"},
+    "proposal": _PLAIN | {"algorithm", "distributed"},
     "rewards": _PLAIN | {"distributed", "shapes"},
     "memory": _PIECES | {"rewards"},
     **dict.fromkeys(("prompts", "ema"), _PLAIN),
@@ -39,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": _PIECES,
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
-    **dict.fromkeys(("start_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
+    **dict.fromkeys(("rollout", "evaluate"), _CARRIED | {"sampler"}),
+    "start_noise": _CARRIED | {"sampler", "proposal"},
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},
     **dict.fromkeys(("checkpoints", "records"), _LINE),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.proposal import load_starts
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.whole import write_whole
@@ -36,9 +37,11 @@ def evaluate(config: DictConfig) -> None:
     rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)()
+    starts, noise = load_starts(config, model, texts[0])
+    result = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts, starts=starts)()
     report = {
         "model": origin,
+        "start_noise": noise or "plain",
         "images": result.num_images,
         "prompts": len(texts),
         "num_steps": evaluating.num_steps,

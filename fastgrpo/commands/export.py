@@ -1,4 +1,7 @@
-"""A finished run's weights for diffusers: the LoRA alone, and on request a whole pipeline with the weights in it."""
+"""A finished run's weights for diffusers: the LoRA alone, and on request a whole pipeline with the weights in it.
+
+A start noise that the run learned is written beside them, for ``fastgrpo sample``.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fastgrpo.commands.output_directory import new_directory
-from fastgrpo.commands.trained import load_model
+from fastgrpo.commands.trained import load_model, load_proposal_of_run
+from fastgrpo.proposal.files import save_proposal
 
 
 def export(config: DictConfig) -> None:
@@ -24,6 +28,9 @@ def export(config: DictConfig) -> None:
     if config.merged:
         model.save_merged(directory / "merged")
         print(f"  {directory / 'merged'}  {_reading(directory / 'merged')}")
+    if (proposal := load_proposal_of_run(config.run)) is not None:
+        save_proposal(proposal, directory / "proposal")
+        print(f"  {directory / 'proposal'}  fastgrpo sample proposal={directory / 'proposal'}")
 
 
 def _reading(pipeline: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images of prompts: start noise, plain or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
+"""Images of prompts: start noise, plain, learned or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
+from fastgrpo.algorithm.noise import START_STREAM, NoiseDraw, Starts
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.proposal import load_starts
 from fastgrpo.commands.trained import load_model
 from fastgrpo.files.whole import write_whole
 from fastgrpo.memory.batches import BatchSizes
@@ -39,6 +40,8 @@ def sample(config: DictConfig) -> None:
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
     rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if config.search else None
+    if config.search and config.proposal not in ("auto", "none"):
+        raise ValueError(f"search=true finds start noise of its own, got proposal={config.proposal}; use proposal=none")
     directory = new_directory(config.output)
     model, origin = load_model(config)
     sampler = Sampler(model=model, grid=grid, batch_sizes=batch_sizes)
@@ -47,7 +50,9 @@ def sample(config: DictConfig) -> None:
         search = StartNoise(algorithm=algorithm, rewards=rewards, sampler=sampler, seed=config.seed)
         start_noise = partial(_searched, search)
     else:
-        start_noise = partial(_plain, sampler=sampler, seed=config.seed)
+        starts, noise = load_starts(config, model, prompts[0].text)
+        start_noise = partial(_drawn, sampler=sampler, seed=config.seed, starts=starts)
+        origin = f"{origin}, {noise}" if noise else origin
     images = PromptImages(sampler=sampler, start_noise=start_noise, images_per_prompt=config.images_per_prompt)
     pages: dict[int, np.ndarray] = {}
     for index, images_BCHW in images(prompts):
@@ -88,10 +93,11 @@ def _searched(search: StartNoise, samples: Samples) -> Tensor:
     return noise.start_BCHW
 
 
-def _plain(samples: Samples, *, sampler: Sampler, seed: int) -> Tensor:
+def _drawn(samples: Samples, *, sampler: Sampler, seed: int, starts: Starts) -> Tensor:
     model, prompts = sampler.model, samples.prompts
     shape = model.latent_shape_of(prompts.resolution)
-    return plain_noise(NoiseDraw(seed, prompts.ids, samples.group_size, shape, model.device))
+    draw = NoiseDraw(seed, prompts.ids, samples.group_size, shape, model.device)
+    return starts(draw, START_STREAM, model.encode(samples.texts))
 
 
 def _prompts(config: DictConfig) -> list[Prompt]:
