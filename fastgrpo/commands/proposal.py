@@ -35,9 +35,7 @@ def _find(proposal: str, run: str) -> ProposalNetwork | None:
     if proposal not in ("run", "auto"):
         return load_proposal(Path(resolve_path(proposal)))
     if not run:
-        raise ValueError(
-            "proposal=run takes the proposal of a run, and run is empty; give run=DIRECTORY, or one itself"
-        )
+        raise ValueError("proposal=run takes the proposal of a run, and run is empty; give run=DIRECTORY")
     network = load_proposal_of_run(run)
     if network is None and proposal == "run":
         raise ValueError(f"run={run} has learned no proposal; use proposal=none, or train with algorithm/noise=learned")

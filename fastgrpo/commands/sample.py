@@ -1,4 +1,4 @@
-"""Images of prompts: start noise, plain, learned or searched, then ODE steps.  One PNG an image, and a labelled grid of all."""
+"""Images of prompts: start noise, plain, learned or searched, then ODE steps.  A PNG an image, and a grid of all."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
