@@ -27,8 +27,8 @@ class LearnedNoise:
     mix            share of the prompts that keep plain noise, from which nothing is learned for it
     """
 
-    max_kl: float = 5.0
-    learning_rate: float = 1e-3
+    max_kl: float = 10.0
+    learning_rate: float = 2e-3
     width: int = 64
     cells: int = 8
     learns_std: bool = False
