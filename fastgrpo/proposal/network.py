@@ -2,8 +2,8 @@
 
     text -> layer norm -> linear, SiLU -> linear -> map [C, cells, cells], interpolated to [C, H, W]
 
-The last layer begins at zero, so that the distribution begins at N(0, I) exactly.  What the network says, (m, s), is
-scaled and put on the shell that a model knows noise from:
+The last layer begins at zero, so that the distribution begins at N(0, I) exactly.  What the network says, m and, where
+the std is learned, s in (-1, 1), is scaled and put on the shell that a model knows noise from:
 
     k^2 = max_kl / (max_kl + q)             q = sum over elements of m^2 / 2 + max(s^2, (e^2s - 1) / 2 - s)
     (mean, std) = (k m, e^ks) / r           r^2 = mean over elements of (k m)^2 + e^2ks
@@ -66,7 +66,8 @@ class ProposalNetwork(nn.Module):
         if said.shape[2:] != tuple(latent_shape[1:]):
             said = F.interpolate(said, size=tuple(latent_shape[1:]), mode="bilinear", align_corners=False)
         m_BCHW, *s_BCHW = said.split(self.shape.channels, dim=1)
-        return bounded(m_BCHW, s_BCHW[0] if s_BCHW else torch.zeros_like(m_BCHW), self.shape.max_kl)
+        # a log std without a bound would leave nothing of the budget to any other element
+        return bounded(m_BCHW, s_BCHW[0].tanh() if s_BCHW else torch.zeros_like(m_BCHW), self.shape.max_kl)
 
     @torch.no_grad()
     def moments(self, conditions: Conditions, latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
