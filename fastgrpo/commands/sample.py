@@ -37,11 +37,11 @@ def sample(config: DictConfig) -> None:
     batch_sizes = BatchSizes.of_runtime(read_runtime(config))
     if config.images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
+    if config.search and config.proposal not in ("auto", "none"):
+        raise ValueError(f"search=true finds start noise of its own, got proposal={config.proposal}; use proposal=none")
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
     rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if config.search else None
-    if config.search and config.proposal not in ("auto", "none"):
-        raise ValueError(f"search=true finds start noise of its own, got proposal={config.proposal}; use proposal=none")
     directory = new_directory(config.output)
     model, origin = load_model(config)
     sampler = Sampler(model=model, grid=grid, batch_sizes=batch_sizes)
