@@ -7,6 +7,7 @@ Gradients are sums over samples, added up over the ranks, which keep equal weigh
 Letters: P prompts, p of them on this rank, B samples of this rank, b of them that the proposal drew, G of a prompt.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -91,7 +92,7 @@ class ProposalLearner:
         torch._foreach_div_(together, num_samples)
         grad_norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         mean_kl, norm, gain = torch.stack([kl_sum, grad_norm, _gain(noise, rewards_PG)]).tolist()
-        if grad_norm.isfinite():
+        if math.isfinite(norm):
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
             self.optimizer.step()
