@@ -66,6 +66,33 @@ def test_the_first_iteration_is_that_of_plain_noise_to_the_bit(
     assert second["learned"]["reward/total"] != second["gaussian"]["reward/total"]
 
 
+def test_a_proposal_is_handed_what_the_policy_learns_from(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*IMAGES, *LEARNED, "reward.golden=false")
+    trainer = build_trainer(tiny_config.make_config(tiny_weights, tmp_path / "run", *words))
+    learn, update, handed, learned = trainer.proposal.learn, type(trainer.update).__call__, [], []
+
+    def learn_spy(*arguments: Any) -> dict[str, float]:
+        handed.append(arguments)
+        return learn(*arguments)
+
+    def update_spy(self: Any, trained: Any, conditions: Any, advantages_B: Tensor, *others: Any, **named: Any) -> Any:
+        learned.append((conditions, advantages_B))
+        return update(self, trained, conditions, advantages_B, *others, **named)
+
+    monkeypatch.setattr(trainer.proposal, "learn", learn_spy)
+    monkeypatch.setattr(type(trainer.update), "__call__", update_spy)
+    expected_BCHW = trainer.start_noise(Samples.all_of(trainer.prompts.at(0), trainer.group_size), 0).start_BCHW
+    metrics = trainer.step()
+    ((samples, conditions_B, noise, advantages_B, rewards_PG),) = handed
+    assert conditions_B is learned[0][0]
+    assert advantages_B is learned[0][1]
+    assert samples.texts == [text for text in trainer.prompts.at(0).texts for _ in range(trainer.group_size)]
+    assert torch.equal(noise.start_BCHW, expected_BCHW)
+    assert rewards_PG.mean().item() == pytest.approx(metrics["reward/total"])
+
+
 def learned_run(world: World, config: DictConfig, output: Path) -> tuple[Run, dict[str, Tensor]]:
     """A run, and what its proposal is in the end."""
     trainer = training.make_trainer(world, config, output)
