@@ -1,6 +1,6 @@
 """Evaluation: held-out prompts, plain N(0, I) noise, ODE steps, EMA weights.
 
-In training never a search; ``fastgrpo evaluate`` may be given one, which begins with the same plain noise.
+In training neither a search nor learned noise; ``fastgrpo evaluate`` may be given either.
 The same prompts and noise each time, so that two evaluations of a run differ by the weights alone.  Images are made one
 resolution after the other, those of each spread over the ranks.
 """
@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
+from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw, Starts, plain_starts
 from fastgrpo.distributed.spread import Spread, pieces
 from fastgrpo.distributed.world import World
 from fastgrpo.image_search import ImageSearch, plain
@@ -58,6 +58,7 @@ class Evaluation:
     batch_sizes: BatchSizes
     seed: int
     num_shown: int = 32
+    starts: Starts = plain_starts
     world: World = field(default_factory=World)
     search: ImageSearch | None = None
 
@@ -101,7 +102,7 @@ class Evaluation:
     def _rewards(self, shown: dict[str, Tensor], costs: list[Cost]) -> Tensor:
         """Rewards [b, R] of this rank's images, of which the first of some prompts are put into ``shown``."""
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
-        make = plain(sampler) if self.search is None else self.search
+        make = plain(sampler, self.starts) if self.search is None else self.search
         own, made = self._spread()
         awaited = self.rewards.begin([text for rows in made for text in self._samples(rows, len(rows)).texts])
         # without what is lossy: an evaluation judges the policy alone

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.image_search import planned
 from fastgrpo.algorithm.making import Plan, Search
-from fastgrpo.algorithm.noise import START_STREAM, NoiseDraw
+from fastgrpo.algorithm.noise import START_STREAM, NoiseDraw, Starts, plain_starts
 from fastgrpo.algorithm.slots import Slots
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler, handed_to_nobody
@@ -95,19 +95,24 @@ class ImageSearch:
         return Searched(found.images_SCHW, found.scores_S, cost)
 
 
-def plain(sampler: Sampler) -> Callable[..., Searched]:
-    """What makes images of plain noise, called as an ``ImageSearch`` is; their scores are NaN."""
-    return partial(_plain, sampler)
+def plain(sampler: Sampler, starts: Starts = plain_starts) -> Callable[..., Searched]:
+    """What makes images without a search, called as an ``ImageSearch`` is; their scores are NaN.
+
+    starts: how their noise is drawn.
+    """
+    return partial(_plain, sampler, starts)
 
 
 def _plain(
     sampler: Sampler,
+    starts: Starts,
     samples: Samples,
     draw: NoiseDraw,
     stream: int = START_STREAM,
     hand_on: Callable[[Tensor], None] = handed_to_nobody,
 ) -> Searched:
-    images_BCHW = sampler(samples, sampler.model.encode(samples.texts), draw.starts(stream), hand_on)
+    conditions = sampler.model.encode(samples.texts)
+    images_BCHW = sampler(samples, conditions, starts(draw, stream, conditions), hand_on)
     evaluations = len(samples) * sampler.num_steps * _evaluations_per_velocity(sampler)
     return Searched(images_BCHW, torch.full((len(samples),), torch.nan), Cost(evaluations))
 

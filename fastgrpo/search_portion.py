@@ -15,6 +15,7 @@ from fastgrpo.algorithm.dynamics import ODE
 from fastgrpo.algorithm.making import Found, best_first
 from fastgrpo.algorithm.slots import Slots
 from fastgrpo.memory.batches import Batch, in_batches
+from fastgrpo.models.adapter import estimate_decoding
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -63,7 +64,7 @@ class Portion:
         return self.sampler.model.encode(self.samples.texts)
 
     def estimates(self, noise_SKCHW: Tensor, num_steps: int) -> Tensor:
-        sampler = replace(self.sampler, grid=self.estimate_grid(num_steps))
+        sampler = replace(self.sampler, grid=self.estimate_grid(num_steps), estimates=True)
         return torch.cat(
             [part.finished(sampler, range(num_steps))[1] for part in self._parts(noise_SKCHW)],
             dim=1,
@@ -122,14 +123,13 @@ class _Part:
     def look(self, step: int) -> tuple[Tensor, Tensor]:
         sampler, scores = self.portion.sampler, self._scores()
         x_BCHW, conditions, t = self._x_BCHW, self._conditions, sampler.grid[step]
+        decode = estimate_decoding(sampler.model)
 
         def run(batch: Batch) -> tuple[Tensor, Tensor]:
             x_bCHW = batch.of(x_BCHW)
             v_bCHW = sampler.model.velocity(x_bCHW, t, batch.conditions(conditions))
             x_0_bCHW = ODE()((t, 0.0), 0).mean(x_bCHW, v_bCHW)
-            decoded = in_batches(
-                len(x_0_bCHW), sampler.batch_sizes.decoding, lambda part: sampler.model.decode(part.of(x_0_bCHW))
-            )
+            decoded = in_batches(len(x_0_bCHW), sampler.batch_sizes.decoding, lambda part: decode(part.of(x_0_bCHW)))
             images_bCHW = torch.cat([images[: part.count] for part, images in decoded])
             return ODE()(sampler.grid, step).mean(x_bCHW, v_bCHW)[: batch.count], images_bCHW[: batch.count]
 

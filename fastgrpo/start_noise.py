@@ -17,6 +17,7 @@ from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
+from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.types import Noise, Prompts, Samples
@@ -32,6 +33,7 @@ class StartNoise:
     seed: int
     num_iterations: int = 1
     world: World = field(default_factory=World)
+    proposal: Learner = field(default_factory=NothingLearned)
 
     def __call__(self, samples: Samples, iteration: int = 0) -> Noise:
         """Those that the samples begin with."""
@@ -46,6 +48,10 @@ class StartNoise:
     @torch.no_grad()
     def _proposed(self, samples: Samples, iteration: int, propose: NoiseProposal) -> Noise:
         prompts, model = samples.prompts, self.sampler.model
+
+        def moments(places: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self.proposal.moments(model.encode([prompts.texts[place] for place in places]), latent_shape)
+
         draw = NoiseDraw(
             seed=self.seed,
             prompt_ids=prompts.ids,
@@ -55,6 +61,7 @@ class StartNoise:
             iteration=iteration,
             num_iterations=self.num_iterations,
             rows=samples.rows,
+            moments=moments,
         )
 
         with ExitStack() as rounds:

@@ -12,6 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.learned_noise import LearnedNoise
+from fastgrpo.algorithm.noise import Starts, plain_starts
 from fastgrpo.checkpoints.checkpoint import Checkpoint, CheckpointError
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.watch import Watch
@@ -30,6 +32,9 @@ from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
 from fastgrpo.prompts import PromptSource, num_bytes
+from fastgrpo.proposal.files import save_proposal
+from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
+from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
@@ -79,13 +84,13 @@ def train(config: DictConfig) -> Path:
         try:
             trainer.run()
         except Preempted:
-            _write_lora(trainer, run)
+            _write_weights(trainer, run)
             if world.is_first:
                 # what is in a config on disk is imported, or a token sent, only where the line names it
                 words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
                 print(f"go on with: fastgrpo train {words.strip()}", flush=True)
             raise
-        _write_lora(trainer, run)
+        _write_weights(trainer, run)
     leave_world()
     return parts.output
 
@@ -107,6 +112,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     runtime = run.agree(on_device.runtime, model)
     batch_sizes = BatchSizes.of_runtime(runtime, *_most_samples(parts, world))
     sampler = Sampler(model=model, grid=algorithm.grid, batch_sizes=batch_sizes, solver=parts.solver)
+    proposal = _proposal(parts, model, world)
     start_noise = StartNoise(
         algorithm=algorithm,
         sampler=sampler,
@@ -114,6 +120,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         num_iterations=training.iterations,
         seed=parts.seed,
         world=world,
+        proposal=proposal,
     )
     rollout = make_rollout(algorithm, sampler, parts.seed)
     old_policy = OldPolicy(model.trainable, training.old_policy_growth, training.old_policy_limit)
@@ -157,6 +164,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         max_seconds=60 * training.max_minutes,
         seed=parts.seed,
         world=world,
+        proposal=proposal,
         plan=on_device.plan,
         profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
@@ -170,8 +178,9 @@ def build_evaluation(
     algorithm: Algorithm,
     prompts: Sequence[Prompt],
     world: World | None = None,
+    starts: Starts = plain_starts,
 ) -> Evaluation:
-    """Evaluation on ``prompts``; its noise is the same in every run, whatever the seed."""
+    """Evaluation on ``prompts``; its noise is the same in every run, whatever the seed, drawn as ``starts`` has it."""
     return Evaluation(
         model=model,
         rewards=rewards,
@@ -181,6 +190,7 @@ def build_evaluation(
         batch_sizes=BatchSizes.of_runtime(runtime),
         seed=0,
         world=world or World(),
+        starts=starts,
     )
 
 
@@ -246,6 +256,24 @@ def _optimizer(parts: RunParts, model: FlowModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
+def _proposal(parts: RunParts, model: FlowModel, world: World) -> Learner:
+    """What learns the start noise's distribution, where the algorithm has it learned; the planner ignores its size."""
+    noise = parts.algorithm.noise
+    if not isinstance(noise, LearnedNoise):
+        return NothingLearned()
+    shape = ProposalShape(
+        channels=model.latent_shape[0],
+        # only a condition says how wide it is
+        text_width=features(model.encode(parts.texts[:1])).shape[1],
+        width=noise.width,
+        cells=noise.cells,
+        learns_std=noise.learns_std,
+        max_kl=noise.max_kl,
+    )
+    network = ProposalNetwork(shape, parts.seed).to(model.device)
+    return ProposalLearner(network, noise.learning_rate, world)
+
+
 def _checkpoint(parts: RunParts, run: SameRun) -> Checkpoint:
     saving = parts.saving
     return Checkpoint(run.directory.checkpoints, saving.every, saving.keep, run.world, saving.asynchronous)
@@ -284,10 +312,14 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
         )
 
 
-def _write_lora(trainer: Trainer, run: SameRun) -> None:
-    if trainer.model.has_lora and run.world.is_first:
+def _write_weights(trainer: Trainer, run: SameRun) -> None:
+    if not run.world.is_first:
+        return
+    if trainer.model.has_lora:
         with trainer.ema.applied():
             trainer.model.save_lora(run.directory.lora)
+    if isinstance(trainer.proposal, ProposalLearner):
+        save_proposal(trainer.proposal.network, run.directory.proposal)
 
 
 if __name__ == "__main__":

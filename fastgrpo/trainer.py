@@ -29,6 +29,7 @@ from fastgrpo.on_device import on_device
 from fastgrpo.profiling.profile import Step, unprofiled
 from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
+from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.records.record import Recorder
 from fastgrpo.retry import Made, Retry
 from fastgrpo.rewards.reward import RewardError
@@ -71,6 +72,7 @@ class Trainer:
     max_seconds: float
     seed: int
     world: World = field(default_factory=World)
+    proposal: Learner = field(default_factory=NothingLearned)
     plan: MemoryPlan | None = None
     profile: Callable[[Step], dict[str, float]] = unprofiled
     iteration: int = field(default=0, init=False)
@@ -111,12 +113,13 @@ class Trainer:
             stats = self.update(*learned, iteration=self.iteration)
             self.old_policy.follow()
             self.ema.update()
+            proposed = self.proposal.learn(samples, conditions, noise, advantages_B, rewards.total_PG)
         self.health(self.iteration, stats, made.trajectories, advantages_B)
         self.iteration += 1
         measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
-        return measured | made.metrics | size | {"compilations": num_compilations() - compiled}
+        return measured | made.metrics | size | proposed | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; asked to stop, or if a reward fails, save and stop."""
@@ -153,9 +156,11 @@ class Trainer:
             extra={
                 "ema_updates": self.ema.num_updates,
                 "skipped_in_a_row": self.health.skipped_in_a_row,
+                "proposal": self.proposal.values,
                 # as text, since JSON has no NaN
                 "unrecorded": {name: repr(value) for name, value in self._unrecorded.items()},
             },
+            proposal=self.proposal.tensors,
         )
 
     def resume(self) -> None:
@@ -172,6 +177,7 @@ class Trainer:
         self.ema.load(state.ema, state.extra["ema_updates"])
         self.old_policy.load(state.old, state.iteration)
         self.update.optimizer.load_state_dict(state.optimizer)
+        self.proposal.load(state.proposal)
         for group in self.update.optimizer.param_groups:
             # update relies on it, and a checkpoint may be older
             group["fused"] = True

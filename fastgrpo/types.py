@@ -160,7 +160,8 @@ class Noise:
 
     ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN
     for a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.
-    ``is_shared`` says that all samples of each prompt start from one noise.
+    ``is_shared`` says that all samples of each prompt start from one noise.  ``learned_P`` says of each prompt whether
+    its noises were drawn from a learned distribution; it is empty where none is learned.
     """
 
     start_BCHW: Tensor
@@ -168,6 +169,7 @@ class Noise:
     num_scored: int
     estimates_PG: Tensor | None = None
     is_shared: bool = False
+    learned_P: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

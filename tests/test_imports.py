@@ -13,7 +13,7 @@ _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
 _LINE |= {"start_noise", "rollout", "replay", "update", "evaluate", "ema"}
-_LINE |= {"retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
+_LINE |= {"proposal", "retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {
     "sampler",
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("algorithm", "models", "compile"), _PLAIN),
     **dict.fromkeys(("profiling", "tensorrt"), _PLAIN | {"compile"}),
     "distributed": _PLAIN | {"profiling"},
+    "proposal": _PLAIN | {"algorithm", "distributed"},
     "rewards": _PLAIN | {"distributed", "shapes"},
     "memory": _PIECES | {"rewards"},
     **dict.fromkeys(("prompts", "ema"), _PLAIN),
@@ -49,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": _PIECES,
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
-    **dict.fromkeys(("start_noise", "rollout", "search_portion"), _CARRIED | {"sampler"}),
+    **dict.fromkeys(("rollout", "search_portion"), _CARRIED | {"sampler"}),
+    "start_noise": _CARRIED | {"sampler", "proposal"},
     "image_search": _CARRIED | {"sampler", "search_portion"},
     **dict.fromkeys(("prompt_images", "evaluate"), _CARRIED | {"sampler", "search_portion", "image_search"}),
     "retry": _CARRIED | {"start_noise", "rollout"},

@@ -8,14 +8,14 @@ Letters: P prompts, G samples of a prompt, K candidates, B samples of this rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastgrpo.on_device import on_device
-from fastgrpo.types import Noise
+from fastgrpo.types import Conditions, Noise
 from fastgrpo_kernels import philox_normal, refit_moments, sample_candidates
 
 # what the streams of the counter-based generator are for; a search round r draws from SEARCH_STREAM + r, the noise of
@@ -29,12 +29,22 @@ EVALUATION_STREAM = 3000
 MATCHING_STREAM = 4000
 CANDIDATE_STREAM = 5000
 
+# (places of some prompts among a draw's, (C, H, W)) -> mean and std of each, float32 [p, C, H, W]
+Moments = Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
+
+
+def plain_moments(places: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """N(0, I)."""
+    mean_pCHW = torch.zeros(len(places), *latent_shape)
+    return mean_pCHW, torch.ones_like(mean_pCHW)
+
 
 @dataclass(frozen=True)
 class NoiseDraw:
     """Standard normal noise as a function of global indices, so any number of GPUs draws the same for a prompt.
 
-    ``rows`` are the samples, of all P * G, whose start noise is wanted; None is all of them.
+    ``rows`` are the samples, of all P * G, whose start noise is wanted; None is all of them.  ``moments`` are what has
+    been learned of the prompts.
     """
 
     seed: int
@@ -45,11 +55,17 @@ class NoiseDraw:
     iteration: int = 0
     num_iterations: int = 1
     rows: tuple[int, ...] | None = None
+    moments: Moments = field(default=plain_moments, compare=False)
 
     def starts(self, stream: int, *, is_shared: bool = False) -> Tensor:
         """One noise for each of ``rows``, float32 [B, C, H, W]; all of a prompt its first one if ``is_shared``."""
         places_B = torch.zeros_like(self.places_B) if is_shared else self.places_B
         return self.of_pairs(stream, self.prompts_B, places_B)
+
+    def around(self, stream: int, mean_BCHW: Tensor, std_BCHW: Tensor) -> Tensor:
+        """mean + std * the noise of ``starts``, for each of ``rows``."""
+        ids_B, places_B = self.ids_P[self.prompts_B], self.places_B[:, None]
+        return sample_candidates(mean_BCHW, std_BCHW, self.seed, stream, ids_B, places_B)[:, 0]
 
     def of_pairs(self, stream: int, prompts_B: Tensor, ids_B: Tensor) -> Tensor:
         """Noise ``ids_B[b]`` of the prompt at place ``prompts_B[b]``, float32 [B, C, H, W]."""
@@ -169,6 +185,15 @@ Score = Callable[[Candidates, int], Tensor]
 def plain_noise(draw: NoiseDraw) -> Tensor:
     """N(0, I) for every sample: float32 [B, C, H, W]."""
     return draw.starts(START_STREAM)
+
+
+# (draw, stream, conditions of its rows) -> the start noise of each of them: that of a learned proposal, or plain
+Starts = Callable[[NoiseDraw, int, Conditions], Tensor]
+
+
+def plain_starts(draw: NoiseDraw, stream: int, conditions_B: Conditions) -> Tensor:
+    """N(0, I), whatever the prompt: float32 [B, C, H, W]."""
+    return draw.starts(stream)
 
 
 NoiseProposal = Callable[[NoiseDraw, Score], Noise]

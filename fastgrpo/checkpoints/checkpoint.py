@@ -8,6 +8,7 @@ runtime.deterministic=true makes them.  Else it differs by rounding, as any two 
         ema.safetensors         its moving average
         old.safetensors         the old policy, where it is not the policy itself
         optimizer.safetensors   the optimizer's tensors, flattened
+        proposal.safetensors    the learned distribution of start noise, where one is learned
         state.json              everything else
         manifest.json           size and SHA-256 of each, written last
 
@@ -38,6 +39,7 @@ from fastgrpo.checkpoints.train_state import (
     TrainState,
     as_named_tensors,
     read_averages,
+    read_proposal,
     read_state,
 )
 from fastgrpo.device_error import is_device_error
@@ -143,6 +145,10 @@ class Checkpoint:
     def load_averages(self, path: str | Path, weights: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
         """Only the moving averages, a quarter of a checkpoint, for a model with these ``weights`` and fingerprint."""
         return self._load(Path(path), ("ema",), lambda path: read_averages(path, weights, model))
+
+    def load_proposal(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a learned proposal is, and its weights; both empty where none was learned."""
+        return self._load(Path(path), ("proposal",), read_proposal)
 
     def _files(self, tensors: Mapping[str, Tensor], text: str) -> dict[str, Callable[[Path], object]]:
         """How each file of this rank is written, from copies of its tensors."""

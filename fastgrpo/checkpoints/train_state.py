@@ -4,6 +4,7 @@
     ema/<name>       its moving average
     old/<name>       the old policy, where it is not the policy itself
     optimizer/<path> the optimizer's tensors, flattened (``tensor_tree.py``)
+    proposal/<name>  the learned distribution of start noise and its optimizer's, where one is learned
     JSON             everything else
 
 Read back, tensors are whole, or sharded as those of a run that has just begun.
@@ -12,7 +13,7 @@ Read back, tensors are whole, or sharded as those of a run that has just begun.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.checkpoints.shards import StoredTensors
 from fastgrpo.checkpoints.tensor_tree import flatten, unflatten
 
-KINDS = ("weights", "ema", "old", "optimizer")
+KINDS = ("weights", "ema", "old", "optimizer", "proposal")
 STATE = "state.json"
 # what the JSON and the names of tensors are to be read by; 1 had one file of each kind, and names without the kind
 _FORMAT = 2
@@ -53,6 +54,7 @@ class TrainState:
     optimizer: dict[str, Any]
     model: str
     extra: dict[str, Any]
+    proposal: dict[str, Tensor] = field(default_factory=dict)
 
 
 def as_named_tensors(state: TrainState) -> tuple[dict[str, Tensor], str]:
@@ -69,7 +71,7 @@ def as_named_tensors(state: TrainState) -> tuple[dict[str, Tensor], str]:
     text = json.dumps(values, indent=1)
     if json.loads(text)["extra"] != state.extra:
         raise ValueError("extra does not survive JSON; use string keys, lists, strings and finite numbers only")
-    kinds = zip(KINDS, (state.weights, state.ema, state.old, optimizer_tensors), strict=True)
+    kinds = zip(KINDS, (state.weights, state.ema, state.old, optimizer_tensors, state.proposal), strict=True)
     return {f"{kind}/{name}": tensor for kind, tensors in kinds for name, tensor in tensors.items()}, text
 
 
@@ -81,8 +83,9 @@ def read_state(path: Path, fresh: TrainState | None) -> TrainState:
         _check_fit(path, "weights", stored.sizes, fresh.weights)
         _check_fit(path, "ema", stored.sizes, fresh.ema)
         _check_fit(path, "old", stored.sizes, fresh.old)
+        _check_fit(path, "proposal", stored.sizes, fresh.proposal)
     tensors = stored.read(stored.sizes, _places(stored.sizes, fresh) if fresh is not None else {})
-    weights, ema, old, optimizer = (_of_kind(kind, tensors) for kind in KINDS)
+    weights, ema, old, optimizer, proposal = (_of_kind(kind, tensors) for kind in KINDS)
     return TrainState(
         iteration=values["iteration"],
         seconds=values["seconds"],
@@ -92,7 +95,17 @@ def read_state(path: Path, fresh: TrainState | None) -> TrainState:
         optimizer=unflatten(values["optimizer"], optimizer),
         model=values["model"],
         extra=values["extra"],
+        proposal=proposal,
     )
+
+
+def read_proposal(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a learned proposal is, as plain data, and its weights; both empty where none was learned."""
+    values, stored = _open(path)
+    names = [name for name in stored.sizes if name.startswith("proposal/weights/")]
+    found = _of_kind("proposal", stored.read(names, {}))
+    weights = {name.removeprefix("weights/"): weight for name, weight in found.items()}
+    return values["extra"].get("proposal", {}), weights
 
 
 def read_averages(path: Path, weights: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:

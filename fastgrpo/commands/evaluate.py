@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.proposal import load_starts
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
@@ -41,7 +42,8 @@ def evaluate(config: DictConfig) -> None:
     rewards, _ = build_rewards(config, prompts=texts)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts)
+    starts, noise = load_starts(config, model, texts[0])
+    evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts, starts=starts)
     spent = None
     if search is None:
         result = evaluation()
@@ -53,6 +55,7 @@ def evaluate(config: DictConfig) -> None:
         spent = account(begun, result.cost, num_images)
     report = {
         "model": origin,
+        "start_noise": noise or "plain",
         "images": result.num_images,
         "prompts": len(texts),
         "num_steps": evaluating.num_steps,

@@ -1,6 +1,7 @@
 """Weights for diffusers: of a finished run the LoRA, and on request a whole pipeline with the weights in it.
 
-Of a LoRA that was trained elsewhere the pipeline.
+Of a LoRA that was trained elsewhere the pipeline.  A start noise that a run learned is written beside its weights, for
+``fastgrpo sample``.
 """
 
 import json
@@ -9,7 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fastgrpo.commands.output_directory import new_directory
-from fastgrpo.commands.trained import load_model
+from fastgrpo.commands.trained import load_model, load_proposal_of_run
+from fastgrpo.proposal.files import save_proposal
 
 
 def export(config: DictConfig) -> None:
@@ -35,6 +37,9 @@ def export(config: DictConfig) -> None:
     if config.merged:
         model.save_merged(directory / "merged")
         print(f"  {directory / 'merged'}  {_reading(directory / 'merged')}")
+    if (proposal := load_proposal_of_run(config.run)) is not None:
+        save_proposal(proposal, directory / "proposal")
+        print(f"  {directory / 'proposal'}  fastgrpo sample proposal={directory / 'proposal'}")
 
 
 def _reading(pipeline: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images of prompts, plain or the best that a search finds.  One PNG an image, and a labelled grid of all."""
+"""Images of prompts: from plain or learned noise, or the best that a search finds.  A PNG an image, and a grid."""
 
 import re
 from contextlib import ExitStack
@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
+from fastgrpo.commands.proposal import load_starts
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.files.whole import write_whole
@@ -45,7 +46,9 @@ def sample(config: DictConfig) -> None:
     pages: dict[int, np.ndarray] = {}
     said, cost = "", Cost()
     with ExitStack() as bar:
-        make = plain(sampler)
+        starts, noise = load_starts(config, model, prompts[0].text)
+        origin = f"{origin}, {noise}" if noise else origin
+        make = plain(sampler, starts)
         if search and rewards:
             make = begun = bar.enter_context(begun_search(search, config, sampler, rewards, algorithm, len(labels)))
         images = PromptImages(sampler=sampler, make=make, images_per_prompt=config.images_per_prompt, seed=config.seed)

@@ -19,10 +19,15 @@ from fastgrpo.search_portion import Cost
 
 
 def wanted_search(config: DictConfig, num_steps: int) -> Search | None:
-    """The group ``search`` of a config, None for plain noise; ValueError for a budget that cannot be enough."""
+    """The group ``search`` of a config, None for no search.
+
+    ValueError for a budget that cannot be enough, or for learned noise beside a search.
+    """
     search = read_search(config)
     if isinstance(search, NoSearch):
         return None
+    if config.proposal not in ("auto", "none"):
+        raise ValueError(f"a search begins with plain noise, got proposal={config.proposal}; use proposal=none")
     # guidance, which is known with the model, may take twice as much
     planned(search, budget=config.budget, num_steps=num_steps)
     return search

@@ -22,6 +22,8 @@ from fastgrpo.own_code.begun import of_today
 from fastgrpo.own_code.named import MODELS, check_named, check_values
 from fastgrpo.parts import build_model
 from fastgrpo.pieces import check
+from fastgrpo.proposal.files import make_network
+from fastgrpo.proposal.network import ProposalNetwork
 
 # what a run brings along beside its time grid; every other key is the command's
 _OF_RUN = ("model", "adaptation")
@@ -108,6 +110,15 @@ def load_model(config: DictConfig) -> tuple[FlowModel, str]:
         for name, weight in model.trainable.items():
             weight.copy_(averages[name])
     return model, f"the averaged weights of {path}"
+
+
+def load_proposal_of_run(run: str) -> ProposalNetwork | None:
+    """The start noise that a run learned, of the checkpoint that ``load_model`` takes; None where it learned none."""
+    directory, step = _find(run)
+    checkpoint = Checkpoint(directory.checkpoints, every=1, keep=1)
+    path = step or checkpoint.latest()
+    values, weights = checkpoint.load_proposal(path) if path is not None else ({}, {})
+    return make_network(values, weights) if values else None
 
 
 def _find(run: str) -> tuple[RunDirectory, Path | None]:

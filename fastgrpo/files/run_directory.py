@@ -1,7 +1,7 @@
 """The directory of one run, and where each thing in it lies.
 
     config.yaml  golden.json  metrics.jsonl  ranks.jsonl  tensorboard/  images/  curves.png  summary.json
-    checkpoints/step_*/  lora/
+    checkpoints/step_*/  lora/  proposal/
 
 Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
 holds a lock on it.
@@ -100,3 +100,8 @@ class RunDirectory:
     @property
     def lora(self) -> Path:
         return self.path / "lora"
+
+    @property
+    def proposal(self) -> Path:
+        """The learned distribution of start noise, where one is learned."""
+        return self.path / "proposal"

@@ -69,6 +69,10 @@ METRICS = {
     "search/images": "images made in full by the search in place of others, for each image of the iteration",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
+    "proposal/kl": "KL(learned start noise, N(0, I)) in nats an image, mean over the prompts that it was drawn for",
+    "proposal/gain": "mean reward of the prompts with learned start noise minus that of those with plain noise, which "
+    "are other prompts; where algorithm.noise.mix is above 0",
+    "proposal/grad_norm": "norm of the gradient by the weights of the learned start noise's network",
 }
 _log = logging.getLogger(__name__)
 
