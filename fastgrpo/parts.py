@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.solver import CachedGuidance, Solver
+from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
@@ -73,6 +74,12 @@ class RunParts:
             iterations=training.iterations,
             seed=config.seed,
         )
+        search = algorithm.noise
+        if training.reweights and isinstance(search, StepSearch) and search.correction != "none":
+            raise ValueError(
+                "train.gradients=reweight has one advantage for all steps of a sample, and algorithm.noise.correction="
+                f"{search.correction} another for the first; use train.gradients=replay"
+            )
         plain: Any = OmegaConf.to_container(config)
         solver: Solver = build(config.solver)
         if algorithm.learns_from_images and isinstance(solver, CachedGuidance):

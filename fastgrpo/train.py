@@ -41,6 +41,7 @@ from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime
 from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
+from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.types import Prompt
 from fastgrpo.update import Update
@@ -114,6 +115,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         seed=parts.seed,
         world=world,
     )
+    step_noise = StepNoise(algorithm=algorithm, sampler=sampler, rewards=rewards, seed=parts.seed, world=world)
     old_policy = OldPolicy(model.trainable, training.old_policy_growth, training.old_policy_limit)
     update = Update(
         model=model,
@@ -140,7 +142,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         model=model,
         algorithm=algorithm,
         start_noise=start_noise,
-        rollout=make_rollout(algorithm, sampler, parts.seed),
+        rollout=make_rollout(algorithm, sampler, parts.seed, step_noise),
         rewards=rewards,
         update=update,
         old_policy=old_policy,

@@ -108,7 +108,7 @@ class Trainer:
             self.ema.update()
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
-        measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
+        measured = self._measured(trajectories.noted(noise), rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
         return measured | size | {"compilations": num_compilations() - compiled}

@@ -11,7 +11,7 @@ _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
 _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
-_LINE = _CARRIED | {"prompts", "sampler", "start_noise", "rollout", "replay", "update", "evaluate", "ema"}
+_LINE = _CARRIED | {"prompts", "sampler", "start_noise", "step_noise", "rollout", "replay", "update", "evaluate", "ema"}
 _LINE |= {"old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {"sampler", "rollout", "step_replay", "image_replay", "update"}
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": _PIECES,
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
-    **dict.fromkeys(("start_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
+    **dict.fromkeys(("start_noise", "step_noise", "rollout", "evaluate"), _CARRIED | {"sampler"}),
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},
     **dict.fromkeys(("checkpoints", "records"), _LINE),

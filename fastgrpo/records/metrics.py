@@ -67,6 +67,8 @@ METRICS = {
     "search/share": "share of the iteration's prompts that were searched; the others kept plain noise",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
+    "search/effective_share": "share of a searched step's samples that count, (sum w)^2 / (n sum w^2) of their "
+    "weights w, 1 where nothing was preferred; with algorithm.noise.correction=weights",
 }
 _log = logging.getLogger(__name__)
 
