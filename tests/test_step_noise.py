@@ -155,8 +155,8 @@ def test_the_ratio_of_a_searched_step_is_exactly_one_whatever_the_search(
     stages = ("encode", "search", "rollout", "reward", "update")
     total = sum(metrics[f"seconds/{stage}"] for stage in stages)
     assert total == pytest.approx(metrics["seconds/iteration"], rel=0.1)
-    # most of this iteration's passes
-    assert metrics["seconds/search"] > metrics["seconds/rollout"]
+    # tens of passes, where without a search it takes microseconds
+    assert metrics["seconds/search"] > 0.2 * metrics["seconds/rollout"]
 
 
 @pytest.mark.parametrize("take", ["drawn", "elites", "mean"])
@@ -248,10 +248,8 @@ def test_imitation_does_not_depend_on_what_the_images_are_worth(tiny_weights: Pa
     it: Iteration = make_iteration(tiny_weights)
     whole = it.trajectories.trained
     # the searched step alone
-    first = TrainedSteps(STEPS[:1], *(part[:1] for part in whole.tensors[:5])).chosen_by(
-        chosen_of([0.0] * 6, [1.5] * 6)
-    )
     constant = TrainedSteps(STEPS[:1], *(part[:1] for part in whole.tensors[:5]))
+    first = constant.chosen_by(chosen_of([0.0] * 6, [1.5] * 6))
     found = []
     for trained, advantages in ((first, ADVANTAGES), (first, -3 * ADVANTAGES), (constant, torch.full((6,), 1.5))):
         recorder = Recorder(it.model)
@@ -291,18 +289,18 @@ def test_what_it_searches_by_is_what_the_run_has(tiny_weights: Path, tmp_path: P
     [
         (
             ("algorithm=nft", "algorithm/noise=elite_step"),
-            "algorithm.noise.target=step searches the noise of a stochastic step, but algorithm.objective NFT learns from "
-            "images, whose rollout has none; use algorithm/noise=gaussian",
+            "algorithm.noise.target=step searches the noise of a stochastic step, but algorithm.objective NFT learns "
+            "from images, whose rollout has none; use algorithm/noise=gaussian",
         ),
         (
             ("algorithm=chunk_grpo", "algorithm/noise=elite_step"),
-            "algorithm.noise.correction=weights changes the advantage of one step, but algorithm.objective has one ratio "
-            "for several; use algorithm.objective.chunk_sizes=[1]",
+            "algorithm.noise.correction=weights changes the advantage of one step, but algorithm.objective has one "
+            "ratio for several; use algorithm.objective.chunk_sizes=[1]",
         ),
         (
-            ("algorithm=flow_grpo_fast", "algorithm/noise=elite_step", "train.gradients=reweight"),
-            "train.gradients=reweight has one advantage for all steps of a sample, and algorithm.noise.correction=weights "
-            "another for the first; use train.gradients=replay",
+            ("algorithm=flow_grpo", "algorithm/noise=elite_step", "train.gradients=reweight"),
+            "train.gradients=reweight has one advantage for all steps of a sample, and algorithm.noise.correction="
+            "weights another for the first; use train.gradients=replay",
         ),
         (
             ("algorithm=flow_grpo", "algorithm/noise=elite_step", "algorithm.noise.estimate_steps=5"),

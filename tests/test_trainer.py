@@ -79,7 +79,8 @@ def test_the_metrics_are_exactly_those_that_are_explained(
 ) -> None:
     from_images = train(make_config(tiny_weights, tmp_path_factory.mktemp("from_images") / "run", *FROM_IMAGES))
     of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "velocity_deviation"})
-    of_buckets = {"height", "width"}  # tests/test_buckets.py has them
+    # tests/test_buckets.py and tests/test_step_noise.py have them
+    of_buckets = {"height", "width", "search/effective_share"}
     everything = set()
     for output, absent in ((run, of_one_signal[1]), (from_images, of_one_signal[0])):
         logged = set().union(*(row.keys() for row in rows_of(output))) - {"nonfinite"}
