@@ -17,7 +17,7 @@ from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import Batch
-from fastgrpo.profiling.timing import stage
+from fastgrpo.profiling.timing import inner_stage
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
@@ -42,7 +42,7 @@ class StepNoise:
         channels, height, width = x_BCHW.shape[1:]
         draw = StepDraw(self.seed, STEP_STREAM + step, samples, (channels, height, width), x_BCHW.device)
         # both are re-entrant: held from the first round to the last
-        with stage("search"), model.gathered(), model.sampling(lossy=True):
+        with inner_stage("search"), model.gathered(), model.sampling(lossy=True):
             rows = self.world.everyones(list(samples.rows), "rows of a search")
             spread = Spread(tuple(map(tuple, rows)))
 

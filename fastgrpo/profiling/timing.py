@@ -90,7 +90,7 @@ def waiting() -> AbstractContextManager[None]:
     return _timers[-1].waiting() if _timers and _timers[-1].thread == threading.get_ident() else nullcontext()
 
 
-def stage(name: str) -> AbstractContextManager[None]:
+def inner_stage(name: str) -> AbstractContextManager[None]:
     """A stage within the one that this thread is in, if it is in one."""
     return _timers[-1](name) if _timers and _timers[-1].thread == threading.get_ident() else nullcontext()
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fastgrpo.profiling.timing import WAIT, StageTimer, stage, waiting
+from fastgrpo.profiling.timing import WAIT, StageTimer, inner_stage, waiting
 
 
 def test_stages_add_up_within_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,14 +23,14 @@ def test_a_stage_within_another_has_its_time_for_itself(monkeypatch: pytest.Monk
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     # where nobody counts
-    with stage("search"):
+    with inner_stage("search"):
         now[0] += 1.0
     timer = StageTimer(torch.device("cpu"))
     with timer("search"):
         now[0] += 0.5
     with timer("rollout"):
         now[0] += 2.0
-        with stage("search"):
+        with inner_stage("search"):
             now[0] += 4.0
             with waiting():
                 now[0] += 0.25
