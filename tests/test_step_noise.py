@@ -139,7 +139,7 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         ("algorithm/noise=elite_step",),
         ("algorithm/noise=elite_paper_step",),
         ("algorithm/noise=elite_paper_step", "algorithm.noise.correction=imitate"),
-        ("algorithm/noise=elite_step", "algorithm.noise.shares_start=true", "algorithm.noise.candidates=6"),
+        ("algorithm/noise=elite_step", "algorithm.noise.shares_start=true", "algorithm.noise.candidates=2"),
     ],
     ids=["weights", "paper", "imitate", "shared"],
 )
@@ -200,8 +200,13 @@ RANKS = ("train.optimizer_steps=2", "model.dtype=float64", "model.decode_dtype=f
     "words",
     [
         ("algorithm/noise=elite_step",),
-        ("algorithm/noise=elite_step", "algorithm.noise.shares_start=true", "algorithm.noise.candidates=10"),
-        ("algorithm/noise=elite_paper_step", "algorithm.noise.correction=imitate", "algorithm.noise.rounds=2"),
+        ("algorithm/noise=elite_step", "algorithm.noise.shares_start=true", "algorithm.noise.candidates=2"),
+        (
+            "algorithm/noise=elite_paper_step",
+            "algorithm.noise.correction=imitate",
+            "algorithm.noise.shares_start=false",
+            "algorithm.noise.candidates=3",
+        ),
     ],
     ids=["weights", "shared", "imitate"],
 )
@@ -307,13 +312,13 @@ def test_what_it_searches_by_is_what_the_run_has(tiny_weights: Path, tmp_path: P
             "algorithm.noise.estimate_steps must be at most algorithm.schedule.num_steps = 4, got 5",
         ),
         (
-            ("algorithm=flow_grpo", "algorithm/noise=elite_step", "algorithm.noise.shares_start=true"),
-            "algorithm.noise.candidates must be a multiple of train.group_size = 3",
+            ("algorithm=flow_grpo", "algorithm/noise=elite_paper_step", "algorithm.noise.elites=4"),
+            "algorithm.noise.elites must be at most the 3 candidates of a search, got 4",
         ),
         (
             (
-                *("algorithm=flow_grpo", "algorithm/noise=elite_paper_step", "algorithm.noise.shares_start=true"),
-                *("algorithm.noise.candidates=3", "algorithm/timesteps=sliding_window", "algorithm.timesteps.size=1"),
+                *("algorithm=flow_grpo", "algorithm/noise=elite_paper_step"),
+                *("algorithm/timesteps=sliding_window", "algorithm.timesteps.size=1"),
             ),
             "algorithm.noise.take=mean gives a group that starts from one noise one noise in the only stochastic step",
         ),

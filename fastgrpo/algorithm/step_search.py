@@ -28,8 +28,9 @@ from fastgrpo_kernels import elite_weights, philox_normal, refit_moments
 class StepSearch:
     """Plain start noise, and a search for the noise of the first trained step of each trajectory.
 
-    shares_start  the group starts from one noise (DanceGRPO) and is searched as one, of K candidates in all; else each
-                  sample has a search of K candidates of its own
+    candidates    that each sample scores in a round, M
+    shares_start  the group starts from one noise (DanceGRPO) and is searched as one, with K = G M candidates; else each
+                  sample has a search of its own, with K = M
     take          ``mean``: that of the refitted distribution (the paper); ``elites``: the best seen, to each sample of
                   a group that is searched as one another; ``fresh``: drawn from the refitted distribution; ``drawn``:
                   drawn from the candidates by p = (1 - floor) softmax(score / temperature) + floor / K, of scores of
@@ -46,7 +47,7 @@ class StepSearch:
 
     target: Literal["start", "step"] = "step"
     rounds: int = 1
-    candidates: int = 8
+    candidates: int = 4
     elites: int = 3
     estimate_steps: int = 1
     shares_start: bool = False
@@ -67,11 +68,6 @@ class StepSearch:
             )
         for name in ("rounds", "candidates", "elites", "estimate_steps"):
             at_least(f"algorithm.noise.{name}", getattr(self, name), 1)
-        if self.elites > self.candidates:
-            raise ValueError(
-                f"algorithm.noise.elites must be at most algorithm.noise.candidates = {self.candidates}, got "
-                f"{self.elites}; lower it or raise candidates"
-            )
         one_of("algorithm.noise.take", self.take, ("mean", "elites", "fresh", "drawn"))
         one_of("algorithm.noise.project", self.project, ("none", "sphere"))
         one_of("algorithm.noise.correction", self.correction, ("none", "weights", "imitate"))
@@ -98,17 +94,18 @@ class StepSearch:
         return SharedNoise()(draw, score) if self.shares_start else GaussianNoise()(draw, score)
 
     def check_group(self, group_size: int) -> None:
-        """ValueError if a group that is searched as one cannot share the work evenly."""
-        if self.shares_start and self.candidates % group_size:
+        """ValueError if a search has fewer candidates than it is to have elites."""
+        num = self.candidates * group_size if self.shares_start else self.candidates
+        if self.elites > num:
             raise ValueError(
-                f"algorithm.noise.candidates must be a multiple of train.group_size = {group_size} where a group is "
-                f"searched as one, got {self.candidates}; change it, or use algorithm.noise.shares_start=false"
+                f"algorithm.noise.elites must be at most the {num} candidates of a search, got {self.elites}; lower it, "
+                "or raise algorithm.noise.candidates"
             )
 
     def choose(self, draw: StepDraw, score: "StepScore") -> ChosenNoise:
         """The noise of the step of each of this rank's samples, and what becomes of its advantage."""
         self.check_group(draw.group_size)
-        num = self.candidates // draw.group_size if self.shares_start else self.candidates
+        num = self.candidates
         rounds: list[StepCandidates] = []
         scores: list[Tensor] = []
         moments = draw.standard
@@ -131,7 +128,7 @@ class StepSearch:
             if self.take == "drawn":
                 p_SK = self.probabilities(seen_SX)
                 picked_SN = drawn(p_SK, on_device(self._uniforms(draw), draw.device), num_taken)
-                weights_A = (1.0 / (self.candidates * p_SK.gather(1, picked_SN))).flatten().float()
+                weights_A = (1.0 / (p_SK.shape[1] * p_SK.gather(1, picked_SN))).flatten().float()
             else:
                 picked_SN = _best_first(seen_SX)[:, :num_taken]
             estimates_A = seen_SX.gather(1, picked_SN).flatten()
@@ -183,10 +180,12 @@ class StepSearch:
 
     def _picked(self, rounds: list[StepCandidates], picked_B: Tensor) -> Tensor:
         """Of each sample the candidate with this number in its search, all rounds numbered through."""
-        found_BCHW = rounds[0].of_ids(self._ids(rounds[0], picked_B[:, None] % self.candidates))[:, 0]
+        num = rounds[0].num * (rounds[0].draw.group_size if self.shares_start else 1)
+        round_B, numbers_B1 = picked_B // num, picked_B[:, None] % num
+        found_BCHW = rounds[0].of_ids(self._ids(rounds[0], numbers_B1))[:, 0]
         for r, candidates in enumerate(rounds[1:], start=1):
-            of_round_BCHW = candidates.of_ids(self._ids(candidates, picked_B[:, None] % self.candidates))[:, 0]
-            is_here_B = picked_B // self.candidates == r
+            of_round_BCHW = candidates.of_ids(self._ids(candidates, numbers_B1))[:, 0]
+            is_here_B = round_B == r
             found_BCHW = torch.where(is_here_B[:, None, None, None], of_round_BCHW, found_BCHW)
         return found_BCHW
 

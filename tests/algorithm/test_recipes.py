@@ -52,7 +52,8 @@ PUBLISHED = {
     ),
     "smart_grpo_paper": (FLOW_GRPO[0], PAPER, *FLOW_GRPO[2:]),
     "smart_grpo_paper_step": (
-        FLOW_GRPO[0], StepSearch(rounds=3, candidates=8, elites=3, take="mean", correction="none"), *FLOW_GRPO[2:],
+        FLOW_GRPO[0], StepSearch(rounds=3, candidates=1, shares_start=True, take="mean", correction="none"),
+        *FLOW_GRPO[2:],
     ),
     "flow_grpo_fast": (
         SD3Schedule(10), GaussianNoise(), CPS(0.8), RandomWindow(3, 0, 5), GroupAdvantage("global"),
