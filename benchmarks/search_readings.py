@@ -1,11 +1,11 @@
 """What each reading of Smart-GRPO's search does to learning, on the embedded model at equal CPU seconds of training.
 
     python -m benchmarks.search_readings
-    python -m benchmarks.search_readings --seconds 20 --seeds 0 --sides flow_grpo step_none
+    python -m benchmarks.search_readings --seconds 20 --seeds 0 --sides flow_grpo step_paper
 
-arXiv:2510.02654 can be read as a search of start noises or of the noise within the trajectory (``algorithm.noise.target:
-start | step``), and the latter's chosen noise can be trained as the paper has it, with weights that undo the choice, or
-by imitation.  A run that is in --out is not made again: a stopped measurement goes on.
+arXiv:2510.02654 can be read as a search of start noises or of the noise within the trajectory, the key
+``algorithm.noise.target``, and the latter's chosen noise can be trained as the paper has it, with weights that undo the
+choice, or by imitation.  A run that is in --out is not made again: a stopped measurement goes on.
 """
 
 import argparse
@@ -159,14 +159,15 @@ def _legend(arguments: argparse.Namespace) -> str:
 {arguments.seconds:g} CPU seconds of training a run, one torch thread, evaluations left out; seeds \
 {", ".join(map(str, arguments.seeds))}; learning rate {arguments.learning_rate:g} for all, which was tuned for none.
 
-The paper reports an ImageReward of .8575 for Smart-GRPO against .8237 for Flow-GRPO, on a model, reward and budget of its
-own, and without code.  This is no repetition of that: compared are recipes on the embedded model, trained on the graded
-verifier of shapes, by strict accuracy on held-out prompts from plain noise, with the search off, {NUM_STEPS} steps and
+The paper reports an ImageReward of .8575 for Smart-GRPO against .8237 for Flow-GRPO, on a model, reward and budget of
+its own.  This is no repetition of that: compared are recipes on the embedded model, trained on the graded verifier of
+shapes, by strict accuracy on held-out prompts from plain noise, with the search off, {NUM_STEPS} steps and
 {IMAGES_PER_PROMPT} images a prompt.  An iteration is {PROMPTS} prompts x {GROUP} images on every side; a search costs
-time, so that searched sides make fewer images in theirs.  Beside its range over seeds a difference says little.
+time, so that searched sides make fewer images in theirs.  Differences within the range over seeds say nothing.
 
-`gain`: of the estimated reward by the search.  `correlation`: rank correlation, within a prompt, of the estimate of what
-was chosen with the final reward.  `effective`: share of the weighted samples that count.  All are means over iterations.
+`gain`: of the estimated reward by the search.  `correlation`: rank correlation, within a prompt, of the estimate of
+what was chosen with the final reward.  `effective`: share of the weighted samples that count.  These are means over
+iterations.
 
 {sides}"""
 

@@ -98,8 +98,8 @@ class StepSearch:
         num = self.candidates * group_size if self.shares_start else self.candidates
         if self.elites > num:
             raise ValueError(
-                f"algorithm.noise.elites must be at most the {num} candidates of a search, got {self.elites}; lower it, "
-                "or raise algorithm.noise.candidates"
+                f"algorithm.noise.elites must be at most the {num} candidates of a search, got {self.elites}; lower "
+                "it, or raise algorithm.noise.candidates"
             )
 
     def choose(self, draw: StepDraw, score: "StepScore") -> ChosenNoise:
