@@ -16,6 +16,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.making import Search
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.solver import CachedGuidance, Solver
+from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
@@ -75,10 +76,16 @@ class RunParts:
             iterations=training.iterations,
             seed=config.seed,
         )
-        if training.reweights and isinstance(algorithm.noise, Retries):
+        search = algorithm.noise
+        if training.reweights and isinstance(search, Retries):
             raise ValueError(
                 "train.gradients=reweight takes gradients while images are made, and algorithm/noise=retries makes "
                 "some of them again; use train.gradients=replay"
+            )
+        if training.reweights and isinstance(search, StepSearch) and search.correction != "none":
+            raise ValueError(
+                "train.gradients=reweight has one advantage for all steps of a sample, and algorithm.noise.correction="
+                f"{search.correction} another for the first; use train.gradients=replay"
             )
         plain: Any = OmegaConf.to_container(config)
         solver: Solver = build(config.solver)

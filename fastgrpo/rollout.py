@@ -21,8 +21,26 @@ from fastgrpo.algorithm.timesteps import Timesteps
 from fastgrpo.memory.batches import Batch
 from fastgrpo.on_device import on_device
 from fastgrpo.sampler import Sampler, handed_to_nobody
-from fastgrpo.types import Conditions, Noise, SampleGradients, Samples, TrainedImages, TrainedSteps, Trajectories
+from fastgrpo.types import (
+    ChosenNoise,
+    Conditions,
+    Noise,
+    SampleGradients,
+    Samples,
+    TrainedImages,
+    TrainedSteps,
+    Trajectories,
+)
 from fastgrpo_kernels import GuidedVelocity, PhiloxNoise
+
+# (samples, conditions, x, step) -> the noise of the first trained step, or None where it is the plain one
+FindNoise = Callable[[Samples, Conditions, Tensor, int], ChosenNoise | None]
+# of each trained step, drawn where it is used, or the one that was found
+StepNoises = dict[int, PhiloxNoise | Tensor]
+
+
+def not_searched(samples: Samples, conditions: Conditions, x_BCHW: Tensor, step: int) -> None:
+    """Where no step is searched."""
 
 
 class Rollout(Protocol):
@@ -73,7 +91,7 @@ class ImageRollout:
 class StepRollout:
     """Stochastic in the steps that ``timesteps`` chooses for an iteration, whose noise is a function of ``seed``.
 
-    keeps_means: whether the means of the trained steps are handed on, too.
+    keeps_means: whether the means of the trained steps are handed on, too.  find_noise: a search of the first one's.
     """
 
     sampler: Sampler
@@ -81,6 +99,7 @@ class StepRollout:
     timesteps: Timesteps
     seed: int
     keeps_means: bool = False
+    find_noise: FindNoise = not_searched
 
     @torch.no_grad()
     def __call__(
@@ -101,24 +120,25 @@ class StepRollout:
                 x_BCHW = sampler.latents_of_prompts(samples, conditions, start_BCHW, range(first))
             else:
                 x_BCHW = sampler.latents(start_BCHW, conditions, range(first), samples.most)
+            step_noise = self._step_noise(samples, steps)
+            chosen = self.find_noise(samples, conditions, x_BCHW, first) if steps else None
+            if chosen is not None:
+                step_noise[first] = chosen.noise_BCHW
             x_BCHW, trained, gradients = self._window(
-                x_BCHW,
-                conditions,
-                range(first, last),
-                self._step_noise(samples, steps),
-                num_differentiated,
-                samples.most,
+                x_BCHW, conditions, range(first, last), step_noise, num_differentiated, samples.most
             )
+            if chosen is not None:
+                trained = trained.chosen_by(chosen)
             rest = range(last, sampler.num_steps)
             _, images_BCHW = sampler.finished(x_BCHW, conditions, rest, hand_on, samples.most)
-        return Trajectories(images_BCHW, start_BCHW, trained, gradients)
+        return Trajectories(images_BCHW, start_BCHW, trained, gradients, chosen)
 
     def _window(
         self,
         x_BCHW: Tensor,
         conditions: Conditions,
         steps: range,
-        noise: dict[int, PhiloxNoise],
+        noise: StepNoises,
         num_differentiated: int,
         most: int,
     ) -> tuple[Tensor, TrainedSteps, list[SampleGradients]]:
@@ -144,7 +164,7 @@ class StepRollout:
         x_BCHW: Tensor,
         conditions: Conditions,
         steps: range,
-        noise: dict[int, PhiloxNoise],
+        noise: StepNoises,
         with_gradients: bool,
         most: int,
     ) -> tuple[Tensor, TrainedSteps, list[SampleGradients]]:
@@ -156,7 +176,9 @@ class StepRollout:
 
         def run(batch: Batch) -> tuple[Tensor, TrainedSteps, SampleGradients]:
             step_noise = {
-                step: replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
+                step: batch.of(n)
+                if isinstance(n, Tensor)
+                else replace(n, prompt_ids_B=batch.of(n.prompt_ids_B), sample_ids_B=batch.of(n.sample_ids_B))
                 for step, n in noise.items()
             }
             x, trained, gradients = self._stochastic(
@@ -180,7 +202,7 @@ class StepRollout:
         x_BCHW: Tensor,
         conditions: Conditions,
         steps: range,
-        noise: dict[int, PhiloxNoise],
+        noise: StepNoises,
         with_gradients: bool,
     ) -> tuple[Tensor, TrainedSteps, SampleGradients]:
         x, x_next, log_prob, differentiated, unconditional, mean = [], [], [], [], [], []
@@ -217,7 +239,7 @@ class StepRollout:
         return x_BCHW, trained, SampleGradients(of_TB, gradients)
 
     def _differentiated(
-        self, x_BCHW: Tensor, conditions: Conditions, step: int, noise: PhiloxNoise, gradients: list[Tensor]
+        self, x_BCHW: Tensor, conditions: Conditions, step: int, noise: PhiloxNoise | Tensor, gradients: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | GuidedVelocity]:
         """x_next, its log_prob, the same computed again as update would, and v of one step.
 
@@ -235,7 +257,7 @@ class StepRollout:
             gradients.extend(found)
         return x_next_BCHW, log_prob_B, replayed_B.detach(), v_BCHW.detach()
 
-    def _step_noise(self, samples: Samples, steps: tuple[int, ...]) -> dict[int, PhiloxNoise]:
+    def _step_noise(self, samples: Samples, steps: tuple[int, ...]) -> StepNoises:
         """The noise of each step: a function of the global prompt index and the place in the group."""
         prompt_ids_B, places_B = (
             on_device(ids, self.sampler.model.device) for ids in (samples.prompt_ids, samples.places)

@@ -8,13 +8,13 @@ from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.replay import Replay
-from fastgrpo.rollout import ImageRollout, Rollout, StepRollout
+from fastgrpo.rollout import FindNoise, ImageRollout, Rollout, StepRollout, not_searched
 from fastgrpo.sampler import Sampler
 from fastgrpo.step_replay import StepReplay
 
 
-def make_rollout(algorithm: Algorithm, sampler: Sampler, seed: int) -> Rollout:
-    """The rollout that gives what the algorithm's objective learns from."""
+def make_rollout(algorithm: Algorithm, sampler: Sampler, seed: int, find_noise: FindNoise = not_searched) -> Rollout:
+    """The rollout that gives what the algorithm's objective learns from; ``find_noise`` of the first trained step."""
     if algorithm.learns_from_images:
         return ImageRollout(sampler=sampler)
     return StepRollout(
@@ -23,6 +23,7 @@ def make_rollout(algorithm: Algorithm, sampler: Sampler, seed: int) -> Rollout:
         timesteps=algorithm.steps,
         seed=seed,
         keeps_means=algorithm.step_objective.needs_distance,
+        find_noise=find_noise,
     )
 
 

@@ -64,7 +64,9 @@ class StepReplay:
             self._replayed(material, i, conditions, material.unconditional_TBCHW[i] if is_known else None, kept)
             for i in self.objective.chunks(len(material.steps))[place]
         ]
-        return self._judged(chunk[0] if len(chunk) == 1 else _together(chunk), advantages_B)
+        if len(chunk) == 1:
+            return self._judged(chunk[0], material.advantages(place, advantages_B))
+        return self._judged(_together(chunk), advantages_B)
 
     def reweighted(
         self,

@@ -47,6 +47,7 @@ from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating, Runtime
 from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
+from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.types import Prompt
 from fastgrpo.update import Update
@@ -122,7 +123,8 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         world=world,
         proposal=proposal,
     )
-    rollout = make_rollout(algorithm, sampler, parts.seed)
+    step_noise = StepNoise(algorithm=algorithm, sampler=sampler, rewards=rewards, seed=parts.seed, world=world)
+    rollout = make_rollout(algorithm, sampler, parts.seed, step_noise)
     old_policy = OldPolicy(model.trainable, training.old_policy_growth, training.old_policy_limit)
     update = Update(
         model=model,

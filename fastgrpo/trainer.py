@@ -116,7 +116,7 @@ class Trainer:
             proposed = self.proposal.learn(samples, conditions, noise, advantages_B, rewards.total_PG)
         self.health(self.iteration, stats, made.trajectories, advantages_B)
         self.iteration += 1
-        measured = self._measured(noise, rewards, stats, self._agree(timer.seconds()))
+        measured = self._measured(trajectories.noted(noise), rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
         return measured | made.metrics | size | proposed | {"compilations": num_compilations() - compiled}

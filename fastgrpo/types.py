@@ -10,7 +10,7 @@ Letters, used in names throughout the package:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -173,11 +173,26 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class ChosenNoise:
+    """The noise of one step that a search chose, and what becomes of the advantage A there: scale_B A + offset_B.
+
+    ``metrics`` and ``estimates_PG`` are what it measured, as in ``Noise``.
+    """
+
+    noise_BCHW: Tensor
+    scale_B: Tensor
+    offset_B: Tensor
+    estimates_PG: Tensor
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class TrainedSteps:
     """What update replays: T stochastic steps of B samples.  ``steps`` are their indices into the grid.
 
     ``unconditional_TBCHW`` is the old policy's other branch of guidance; T is 0 there without guidance.  ``mean_TBCHW``
-    is its mean of x_next; T is 0 there unless the objective asks for it.
+    is its mean of x_next; T is 0 there unless the objective asks for it.  The advantage A of a step is scale_TB A +
+    offset_TB; T is 0 there, and A as it is, unless the noise of a step was chosen.
     """
 
     steps: tuple[int, ...]
@@ -186,11 +201,32 @@ class TrainedSteps:
     log_prob_TB: Tensor
     unconditional_TBCHW: Tensor
     mean_TBCHW: Tensor
+    scale_TB: Tensor = None  # type: ignore[assignment]
+    offset_TB: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in ("scale_TB", "offset_TB"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.log_prob_TB[:0])
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All that is stored; dimension 1 is samples."""
-        return self.x_TBCHW, self.x_next_TBCHW, self.log_prob_TB, self.unconditional_TBCHW, self.mean_TBCHW
+        latents = (self.x_TBCHW, self.x_next_TBCHW, self.log_prob_TB, self.unconditional_TBCHW, self.mean_TBCHW)
+        return *latents, self.scale_TB, self.offset_TB
+
+    def chosen_by(self, chosen: ChosenNoise) -> "TrainedSteps":
+        """The same, of which the first step took a noise that was chosen."""
+        scale_TB, offset_TB = torch.ones_like(self.log_prob_TB), torch.zeros_like(self.log_prob_TB)
+        scale_TB[0], offset_TB[0] = chosen.scale_B, chosen.offset_B
+        return replace(self, scale_TB=scale_TB, offset_TB=offset_TB)
+
+    def advantages(self, place: int, advantages_B: Tensor) -> Tensor:
+        """Those of one step, of the first samples, of which ``advantages_B`` are known."""
+        if len(self.scale_TB) == 0:
+            return advantages_B
+        first = slice(len(advantages_B))
+        return self.scale_TB[place, first] * advantages_B + self.offset_TB[place, first]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TrainedSteps":
         """A function of each tensor."""
@@ -248,13 +284,21 @@ Trained = TypeVar("Trained", bound=TrainedSteps | TrainedImages, covariant=True)
 class Trajectories(Generic[Trained]):
     """B images (float32, in [0, 1]) and what is learned from: the trained steps that led to them, or their latents.
 
-    ``gradients``, where the rollout took them, are those of its first samples, in parts.
+    ``gradients``, where the rollout took them, are those of its first samples, in parts.  ``chosen`` is the noise of
+    the first trained step, where it was searched.
     """
 
     images_BCHW: Tensor
     start_BCHW: Tensor
     trained: Trained
     gradients: list[SampleGradients] = field(default_factory=list)
+    chosen: ChosenNoise | None = None
+
+    def noted(self, noise: Noise) -> Noise:
+        """The start noise with what the search of a step measured, where there was one."""
+        if self.chosen is None:
+            return noise
+        return replace(noise, metrics=noise.metrics | self.chosen.metrics, estimates_PG=self.chosen.estimates_PG)
 
     def replaced(self, rows_b: Tensor, others: "Trajectories[Any]", is_taken_b: Tensor) -> "Trajectories[Trained]":
         """Those of ``rows_b`` replaced, where it is taken, by ``others``, which are of these rows alone."""

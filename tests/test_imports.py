@@ -12,7 +12,7 @@ _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
-_LINE |= {"start_noise", "rollout", "replay", "update", "evaluate", "ema"}
+_LINE |= {"start_noise", "step_noise", "rollout", "replay", "update", "evaluate", "ema"}
 _LINE |= {"proposal", "retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {
@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": _PIECES,
     **dict.fromkeys(("step_replay", "image_replay"), _CARRIED | {"replay", "old_policy"}),
     "signals": _CARRIED | {"sampler", "rollout", "replay", "step_replay", "image_replay", "old_policy"},
-    **dict.fromkeys(("rollout", "search_portion"), _CARRIED | {"sampler"}),
+    **dict.fromkeys(("step_noise", "rollout", "search_portion"), _CARRIED | {"sampler"}),
     "start_noise": _CARRIED | {"sampler", "proposal"},
     "image_search": _CARRIED | {"sampler", "search_portion"},
     **dict.fromkeys(("prompt_images", "evaluate"), _CARRIED | {"sampler", "search_portion", "image_search"}),

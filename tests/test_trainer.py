@@ -79,8 +79,9 @@ def test_the_metrics_are_exactly_those_that_are_explained(
 ) -> None:
     from_images = train(make_config(tiny_weights, tmp_path_factory.mktemp("from_images") / "run", *FROM_IMAGES))
     of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "velocity_deviation"})
-    # tests/test_buckets.py has the first two, tests/test_retry.py the third
-    elsewhere = {"height", "width", "search/images"}
+    # test_buckets.py has the first two, test_step_noise.py the third, test_retry.py the fourth, proposal/ the others
+    elsewhere = {"height", "width", "search/effective_share", "search/images"}
+    elsewhere |= {"proposal/kl", "proposal/gain", "proposal/grad_norm"}
     everything = set()
     for output, absent in ((run, of_one_signal[1]), (from_images, of_one_signal[0])):
         logged = set().union(*(row.keys() for row in rows_of(output))) - {"nonfinite"}

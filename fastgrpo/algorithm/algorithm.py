@@ -14,6 +14,7 @@ from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.schedule import GivenTimes, LinearSchedule, OfResolution, SD3Schedule
 from fastgrpo.algorithm.search import BestOfK, EliteSearch, RandomSearch
+from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.algorithm.timesteps import DrawnTimes, Timesteps
 
 # each step has a stream of noise of its own, between those of the searches and the next
@@ -88,15 +89,25 @@ class Algorithm:
             return 1, num_updates * self.times.per_image
         # x, x_next and perhaps the mean of each trained step, and its unconditional branch
         num_steps = len(self.steps(len(self.grid) - 1, 0, 0))
-        return (2 + self.step_objective.needs_distance) * num_steps, two_branches * num_steps
+        latents = (2 + self.step_objective.needs_distance) * num_steps
+        # the noise that was found for one, and its search's mean and std
+        return latents + 3 * isinstance(self.noise, StepSearch), two_branches * num_steps
 
     def evaluation_grid(self, num_steps: int) -> tuple[float, ...]:
         """The same schedule in another number of steps."""
         return self.schedule.evaluated(num_steps)
 
-    def estimate_grid(self, num_steps: int) -> tuple[float, ...]:
-        """As many real steps with the same shift: SD3's own grid in few steps would spend one of them on .009 -> 0."""
-        return LinearSchedule(num_steps, self.schedule.shift)()
+    def estimate_grid(self, num_steps: int, start: float = 1.0) -> tuple[float, ...]:
+        """As many real steps with the same shift: SD3's own grid in few steps would spend one of them on .009 -> 0.
+
+        Before the shift they are even from ``start`` to 0.
+        """
+        if start == 1.0:
+            return LinearSchedule(num_steps, self.schedule.shift)()
+        shift = self.schedule.shift
+        u = start / (shift - (shift - 1.0) * start)
+        evenly = (u * (1.0 - i / num_steps) for i in range(1, num_steps + 1))
+        return (start, *(shift * u_i / (1.0 + (shift - 1.0) * u_i) for u_i in evenly))
 
     def check(self, *, evaluation_steps: int, group_size: int, iterations: int, seed: int) -> None:
         """Evaluate all that can be known before a model is there; ValueError for what could not be trained.
@@ -116,6 +127,7 @@ class Algorithm:
         if self.learns_from_images:
             return
         chosen = [self._checked_steps(iteration, seed) for iteration in range(min(iterations, _CHECKED_ITERATIONS))]
+        self._check_step_search(min(map(len, chosen)), max(map(len, chosen)))
         for step in sorted({step for steps in chosen for step in steps}):
             self._check_dynamics(step)
 
@@ -135,6 +147,11 @@ class Algorithm:
                 f"algorithm.timesteps is {type(self.timesteps).__name__}, but algorithm.objective {name} learns from "
                 "images, noised again at drawn times, and no step would be trained; use algorithm/timesteps=drawn"
             )
+        if self.learns_from_images and isinstance(self.noise, StepSearch):
+            raise ValueError(
+                f"algorithm.noise.target=step searches the noise of a stochastic step, but algorithm.objective {name} "
+                "learns from images, whose rollout has none; use algorithm/noise=gaussian"
+            )
         if self.learns_from_images and self._shares_starts:
             raise ValueError(
                 f"algorithm.noise gives all samples of a group one start noise, but algorithm.objective {name} learns "
@@ -153,8 +170,24 @@ class Algorithm:
             return self.noise.start in ("mean", "shared")
         return isinstance(self.noise, SharedNoise)
 
+    def _check_step_search(self, fewest_steps: int, most_steps: int) -> None:
+        """What the search of a step's noise needs of the steps that are trained."""
+        search = self.noise
+        if not isinstance(search, StepSearch):
+            return
+        if search.correction != "none" and max(map(len, self.step_objective.chunks(most_steps))) > 1:
+            raise ValueError(
+                f"algorithm.noise.correction={search.correction} changes the advantage of one step, but "
+                "algorithm.objective has one ratio for several; use algorithm.objective.chunk_sizes=[1]"
+            )
+        if search.shares_start and search.take == "mean" and fewest_steps == 1:
+            raise ValueError(
+                "algorithm.noise.take=mean gives a group that starts from one noise one noise in the only stochastic "
+                "step, and its images are all the same; use take=elites, or train more steps"
+            )
+
     def _check_search(self, group_size: int) -> None:
-        if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch | Retries):
+        if not isinstance(self.noise, BestOfK | EliteSearch | RandomSearch | Retries | StepSearch):
             return
         if isinstance(self.noise, Retries) and self.noise.candidates == 1:
             return

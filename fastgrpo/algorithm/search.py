@@ -35,6 +35,7 @@ MAX_ROUNDS = STEP_STREAM - SEARCH_STREAM - 1
 class EliteSearch:
     """Smart-GRPO's search, and what its paper leaves open.
 
+    target   ``start``: start noises; for those of a trained step see ``step_search.py``
     start    ``mean``: the group shares the refitted mean (the paper); ``elites``: G distinct noises, the best seen;
              ``contrast``: the best and the worst seen, half each
     fresh    with ``elites``: G draws from the refitted distribution in place of the best seen
@@ -47,6 +48,7 @@ class EliteSearch:
     momentum share of the old mean and std that a refit keeps
     """
 
+    target: Literal["start", "step"] = "start"
     rounds: int = 1
     candidates: int = 32
     elites: int = 16
@@ -62,6 +64,11 @@ class EliteSearch:
     std_floor: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.target != "start":
+            raise ValueError(
+                f"algorithm.noise.target must be start in this search, got {self.target!r}; use "
+                "algorithm/noise=elite_step or elite_paper_step to search the noise of a trained step"
+            )
         _check_counts(self, "rounds", "candidates", "elites", "estimate_steps")
         if self.elites > self.candidates:
             raise ValueError(

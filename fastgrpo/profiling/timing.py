@@ -21,12 +21,16 @@ _timers: list["StageTimer"] = []
 
 
 class StageTimer:
-    """``with timer("rollout"):`` adds to that stage.  On CUDA it records events, which ``seconds`` reads."""
+    """``with timer("rollout"):`` adds to that stage.  On CUDA it records events, which ``seconds`` reads.
+
+    The time of a stage within another is its own alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self.thread = threading.get_ident()
         self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._within: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._start = self._now()
 
     @contextmanager
@@ -39,6 +43,7 @@ class StageTimer:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = self._now()
+        around = running_stage() if self in _timers else NO_STAGE
         _running.append(stage)
         _timers.append(self)
         try:
@@ -47,7 +52,10 @@ class StageTimer:
         finally:
             _running.pop()
             _timers.pop()
-        self._spans.append((stage, start, self._now()))
+        end = self._now()
+        self._spans.append((stage, start, end))
+        if around != NO_STAGE:
+            self._within.append((around, start, end))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, of waiting in it, and of everything since the timer was made under ``iteration``."""
@@ -57,6 +65,8 @@ class StageTimer:
         totals = {"iteration": self._between(self._start, end)}
         for stage, first, last in self._spans:
             totals[stage] = totals.get(stage, 0.0) + self._between(first, last)
+        for stage, first, last in self._within:
+            totals[stage] -= self._between(first, last)
         return totals
 
     def _now(self) -> float | torch.cuda.Event:
@@ -78,6 +88,11 @@ class StageTimer:
 def waiting() -> AbstractContextManager[None]:
     """``StageTimer.waiting`` of the stage that this thread is in, if it is in one."""
     return _timers[-1].waiting() if _timers and _timers[-1].thread == threading.get_ident() else nullcontext()
+
+
+def inner_stage(name: str) -> AbstractContextManager[None]:
+    """A stage within the one that this thread is in, if it is in one."""
+    return _timers[-1](name) if _timers and _timers[-1].thread == threading.get_ident() else nullcontext()
 
 
 def running_stage() -> str:

@@ -69,6 +69,8 @@ METRICS = {
     "search/images": "images made in full by the search in place of others, for each image of the iteration",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
+    "search/effective_share": "share of a searched step's samples that count, (sum w)^2 / (n sum w^2) of their "
+    "weights w, 1 where nothing was preferred; with algorithm.noise.correction=weights",
     "proposal/kl": "KL(learned start noise, N(0, I)) in nats an image, mean over the prompts that it was drawn for",
     "proposal/gain": "mean reward of the prompts with learned start noise minus that of those with plain noise, which "
     "are other prompts; where algorithm.noise.mix is above 0",

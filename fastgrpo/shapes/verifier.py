@@ -73,7 +73,7 @@ def find_objects(image_HWC: np.ndarray) -> list[Found]:
 
 
 def _overlap(mask: np.ndarray, x: float, y: float, area: int) -> dict[str, float]:
-    overlap = {}
+    overlap: dict[str, float] = {}
     for shape in SHAPES:
         ideal = coverage(shape, x, y, float(np.sqrt(area / np.pi))) >= 0.5
         common = np.count_nonzero(mask & ideal)

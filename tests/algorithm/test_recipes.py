@@ -18,6 +18,7 @@ from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
 from fastgrpo.algorithm.schedule import FewSteps, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import EliteSearch
+from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.algorithm.timesteps import AllButLast, DrawnTimes, RandomSubset, RandomWindow, SlidingWindow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,6 +51,10 @@ PUBLISHED = {
         ClippedSurrogate(1e-5, 0.0),
     ),
     "smart_grpo_paper": (FLOW_GRPO[0], PAPER, *FLOW_GRPO[2:]),
+    "smart_grpo_paper_step": (
+        FLOW_GRPO[0], StepSearch(rounds=3, candidates=1, shares_start=True, take="mean", correction="none"),
+        *FLOW_GRPO[2:],
+    ),
     "flow_grpo_fast": (
         SD3Schedule(10), GaussianNoise(), CPS(0.8), RandomWindow(3, 0, 5), GroupAdvantage("global"),
         ClippedSurrogate(1e-5, 0.0),
@@ -103,6 +108,7 @@ def test_any_piece_can_be_swapped_into_a_recipe(recipe):
 def test_a_piece_and_its_fields_can_be_overridden_together():
     config = algorithm("flow_grpo", "algorithm/noise=elite", "algorithm.noise.rounds=2", "algorithm.noise.mix=0.5")
     assert instantiate(config.noise) == EliteSearch(rounds=2, mix=0.5)
+    assert instantiate(algorithm("flow_grpo", "algorithm/noise=elite_step").noise) == StepSearch()
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "algorithm").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fastgrpo.profiling.timing import StageTimer
+from fastgrpo.profiling.timing import WAIT, StageTimer, inner_stage, waiting
 
 
 def test_stages_add_up_within_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +17,33 @@ def test_stages_add_up_within_the_iteration(monkeypatch: pytest.MonkeyPatch) -> 
             now[0] += seconds
         now[0] += 0.25
     assert timer.seconds() == {"iteration": 6.25, "rollout": 2.5, "update": 3.0}
+
+
+def test_a_stage_within_another_has_its_time_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    # where nobody counts
+    with inner_stage("search"):
+        now[0] += 1.0
+    timer = StageTimer(torch.device("cpu"))
+    with timer("search"):
+        now[0] += 0.5
+    with timer("rollout"):
+        now[0] += 2.0
+        with inner_stage("search"):
+            now[0] += 4.0
+            with waiting():
+                now[0] += 0.25
+        now[0] += 8.0
+    with timer("update"):
+        now[0] += 16.0
+    assert timer.seconds() == {
+        "iteration": 30.75,
+        "search": 4.75,
+        "rollout": 10.0,
+        "update": 16.0,
+        WAIT + "search": 0.25,
+    }
 
 
 def test_an_error_inside_a_stage_comes_through() -> None:
