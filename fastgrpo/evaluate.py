@@ -40,7 +40,7 @@ class EvaluationResult:
     texts: list[str]
     images: list[Tensor]
     verified: list[bool] | None
-    cost: Cost
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True, kw_only=True)
