@@ -285,3 +285,16 @@ def test_images_of_another_resolution_have_latents_of_theirs() -> None:
     samples = Samples(Prompts(TEXTS, IDS, Resolution(2, 3)), 1, (0, 1))
     draw = NoiseDraw(5, IDS, 1, model.latent_shape_of(Resolution(2, 3)))
     assert searching(Halving(), model=model)(samples, draw).images_BCHW.shape == (2, 3, 2, 3)
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_a_rank_with_fewer_images_keeps_step_with_the_one_that_has_most(search: Search) -> None:
+    """Where weights are spread over ranks all call the network equally often, each batch in one shape."""
+    calls = {}
+    for rows in ((0, 1, 2, 3, 4), (0, 1)):
+        model = Field(in_lockstep=True)
+        samples, draw = samples_and_draw(*rows)
+        found = searching(search, model=model)(replace(samples, most=5), draw)
+        calls[rows] = model.calls, model.rows
+        assert found.cost.evaluations == len(rows) * search.plan(38, 5).velocities
+    assert len(set(calls.values())) == 1
