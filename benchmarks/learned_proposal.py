@@ -250,7 +250,7 @@ def _curve(values: dict[str, Any]) -> list[str]:
     reward = [row["shapes"] if "shapes" in row else row["reward/shapes"] for row in rows]
     first, last = (sum(part) / len(part) for part in (reward[:fifth], reward[-fifth:]))
     kls = [row["proposal/kl"] for row in rows if "proposal/kl" in row]
-    return [str(len(rows)), f"{first:.3f}", f"{last:.3f}", f"{kls[-1]:.1f}"]
+    return [str(len(rows)), f"{first:.3f}", f"{last:.3f}", f"{(kls or [0.0])[-1]:.1f}"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The comparison of start noises, in a few images: what is measured, and what is kept of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import learned_proposal
+from benchmarks.learned_proposal import POLICIES, _compare, main
+from fastgrpo.algorithm.noise import plain_starts
+from fastgrpo.proposal.files import load_proposal
+
+SHORT = ["--frozen=1", "--nft=1", "--trained=1", "--prompts=2", "--images=4", "--best-of=2", "--mix=0"]
+SHORT += [
+    "algorithm.noise.width=4",
+    "train.prompts_per_iteration=1",
+    "train.group_size=2",
+    "train.updates=1",
+    "evaluate.num_steps=1",
+]
+SHORT += ["algorithm.schedule.num_steps=1", "reward.golden=false"]
+
+
+def test_what_is_measured_is_kept_and_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path / "results")
+    monkeypatch.setenv("BENCHMARK_COMMIT", "0" * 40)
+    out = tmp_path / "out"
+    main([f"--out={out}", *SHORT])
+    shown = capsys.readouterr().out
+    for policy, _, _ in POLICIES:
+        assert f"| {policy} | training prompts |" in shown
+        assert f"| {policy} | held-out prompts |" in shown
+    for name in ("frozen", "beside", "trained"):
+        assert load_proposal(out / name).shape.width == 4
+    judged = json.loads((out / "judged_frozen.json").read_text())["held-out prompts"]
+    assert judged["plain shapes"]["gain"] == {"mean": 0.0, "standard_error": 0.0}
+    assert judged["searched shapes"]["mean"] >= judged["plain shapes"]["mean"]
+    monkeypatch.setattr(learned_proposal, "build_trainer", None)
+    main([f"--out={out}", *SHORT])
+    assert "measured" in capsys.readouterr().out.lower()
+
+
+def test_the_best_of_each_so_many_is_taken_by_the_graded_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    graded_PG = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.0, 0.1, 0.6]])
+    strict_PG = torch.tensor([[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+    plain = {"shapes": graded_PG, "shapes_strict": strict_PG}
+    learned = {"shapes": graded_PG + torch.tensor([[0.1], [0.3]]), "shapes_strict": strict_PG}
+
+    def rewards(trainer, num_steps, prompts, starts, num_images):
+        return plain if starts is plain_starts else learned
+
+    monkeypatch.setattr(learned_proposal, "images_rewards", rewards)
+
+    class Arguments:
+        images, best_of = 4, 2
+
+    found = _compare(None, 1, [], lambda *_: None, Arguments)  # type: ignore[arg-type]
+    assert found["searched shapes"]["mean"] == pytest.approx((0.4 + 0.3 + 0.5 + 0.6) / 4)
+    assert found["searched shapes_strict"]["mean"] == pytest.approx((0 + 1 + 1 + 0) / 4)
+    assert found["learned shapes"]["gain"]["mean"] == pytest.approx(0.2)
+    # of two prompts: half their distance
+    assert found["learned shapes"]["gain"]["standard_error"] == pytest.approx(0.1)
