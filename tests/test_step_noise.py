@@ -150,7 +150,10 @@ def test_the_ratio_of_a_searched_step_is_exactly_one_whatever_the_search(
     metrics = trainer.step()
     assert metrics["ratio_deviation"] == metrics["clip_fraction"] == 0.0
     assert metrics["grad_norm"] > 0
-    assert {"search/gain", "search/rank_correlation"} <= metrics.keys()
+    assert "search/gain" in metrics
+    # one noise for the group is no better within it than any other
+    is_shared = trainer.algorithm.noise.gives_one_noise  # type: ignore[attr-defined]
+    assert ("search/rank_correlation" in metrics) == (not is_shared)
     assert ("search/effective_share" in metrics) == (trainer.algorithm.noise.correction == "weights")  # type: ignore[attr-defined]
     stages = ("encode", "search", "rollout", "reward", "update")
     total = sum(metrics[f"seconds/{stage}"] for stage in stages)
