@@ -17,6 +17,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.distributed.world import World
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.parts import RunParts
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.train import build_trainer
@@ -94,9 +95,19 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         times.append(t)
         return run(self, transformer, t, *arguments)
 
+    begin_search, judged = Rewards.begin_search, []
+
+    def overhear(self, texts: list[str]):
+        judged.append(texts)
+        return begin_search(self, texts)
+
     with monkeypatch.context() as patch:
         patch.setattr(PipelineModel, "_run", spy)
+        patch.setattr(Rewards, "begin_search", overhear)
         samples, trajectories = roll(trainer)
+    # four samples at a time, the last two filled up
+    rows = [[0, 1, 2, 3], [4, 5, 0, 1]]
+    assert judged == [[samples.texts[row] for row in part for _ in range(4)] for part in rows]
     trained, chosen, grid = trajectories.trained, trajectories.chosen, trainer.algorithm.grid
     assert chosen is not None
     step = trained.steps[0]

@@ -208,7 +208,7 @@ def test_what_was_drawn_carries_the_weight_of_its_probability(shares_start: bool
 
 def test_draws_of_different_samples_and_prompts_are_their_own() -> None:
     """Of rewards that are all alike each candidate is drawn as often as any other."""
-    counts = torch.zeros(4)
+    counts, alike = torch.zeros(4), 0
     for stream in range(40):
         prompts = Prompts(["", "", ""], [3 * stream, 3 * stream + 1, 3 * stream + 2])
         draw = StepDraw(SEED, STREAM, Samples.all_of(prompts, G), SHAPE)
@@ -218,6 +218,10 @@ def test_draws_of_different_samples_and_prompts_are_their_own() -> None:
         picked = (candidates == chosen.noise_BCHW[:, None]).flatten(2).all(dim=2)
         assert (picked.sum(dim=1) == 1).all()
         counts += picked.sum(dim=0)
+        # neither all of a group nor all at a place draw alike
+        by_place = picked.float().argmax(dim=1).view(3, G)
+        alike += (by_place == by_place[:, :1]).all().item() + (by_place == by_place[:1]).all().item()
+    assert alike < 5
     # 480 draws: 120 each, of standard deviation 9.5
     assert counts.sum() == 480
     assert (counts - 120).abs().max() < 40
