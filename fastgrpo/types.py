@@ -182,7 +182,7 @@ class ChosenNoise:
     noise_BCHW: Tensor
     scale_B: Tensor
     offset_B: Tensor
-    estimates_PG: Tensor
+    estimates_PG: Tensor | None
     metrics: dict[str, float]
 
 

@@ -180,7 +180,7 @@ class Algorithm:
                 f"algorithm.noise.correction={search.correction} changes the advantage of one step, but "
                 "algorithm.objective has one ratio for several; use algorithm.objective.chunk_sizes=[1]"
             )
-        if search.shares_start and search.take == "mean" and fewest_steps == 1:
+        if search.gives_one_noise and fewest_steps == 1:
             raise ValueError(
                 "algorithm.noise.take=mean gives a group that starts from one noise one noise in the only stochastic "
                 "step, and its images are all the same; use take=elites, or train more steps"

@@ -93,6 +93,11 @@ class StepSearch:
         """Plain start noise: nothing of it is searched."""
         return SharedNoise()(draw, score) if self.shares_start else GaussianNoise()(draw, score)
 
+    @property
+    def gives_one_noise(self) -> bool:
+        """Whether all samples of a group take the same, from the same start."""
+        return self.shares_start and self.take == "mean"
+
     def check_group(self, group_size: int) -> None:
         """ValueError if a search has fewer candidates than it is to have elites."""
         num = self.candidates * group_size if self.shares_start else self.candidates
@@ -120,7 +125,11 @@ class StepSearch:
             mean_BCHW, std_BCHW = moments
             std_BCHW = torch.zeros_like(std_BCHW) if self.take == "mean" else std_BCHW
             found = StepCandidates(draw, num * self.rounds, 1, (mean_BCHW, std_BCHW))
-            estimates_A = _finite(score(found, self.estimate_steps))[:, 0]
+            if self.gives_one_noise:
+                # scored by none of the group: what is known of it are its elites
+                estimates_A = scores[-1].topk(self.elites, dim=1).values.mean(dim=1)
+            else:
+                estimates_A = _finite(score(found, self.estimate_steps))[:, 0]
             noise_BCHW = found.at(range(len(draw.samples)))[:, 0]
         else:
             seen_SX = torch.cat(scores, dim=1)
@@ -139,7 +148,7 @@ class StepSearch:
         return ChosenNoise(
             noise_BCHW,
             *self._corrections(weights_A[draw.rows_B]),
-            estimates_PG=estimates_A.view(-1, draw.group_size),
+            estimates_PG=None if self.gives_one_noise else estimates_A.view(-1, draw.group_size),
             metrics=metrics,
         )
 
