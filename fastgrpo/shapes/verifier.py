@@ -76,8 +76,8 @@ def _overlap(mask: np.ndarray, x: float, y: float, area: int) -> dict[str, float
     overlap: dict[str, float] = {}
     for shape in SHAPES:
         ideal = coverage(shape, x, y, float(np.sqrt(area / np.pi))) >= 0.5
-        common = np.count_nonzero(mask & ideal)
-        overlap[shape] = common / (area + np.count_nonzero(ideal) - common)
+        common = int(np.count_nonzero(mask & ideal))
+        overlap[shape] = common / (area + int(np.count_nonzero(ideal)) - common)
     return overlap
 
 

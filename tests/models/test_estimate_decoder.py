@@ -273,7 +273,7 @@ def refuse(weights: Path | str, estimate_decoder: Path | str, says: str) -> None
 def test_a_decoder_of_other_latents_is_refused(tiny_weights: Path, tmp_path: Path) -> None:
     says = "decodes latents of 4 channels and 8 pixels a row, and the model's have 16 and 8; give one"
     refuse(tiny_weights, make_decoder(tmp_path / "four", channels=4), says)
-    half = {"decoder_block_out_channels": (4,) * 3, "num_decoder_blocks": (1, 0, 0)}
+    half: dict[str, Any] = {"decoder_block_out_channels": (4,) * 3, "num_decoder_blocks": (1, 0, 0)}
     says = "decodes latents of 16 channels and 4 pixels a row, and the model's have 16 and 8; give one"
     refuse(tiny_weights, make_decoder(tmp_path / "half", **half), says)
     refuse(tiny_weights, SHIPPED, "decodes latents of 8 channels and 8 pixels a row")
