@@ -87,6 +87,20 @@ class Sampler:
         self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None], most: int
     ) -> tuple[Tensor, Tensor]:
         """Latents at t = 0 after the last steps, and their images, float32 in [0, 1]."""
+        x_0, images = zip(*self._finishing(x_BCHW, conditions, steps, hand_on, most), strict=True)
+        return torch.cat(x_0), torch.cat(images)
+
+    def handed_on(
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None], most: int
+    ) -> None:
+        """The same images for ``hand_on`` alone: no more of them are in memory than a batch has."""
+        for _ in self._finishing(x_BCHW, conditions, steps, hand_on, most):
+            pass
+
+    def _finishing(
+        self, x_BCHW: Tensor, conditions: Conditions, steps: range, hand_on: Callable[[Tensor], None], most: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch."""
 
         decode = estimate_decoding(self.model) if self.estimates else self.model.decode
 
@@ -96,13 +110,10 @@ class Sampler:
             images_BCHW = torch.cat([images[: part.count] for part, images in decoded])
             return x_0_BCHW[: batch.count], images_BCHW[: batch.count]
 
-        parts: list[tuple[Tensor, Tensor]] = []
         with self.model.sampling(lossy=True):
             for _, part in self.cut(len(x_BCHW), self.batch_sizes.sampling, run, most):
                 hand_on(part[1])
-                parts.append(part)
-        x_0, images = zip(*parts, strict=True)
-        return torch.cat(x_0), torch.cat(images)
+                yield part
 
     def cut(
         self, total: int, size: BatchSize, run: Callable[[Batch], Result], most: int

@@ -65,10 +65,7 @@ class Portion:
 
     def estimates(self, noise_SKCHW: Tensor, num_steps: int) -> Tensor:
         sampler = replace(self.sampler, grid=self.estimate_grid(num_steps), estimates=True)
-        return torch.cat(
-            [part.finished(sampler, range(num_steps))[1] for part in self._parts(noise_SKCHW)],
-            dim=1,
-        )
+        return torch.cat([part.scored(sampler, num_steps) for part in self._parts(noise_SKCHW)], dim=1)
 
     def run(self, x_SKCHW: Tensor, steps: range) -> Tensor:
         return torch.cat([part.run(steps) for part in self._parts(x_SKCHW)], dim=1) if steps else x_SKCHW
@@ -113,6 +110,13 @@ class _Part:
         _, images_BCHW = sampler.finished(self._x_BCHW, self._conditions, steps, scores.add, self._most)
         self._count(len(steps), is_scored=True)
         return images_BCHW.unflatten(0, self.x_SKCHW.shape[:2]), self._collected(scores)
+
+    def scored(self, sampler: Sampler, num_steps: int) -> Tensor:
+        """Rewards of the images that all steps of the sampler's grid lead to."""
+        scores, steps = self._scores(), range(num_steps)
+        sampler.handed_on(self._x_BCHW, self._conditions, steps, scores.add, self._most)
+        self._count(num_steps, is_scored=True)
+        return self._collected(scores)
 
     def run(self, steps: range) -> Tensor:
         sampler = self.portion.sampler

@@ -87,7 +87,8 @@ class StartNoise:
         def rewards() -> Tensor:
             scores = self.rewards.begin_search(samples.texts)
             conditions = self.sampler.model.encode(samples.texts)
-            estimate(samples, conditions, candidates.rows(samples.rows), scores.add)
+            noise_BCHW = candidates.rows(samples.rows)
+            estimate.handed_on(noise_BCHW, conditions, range(estimate_steps), scores.add, samples.most)
             return scores.collect()[: len(own), None]
 
         return self.world.gather(rewards, spread, 1, "search").view(len(prompts), candidates.num)

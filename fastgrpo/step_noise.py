@@ -82,7 +82,7 @@ class _Estimate:
         times = self.of.algorithm.estimate_grid(self.estimate_steps, start=grid[self.step + 1])
         texts = self.samples.texts
         scores = self.of.rewards.begin_search([texts[row] for row in rows for _ in range(self.candidates.num)])
-        replace(sampler, grid=times).finished(
+        replace(sampler, grid=times, estimates=True).handed_on(
             z_BMCHW.flatten(0, 1), conditions.repeat(self.candidates.num), range(self.estimate_steps), scores.add, 0
         )
         return scores

@@ -86,7 +86,10 @@ def test_export_writes_the_pipeline_that_the_run_exports(
         (["export"], "nothing to export; give run=outputs/NAME, or lora=DIRECTORY with merged=true"),
         (["export", "lora=a"], "lora=a is a LoRA already; use merged=true for a pipeline with it in its weights"),
         (["export", "lora=a", "merged=true"], "lora=a is not here ("),
-        (["export", "lora=a", "model=sd35_miniature", "merged=true"], "this is of model.weights=random, a pipeline without text encoders; give other"),
+        (
+            ["export", "lora=a", "model=sd35_miniature", "merged=true"],
+            "this is of model.weights=random, a pipeline without text encoders; give other",
+        ),
         (["sample", "lora=a", "run={run}", "prompt=b"], "run={run} brings its own weights; leave one of the two out"),
         (["evaluate", "lora={run}", "model=flux_miniature"], "a FluxTransformer2DModel lacks "),
         (["evaluate", "lora=3"], "lora must be str, got 3"),
