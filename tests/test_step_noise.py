@@ -15,6 +15,7 @@ from benchmarks.rounding import beyond_rounding, differences
 from benchmarks.same_recipe import contrast
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.distributed.world import World
+from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.parts import RunParts
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -62,10 +63,16 @@ def make_trainer(weights: Path, output: Path, *words: str) -> Trainer:
     return trainer
 
 
-def roll(trainer: Trainer) -> tuple[Samples, Trajectories[TrainedSteps]]:
+def roll(trainer: Trainer, size: int = 4) -> tuple[Samples, Trajectories[TrainedSteps]]:
+    """In batches of ``size``, which are not made even: the last may be filled up."""
     samples = Samples.all_of(trainer.prompts.at(0), GROUP_SIZE)
+    rollout = trainer.rollout
+    assert isinstance(rollout, StepRollout)
+    assert isinstance(rollout.find_noise, StepNoise)
+    sampler = replace(rollout.sampler, batch_sizes=BatchSizes.of(size))
+    rollout = replace(rollout, sampler=sampler, find_noise=replace(rollout.find_noise, sampler=sampler))
     noise = trainer.start_noise(samples, 0)
-    return samples, trainer.rollout(samples, trainer.model.encode(samples.texts), noise, 0)
+    return samples, rollout(samples, trainer.model.encode(samples.texts), noise, 0)
 
 
 def mean_and_std(grid: Any, step: int, x: Tensor, v: Tensor) -> tuple[Tensor, float]:
@@ -194,8 +201,7 @@ def test_the_batches_change_no_choice(shares_start: bool, tiny_weights: Path, tm
     found = []
     for size in (1, 4, 6):
         words = (*BEST, "algorithm.noise.candidates=6", f"algorithm.noise.shares_start={str(shares_start).lower()}")
-        trainer = make_trainer(tiny_weights, tmp_path / f"{size}", *words, f"runtime.micro_batch={size}")
-        found.append(roll(trainer)[1])
+        found.append(roll(make_trainer(tiny_weights, tmp_path / f"{size}", *words), size)[1])
     for other in found[1:]:
         assert torch.equal(other.chosen.noise_BCHW, found[0].chosen.noise_BCHW)
         torch.testing.assert_close(other.chosen.estimates_PG, found[0].chosen.estimates_PG, rtol=1e-3, atol=1e-5)
@@ -301,6 +307,12 @@ def test_what_it_searches_by_is_what_the_run_has(tiny_weights: Path, tmp_path: P
     assert search.rewards is trainer.rewards
     assert search.algorithm is trainer.algorithm
     assert (search.seed, search.world) == (5, trainer.world)
+    _, trajectories = roll(trainer)
+    assert trajectories.chosen is not None
+    scale_B = trajectories.chosen.scale_B
+    assert (scale_B != 1).any()
+    assert torch.equal(trajectories.trained.scale_TB, torch.stack([scale_B, torch.ones(6)]))
+    assert torch.equal(trajectories.trained.offset_TB, torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize(
