@@ -93,18 +93,18 @@ def brightness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     return images_BCHW.mean(dim=(1, 2, 3))
 
 
-def search_of(model: Any, rewards: Rewards, search: Search, batch: int) -> ImageSearch:
+def search_of(model: Any, rewards: Rewards, search: Search, batch: int, budget: int = 38) -> ImageSearch:
     return ImageSearch(
         sampler=Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(batch)),
         rewards=rewards,
         search=search,
-        budget=38,
+        budget=budget,
         estimate_grid=lambda num_steps: LinearSchedule(num_steps, 3.0)(),
     )
 
 
 def evaluated(
-    world: World, search: Search | None, batch: int = 4, in_lockstep: bool = False
+    world: World, search: Search | None, batch: int = 4, in_lockstep: bool = False, budget: int = 38
 ) -> tuple[dict[str, Tensor], int, int, Tensor]:
     """Scores, network evaluations and calls of the network on this rank, and the images shown; of 5 prompts, 3 each."""
     model: Any = Field(in_lockstep=in_lockstep)
@@ -118,7 +118,7 @@ def evaluated(
         batch_sizes=BatchSizes.of(batch),
         seed=0,
         world=world,
-        search=search_of(model, rewards, search, batch) if search else None,
+        search=search_of(model, rewards, search, batch, budget) if search else None,
     )
     result = evaluation()
     shown = torch.stack(result.images) if result.images else torch.empty(0)
@@ -141,6 +141,14 @@ def test_an_evaluation_of_searched_images_judges_what_the_search_finds_of_its_no
     plain = evaluated(World(), None)
     assert (scores["reward"] > plain[0]["reward"]).float().mean() > 0.7
     assert plain[1] == 15 * 5
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_a_search_that_affords_one_image_is_the_plain_evaluation(search: Search) -> None:
+    plain, found = evaluated(World(), None), evaluated(World(), search, budget=5)
+    assert all(torch.equal(found[0][name], plain[0][name]) for name in plain[0])
+    assert torch.equal(found[3], plain[3])
+    assert found[1:3] == plain[1:3]
 
 
 @pytest.mark.parametrize("search", [*SEARCHES, None], ids=str)
