@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Halving
@@ -22,6 +23,7 @@ from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Prompt, Prompts, Samples
 from fastgrpo_kernels import philox_normal
+from tests.distributed import training
 from tests.field import Field, reward
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import TEXTS, make_config
@@ -162,3 +164,24 @@ def test_ranks_search_for_their_own_images_and_find_what_one_finds(search: Searc
             assert torch.equal(ranks[0][3], alone[3])
             # each as often as the others, as where weights are spread over them
             assert len({calls for _, _, calls, _ in ranks}) == 1
+
+
+def searched_by_a_run(world: World, config: DictConfig, output: Path) -> dict[str, Tensor]:
+    """Scores of an evaluation of a run's own model and reward, with a search."""
+    evaluation = training.make_trainer(world, config, output).evaluation
+    search = search_of(evaluation.model, evaluation.rewards, Halving(), batch=3, budget=9)
+    sampler = Sampler(model=evaluation.model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
+    return replace(evaluation, search=replace(search, sampler=sampler))().scores
+
+
+@pytest.mark.parametrize("rollout_weights", ["gathered", "sharded"])
+def test_ranks_that_share_the_weights_find_what_one_finds(
+    rollout_weights: str, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    words = ("adaptation=full", f"adaptation.rollout_weights={rollout_weights}", "reward.golden=false")
+    config = training.make_config(tiny_weights, *training.FLOAT64, *words, "evaluate.images_per_prompt=1")
+    alone = searched_by_a_run(World(), config, tmp_path / "1")
+    # five images on three ranks
+    for scores in on_ranks(3, searched_by_a_run, config, tmp_path / "3"):
+        for name, score_PG in alone.items():
+            torch.testing.assert_close(scores[name], score_PG, rtol=0, atol=1e-6)
