@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Halving
@@ -22,6 +23,7 @@ from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
 from fastgrpo.types import Prompt, Prompts, Samples
 from fastgrpo_kernels import philox_normal
+from tests.distributed import training
 from tests.field import Field, reward
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import TEXTS, make_config
@@ -93,18 +95,18 @@ def brightness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     return images_BCHW.mean(dim=(1, 2, 3))
 
 
-def search_of(model: Any, rewards: Rewards, search: Search, batch: int) -> ImageSearch:
+def search_of(model: Any, rewards: Rewards, search: Search, batch: int, budget: int = 38) -> ImageSearch:
     return ImageSearch(
         sampler=Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(batch)),
         rewards=rewards,
         search=search,
-        budget=38,
+        budget=budget,
         estimate_grid=lambda num_steps: LinearSchedule(num_steps, 3.0)(),
     )
 
 
 def evaluated(
-    world: World, search: Search | None, batch: int = 4, in_lockstep: bool = False
+    world: World, search: Search | None, batch: int = 4, in_lockstep: bool = False, budget: int = 38
 ) -> tuple[dict[str, Tensor], int, int, Tensor]:
     """Scores, network evaluations and calls of the network on this rank, and the images shown; of 5 prompts, 3 each."""
     model: Any = Field(in_lockstep=in_lockstep)
@@ -118,7 +120,7 @@ def evaluated(
         batch_sizes=BatchSizes.of(batch),
         seed=0,
         world=world,
-        search=search_of(model, rewards, search, batch) if search else None,
+        search=search_of(model, rewards, search, batch, budget) if search else None,
     )
     result = evaluation()
     shown = torch.stack(result.images) if result.images else torch.empty(0)
@@ -143,6 +145,14 @@ def test_an_evaluation_of_searched_images_judges_what_the_search_finds_of_its_no
     assert plain[1] == 15 * 5
 
 
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_a_search_that_affords_one_image_is_the_plain_evaluation(search: Search) -> None:
+    plain, found = evaluated(World(), None), evaluated(World(), search, budget=5)
+    assert all(torch.equal(found[0][name], plain[0][name]) for name in plain[0])
+    assert torch.equal(found[3], plain[3])
+    assert found[1:3] == plain[1:3]
+
+
 @pytest.mark.parametrize("search", [*SEARCHES, None], ids=str)
 def test_ranks_search_for_their_own_images_and_find_what_one_finds(search: Search | None, on_ranks: Ranks) -> None:
     alone = evaluated(World(), search)
@@ -154,3 +164,24 @@ def test_ranks_search_for_their_own_images_and_find_what_one_finds(search: Searc
             assert torch.equal(ranks[0][3], alone[3])
             # each as often as the others, as where weights are spread over them
             assert len({calls for _, _, calls, _ in ranks}) == 1
+
+
+def searched_by_a_run(world: World, config: DictConfig, output: Path) -> dict[str, Tensor]:
+    """Scores of an evaluation of a run's own model and reward, with a search."""
+    evaluation = training.make_trainer(world, config, output).evaluation
+    search = search_of(evaluation.model, evaluation.rewards, Halving(), batch=3, budget=9)
+    sampler = Sampler(model=evaluation.model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
+    return replace(evaluation, search=replace(search, sampler=sampler))().scores
+
+
+@pytest.mark.parametrize("rollout_weights", ["gathered", "sharded"])
+def test_ranks_that_share_the_weights_find_what_one_finds(
+    rollout_weights: str, tiny_weights: Path, tmp_path: Path, on_ranks: Ranks
+) -> None:
+    words = ("adaptation=full", f"adaptation.rollout_weights={rollout_weights}", "reward.golden=false")
+    config = training.make_config(tiny_weights, *training.FLOAT64, *words, "evaluate.images_per_prompt=1")
+    alone = searched_by_a_run(World(), config, tmp_path / "1")
+    # five images on three ranks
+    for scores in on_ranks(3, searched_by_a_run, config, tmp_path / "3"):
+        for name, score_PG in alone.items():
+            torch.testing.assert_close(scores[name], score_PG, rtol=0, atol=1e-6)

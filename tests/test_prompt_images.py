@@ -93,7 +93,16 @@ def test_a_search_of_one_candidate_is_the_plain_image_bit_for_bit(
 def test_the_best_of_n_is_the_best_of_n_plain_images(model: FlowModel, algorithm: Algorithm) -> None:
     """By brute force: each candidate on its own, through the network and the autoencoder."""
     found = search_images(
-        model, PROMPTS, REWARDS, algorithm=algorithm, search=BestOfN(), budget=15, num_steps=3, seed=9
+        model,
+        PROMPTS,
+        REWARDS,
+        algorithm=algorithm,
+        search=BestOfN(),
+        budget=15,
+        num_steps=3,
+        seed=9,
+        # some prompts after the others
+        batch_sizes=BatchSizes.of(2),
     )
     sampler = Sampler(model=model, grid=algorithm.evaluation_grid(3), batch_sizes=BatchSizes.of(1))
     for place, text in enumerate(PROMPTS):
@@ -104,6 +113,25 @@ def test_the_best_of_n_is_the_best_of_n_plain_images(model: FlowModel, algorithm
         scores = roughness(torch.stack(images), [text])
         torch.testing.assert_close(found.images[place][0], images[int(scores.argmax())], rtol=0, atol=1e-5)
         torch.testing.assert_close(found.scores_PG[place, 0], scores.max(), rtol=1e-4, atol=0)
+
+
+def test_estimates_have_times_of_their_own(
+    model: FlowModel, algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: set[float] = set()
+    run = PipelineModel._run
+
+    def spy(self, transformer, t: float, *others):
+        times.add(t)
+        return run(self, transformer, t, *others)
+
+    monkeypatch.setattr(PipelineModel, "_run", spy)
+    search_images(
+        model, ["a"], REWARDS, algorithm=algorithm, search=BestOfEstimates(estimate_steps=2), budget=9, num_steps=3
+    )
+    # SD3's shift of 3 on 1 and 1/2, and SD3's own grid, which begins there too
+    assert times == {1.0, 0.75} | set(algorithm.evaluation_grid(3)[:3])
+    assert 0.75 not in algorithm.evaluation_grid(2) + algorithm.evaluation_grid(3)
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=str)

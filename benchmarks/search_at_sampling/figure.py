@@ -6,9 +6,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from benchmarks.search_at_sampling.cells import SEARCHES, Measured
 
+_TICKS = (10, 20, 40, 80, 160, 320)
 _JUDGES = {"shapes_strict": "strict accuracy", "clip_score": "CLIP score"}
 
 
@@ -16,10 +18,10 @@ def draw(results: Sequence[Measured], path: Path) -> None:
     """Write the .png."""
     policies = list(dict.fromkeys(one.cell.policy for one in results))
     is_hacked = any(one.cell.searched == "CLIP" for one in results)
-    num_rows = 2 if is_hacked else 1
-    figure = Figure(figsize=(6.5 * max(2, len(policies)), 4.6 * num_rows), dpi=120, layout="constrained")
+    num_rows, num_columns = (2, max(2, len(policies))) if is_hacked else (1, len(policies))
+    figure = Figure(figsize=(6.5 * num_columns, 4.6 * num_rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(num_rows, max(2, len(policies)), squeeze=False)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for place, policy in enumerate(policies):
         own = [one for one in results if one.cell.policy == policy]
         _accuracy(axes[0][place], own, policy)
@@ -74,6 +76,9 @@ def _curve(axes: Axes, points: Sequence[Measured], reward: str, label: str, styl
 
 def _finish(axes: Axes, label: str, title: str) -> None:
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(_TICKS))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("network evaluations an image")
     axes.set_ylabel(label)
     axes.set_title(title)

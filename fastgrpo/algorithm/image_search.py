@@ -199,7 +199,7 @@ class Halving:
         return making.best(x_SKCHW, rounds[-1][0])
 
 
-# of ``search=true``: what wins on the embedded model
+# of ``search=true``: what finds most on the embedded model, untrained
 DEFAULT_SEARCH: Search = Halving()
 
 
