@@ -79,18 +79,19 @@ def test_the_metrics_are_exactly_those_that_are_explained(
 ) -> None:
     from_images = train(make_config(tiny_weights, tmp_path_factory.mktemp("from_images") / "run", *FROM_IMAGES))
     of_one_signal = ({"approx_kl", "ratio_deviation"}, {"drift", "velocity_deviation"})
-    of_buckets = {"height", "width"}  # tests/test_buckets.py has them
+    # tests/test_buckets.py and tests/proposal have them
+    elsewhere = {"height", "width", "proposal/kl", "proposal/gain", "proposal/grad_norm"}
     everything = set()
     for output, absent in ((run, of_one_signal[1]), (from_images, of_one_signal[0])):
         logged = set().union(*(row.keys() for row in rows_of(output))) - {"nonfinite"}
         named = {key if key in METRICS else f"{key.split('/')[0]}/<name>" for key in logged}
-        assert named == METRICS.keys() - absent - of_buckets
+        assert named == METRICS.keys() - absent - elsewhere
         everything |= named
         # of images it is compared in every tenth iteration
         sometimes = {"seconds/evaluate", "eval/<name>", "reward/<name>", "velocity_deviation"}
         for row in rows_of(output)[1:]:
-            assert METRICS.keys() - absent - sometimes - of_buckets <= row.keys()
-    assert everything == METRICS.keys() - of_buckets
+            assert METRICS.keys() - absent - sometimes - elsewhere <= row.keys()
+    assert everything == METRICS.keys() - elsewhere
 
 
 def test_the_stages_add_up_to_the_iterations(run: Path) -> None:
