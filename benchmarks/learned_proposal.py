@@ -4,9 +4,9 @@
 
 The proposal (algorithm/noise=learned) is learned three times: on the base model, whose weights stay as they are; beside
 NFT, on the share of the groups that --mix leaves it; and on the policy that NFT trained, which stays as it is.  Each
-policy then makes images of training prompts and of the held-out ones, whose noise is plain, learned, learned but that of
-another prompt, or the best of --best-of plain noises by the graded reward of the image made in full.  All but the last
-cost one image an image; the third says how much of what was learned is about the prompt.
+policy then makes images of training prompts and of the held-out ones, whose noise is plain, learned, learned but that
+of another prompt, or the best of --best-of plain noises by the graded reward of the image made in full.  All but the
+last cost one image an image; the third says how much of what was learned is about the prompt.
 
 What is done is kept in --out, cell by cell; the same command goes on.  Seconds are of this process on the CPU.
 """
@@ -256,8 +256,8 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
     took = ", ".join(f"{name} {values['cpu_seconds']:.0f}" for name, values in results.items())
     body = (
         f"Graded / strict reward, {arguments.prompts} prompts of each kind, {arguments.images} images of each from "
-        "plain and from learned noise, in evaluation's steps; the standard error is that over prompts.  Of another prompt: "
-        "learned noise, of the prompt half a list away.  Best of "
+        "plain and from learned noise, in evaluation's steps; the standard error is that over prompts.  Of another "
+        "prompt: learned noise, of the prompt half a list away.  Best of "
         f"{arguments.best_of}: of so many of the plain images, the one with the highest graded reward.  One seed, "
         f"{arguments.seed}.\n\n"
         + table(header, rows)
