@@ -4,8 +4,9 @@
 
 The proposal (algorithm/noise=learned) is learned three times: on the base model, whose weights stay as they are; beside
 NFT, on the share of the groups that --mix leaves it; and on the policy that NFT trained, which stays as it is.  Each
-policy then makes images of training prompts and of the held-out ones, whose noise is plain, learned, or the best of
---best-of plain noises by the graded reward of the image made in full.  The first two cost one image an image.
+policy then makes images of training prompts and of the held-out ones, whose noise is plain, learned, learned but that
+of another prompt, or the best of --best-of plain noises by the graded reward of the image made in full.  All but the
+last cost one image an image; the third says how much of what was learned is about the prompt.
 
 What is done is kept in --out, cell by cell; the same command goes on.  Seconds are of this process on the CPU.
 """
@@ -32,7 +33,7 @@ from fastgrpo.proposal.learner import ProposalLearner
 from fastgrpo.sampler import Sampler
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Prompt, Prompts, Samples
+from fastgrpo.types import Conditions, Prompt, Prompts, Samples
 
 REWARDS = ("shapes", "shapes_strict")
 # policy, where its weights are, which proposal goes with it: by the names of cells
@@ -181,15 +182,31 @@ def _compare(
     """Of each noise and reward, the mean and standard error over prompts, and those of the gain over plain noise."""
     plain = images_rewards(trainer, num_steps, prompts, plain_starts, arguments.images)
     drawn = images_rewards(trainer, num_steps, prompts, learned, arguments.images)
+    swapped = images_rewards(trainer, num_steps, prompts, _of_another(learned), arguments.images)
     best_PS = plain["shapes"].unflatten(1, (-1, arguments.best_of)).argmax(dim=2, keepdim=True)
     summary: dict[str, Any] = {}
     for reward in REWARDS:
         searched_PS = plain[reward].unflatten(1, (-1, arguments.best_of)).gather(2, best_PS)[:, :, 0]
-        by_noise = {"plain": plain[reward], "learned": drawn[reward], "searched": searched_PS}
+        by_noise = {
+            "plain": plain[reward],
+            "learned": drawn[reward],
+            "swapped": swapped[reward],
+            "searched": searched_PS,
+        }
         for noise, reward_PG in by_noise.items():
             gain_P = reward_PG.mean(dim=1) - plain[reward].mean(dim=1)
             summary[f"{noise} {reward}"] = {**_statistics(reward_PG.mean(dim=1)), "gain": _statistics(gain_P)}
     return summary
+
+
+def _of_another(learned: Starts) -> Starts:
+    """The noise of the prompt half a list away, whose rows come one prompt after the other."""
+
+    def starts(draw: NoiseDraw, stream: int, conditions_B: Conditions) -> Tensor:
+        half = len(draw.prompt_ids) // 2 * draw.group_size
+        return learned(draw, stream, conditions_B[half:].cat(conditions_B[:half]))
+
+    return starts
 
 
 def _statistics(values_P: Tensor) -> dict[str, float]:
@@ -221,17 +238,26 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
             found = results[f"judged_{proposal}"][prompts]
             cells = [
                 " / ".join(f"{found[f'{noise} {reward}']['mean']:.3f}" for reward in REWARDS)
-                for noise in ("plain", "learned", "searched")
+                for noise in ("plain", "learned", "swapped", "searched")
             ]
             gains = [found[f"learned {reward}"]["gain"] for reward in REWARDS]
             gained = " / ".join(f"{gain['mean']:+.3f} ± {gain['standard_error']:.3f}" for gain in gains)
             rows.append([policy, prompts, *cells, gained])
-    header = ["policy", "prompts", "plain", "learned", f"best of {arguments.best_of}", "learned minus plain"]
+    header = [
+        "policy",
+        "prompts",
+        "plain",
+        "learned",
+        "of another prompt",
+        f"best of {arguments.best_of}",
+        "learned minus plain",
+    ]
     curves = [[name, *_curve(results[name])] for name in ("frozen", "beside", "trained")]
     took = ", ".join(f"{name} {values['cpu_seconds']:.0f}" for name, values in results.items())
     body = (
         f"Graded / strict reward, {arguments.prompts} prompts of each kind, {arguments.images} images of each from "
-        "plain and from learned noise, in evaluation's steps; the standard error is that over prompts.  Best of "
+        "plain and from learned noise, in evaluation's steps; the standard error is that over prompts.  Of another "
+        "prompt: learned noise, of the prompt half a list away.  Best of "
         f"{arguments.best_of}: of so many of the plain images, the one with the highest graded reward.  One seed, "
         f"{arguments.seed}.\n\n"
         + table(header, rows)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks import learned_proposal
-from benchmarks.learned_proposal import POLICIES, _compare, main
-from fastgrpo.algorithm.noise import plain_starts
+from benchmarks.learned_proposal import POLICIES, _compare, _of_another, main
+from fastgrpo.algorithm.noise import NoiseDraw, plain_starts
 from fastgrpo.proposal.files import load_proposal
+from fastgrpo.types import Conditions
 
 SHORT = ["--frozen=1", "--nft=1", "--trained=1", "--prompts=2", "--images=4", "--best-of=2", "--mix=0"]
 SHORT += [
@@ -63,3 +64,16 @@ def test_the_best_of_each_so_many_is_taken_by_the_graded_reward(monkeypatch: pyt
     assert found["learned shapes"]["gain"]["mean"] == pytest.approx(0.2)
     # of two prompts: half their distance
     assert found["learned shapes"]["gain"]["standard_error"] == pytest.approx(0.1)
+
+
+def test_the_noise_of_another_prompt_is_that_of_the_one_half_a_list_away() -> None:
+    conditions = Conditions(torch.zeros(6, 1, 1), torch.arange(6.0)[:, None])
+    found: list[list[float]] = []
+
+    def learned(draw: NoiseDraw, stream: int, conditions_B: Conditions) -> torch.Tensor:
+        found.append(conditions_B.pooled_BC[:, 0].tolist())
+        return conditions_B.pooled_BC
+
+    _of_another(learned)(NoiseDraw(0, [0, 1, 2], 2, (1, 1, 1)), 0, conditions)
+    # of three prompts with two images each, half a list is one prompt
+    assert found == [[2.0, 3.0, 4.0, 5.0, 0.0, 1.0]]
