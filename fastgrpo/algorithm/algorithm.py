@@ -197,7 +197,7 @@ class Algorithm:
                 f"{self.schedule.num_steps}, got {self.noise.estimate_steps}; an estimate is to cost less than an image"
             )
         _check_falling(self.estimate_grid(self.noise.estimate_steps))
-        if isinstance(self.noise, EliteSearch | RandomSearch):
+        if isinstance(self.noise, EliteSearch | RandomSearch | StepSearch):
             self.noise.check_group(group_size)
 
     def _checked_steps(self, iteration: int, seed: int) -> tuple[int, ...]:
