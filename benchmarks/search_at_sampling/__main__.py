@@ -16,7 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.report import table, write_report
-from benchmarks.search_at_sampling.cells import NUM_STEPS, SEARCHES, Bench, Cell, Measured, plain_cells, searched_cells
+from benchmarks.search_at_sampling.cells import (
+    NUM_STEPS,
+    SEARCHES,
+    Bench,
+    Cell,
+    Measured,
+    guided_cells,
+    plain_cells,
+    searched_cells,
+)
 from benchmarks.search_at_sampling.figure import draw
 
 BUDGETS = (10, 20, 40, 80, 160, 320)
@@ -29,6 +38,7 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=list(SEARCHES), default=list(SEARCHES))
     parser.add_argument("--hacking", nargs="*", choices=list(SEARCHES), default=["halving"], help="searches by CLIP")
+    parser.add_argument("--guided", action="store_true", help="also halving of images with guidance 2.5")
     parser.add_argument("--images", type=int, default=2, help="of a prompt")
     parser.add_argument("--cpu-seconds", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--out", type=Path, default=Path("outputs/search_at_sampling"))
@@ -41,6 +51,8 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     )
     policies = ["base", *(["trained"] if arguments.run else [])]
     cells = [cell for policy in policies for cell in plain_cells(policy)]
+    if arguments.guided:
+        cells += [cell for policy in policies for cell in guided_cells(policy)]
     cells += [
         cell
         for policy in policies

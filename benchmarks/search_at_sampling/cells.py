@@ -35,6 +35,9 @@ SEARCHES: dict[str, Search] = {
     "elite search": Elite(),
     "halving": Halving(),
 }
+# a search of guided images, whose velocities take two evaluations
+GUIDED = "halving, guidance 2.5"
+_GUIDED_BUDGETS = (40, 80, 160)
 # of the embedded world: what is searched for, and what judges without having been asked
 _REWARDS = {
     "verifier": ("reward=shapes", "+reward/terms@reward.watch.clip_score=clip_score"),
@@ -115,6 +118,16 @@ def searched_cells(policy: str, budgets: Sequence[int], methods: Sequence[str], 
     ]
 
 
+def guided_cells(policy: str) -> list[Cell]:
+    """A search of guided images."""
+    return [Cell(policy=policy, method=GUIDED, budget=budget, guidance_scale=2.5) for budget in _GUIDED_BUDGETS]
+
+
+def search_of(method: str) -> Search | None:
+    """None where nothing is searched."""
+    return SEARCHES.get(method.removesuffix(", guidance 2.5"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measures cells; what was measured before is read from ``directory``."""
@@ -129,7 +142,7 @@ class Bench:
         if path.is_file():
             return self._read(path, cell)
         evaluation = _evaluation(self, cell.policy, cell.searched, cell.guidance_scale, cell.num_steps)
-        search = SEARCHES.get(cell.method)
+        search = search_of(cell.method)
         if search is not None:
             evaluation = replace(evaluation, search=self._search(evaluation, search, cell))
         start = time.process_time()
@@ -152,7 +165,7 @@ class Bench:
 
     def _read(self, path: Path, cell: Cell) -> Measured:
         found: dict[str, Any] = json.loads(path.read_text())
-        settings = self._settings(SEARCHES.get(cell.method))
+        settings = self._settings(search_of(cell.method))
         if (found.pop("settings"), found.pop("cell")) != (json.loads(json.dumps(settings)), asdict(cell)):
             raise ValueError(f"{path} was measured with other settings; give another --out, or remove the file")
         return Measured(cell=cell, **found)

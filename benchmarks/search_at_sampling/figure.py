@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from benchmarks.search_at_sampling.cells import SEARCHES, Measured
+from benchmarks.search_at_sampling.cells import Measured, search_of
 
 _TICKS = (10, 20, 40, 80, 160, 320)
 _JUDGES = {"shapes_strict": "strict accuracy", "clip_score": "CLIP score"}
@@ -38,10 +38,10 @@ def _accuracy(axes: Axes, results: Sequence[Measured], policy: str) -> None:
     plain = [one for one in own if one.cell.method == "plain noise"]
     for method in dict.fromkeys(one.cell.method for one in own if one not in plain):
         # every curve begins with the plain image, but guided ones are of another policy
-        is_guided = method.startswith("guidance")
+        is_guided = "guidance" in method
         points = [one for one in own if one.cell.method == method]
         _curve(
-            axes, points if is_guided else plain + points, "shapes_strict", method, "-" if method in SEARCHES else ":"
+            axes, points if is_guided else plain + points, "shapes_strict", method, "-" if search_of(method) else ":"
         )
     _finish(axes, "strict accuracy", f"{policy} policy, searched by the verifier")
 
