@@ -109,10 +109,15 @@ def last_of_halving(row: int) -> Tensor:
     return x_0[scored(x_0, row).argmax()]
 
 
+def named(part: object) -> str:
+    """Of a parameter; a function's text has its address, which differs from process to process."""
+    return getattr(part, "__name__", str(part))
+
+
 EXPECTED = [best_of_seven, best_of_sixteen_estimates, best_of_three_rounds, last_of_halving]
 
 
-@pytest.mark.parametrize(("search", "expected"), list(zip(SEARCHES, EXPECTED, strict=True)), ids=str)
+@pytest.mark.parametrize(("search", "expected"), list(zip(SEARCHES, EXPECTED, strict=True)), ids=named)
 def test_what_a_search_finds_is_what_a_few_lines_find(search: Search, expected) -> None:
     found = searching(search)(*samples_and_draw())
     images = torch.stack([decoded(expected(row)[None])[0] for row in range(6)])

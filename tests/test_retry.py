@@ -25,6 +25,11 @@ STEPS = ("algorithm.noise.tries=2", "reward.golden=false")
 SEED, G, P = 5, 3, 2
 
 
+def below(success: float) -> tuple[str, str]:
+    """Groups whose best image is worth no more are made again; no two rewards here are the same."""
+    return "algorithm.noise.where=below", f"algorithm.noise.success={success}"
+
+
 def make_trainer(weights: Path, output: Path, *words: str) -> Trainer:
     return build_trainer(make_config(weights, output, f"seed={SEED}", *words))
 
@@ -70,7 +75,7 @@ def one_fails(tiny_weights: Path, tmp_path: Path) -> tuple[Trainer, Samples, int
     _, _, first_PG = images_by_hand(trainer, samples, 0)
     failing = int(first_PG.max(dim=1).values.argmin())
     success = between(first_PG, failing)
-    words = (f"algorithm.noise.success={success}", "algorithm.noise.tries=1")
+    words = (*below(success), "algorithm.noise.tries=1")
     return make_trainer(tiny_weights, tmp_path / "run", *IMAGES, *words), samples, failing
 
 
@@ -118,7 +123,7 @@ def test_groups_with_success_cost_nothing(one_fails: tuple[Trainer, Samples, int
 
 
 def test_tries_end_where_a_group_has_success_and_go_on_where_it_has_none(tiny_weights: Path, tmp_path: Path) -> None:
-    words = ("algorithm.noise.success=1e6", "algorithm.noise.tries=3")
+    words = (*below(1e6), "algorithm.noise.tries=3")
     trainer = make_trainer(tiny_weights, tmp_path / "never", *IMAGES, *words)
     samples = Samples.all_of(trainer.prompts.at(0), G)
     made = retried(trainer, samples, made_first(trainer, samples))
@@ -129,7 +134,7 @@ def test_tries_end_where_a_group_has_success_and_go_on_where_it_has_none(tiny_we
     after_PG = rewards[:2].max(dim=0).values
     assert (after_PG.max(dim=1).values > rewards[0].max(dim=1).values).any()
     success = rewards[0].max().item() + 1e-6
-    words = (f"algorithm.noise.success={success}", "algorithm.noise.tries=3")
+    words = (*below(success), "algorithm.noise.tries=3")
     trainer = make_trainer(tiny_weights, tmp_path / "some", *IMAGES, *words)
     made = retried(trainer, samples, made_first(trainer, samples))
     best_TP = torch.stack([rewards[: n + 1].amax(dim=(0, 2)) for n in range(4)])
@@ -174,7 +179,7 @@ def test_another_try_may_start_from_the_noise_whose_estimate_is_best(tiny_weight
 
 
 def test_stored_steps_are_those_of_the_image_that_is_kept(tiny_weights: Path, tmp_path: Path) -> None:
-    words = ("algorithm/noise=retries", "algorithm.noise.success=1e6", *STEPS)
+    words = ("algorithm/noise=retries", *below(1e6), *STEPS)
     trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
     samples = Samples.all_of(trainer.prompts.at(0), G)
     first = made_first(trainer, samples)
@@ -227,7 +232,11 @@ def test_what_cannot_be_made_again_is_refused(tiny_weights: Path, tmp_path: Path
 
 
 def test_all_tries_are_the_old_policys(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("train.old_policy_growth=0.3", "algorithm.noise.success=1e6", "algorithm.noise.tries=2")
+    words = (
+        "train.old_policy_growth=0.3",
+        *below(1e6),
+        "algorithm.noise.tries=2",
+    )
     trainer = make_trainer(tiny_weights, tmp_path / "run", *IMAGES, *words)
     applied, seen = [False], []
 

@@ -23,18 +23,19 @@ from fastgrpo.types import Noise
 class Retries:
     """Plain noise first; some groups are then made again, up to ``tries`` times.
 
-    where       ``no_success``: the groups whose rewards are all at most ``success``; ``everywhere``: all groups
+    where       ``no_success``: the groups whose rewards are all the same and at most ``success``; ``below``: those
+                whose rewards are all at most ``success``, the same or not; ``everywhere``: all groups
     keep        ``best``: each sample its best image; ``contrast``: the first half of a group the best, the other half
                 the worst.  Of equal ones the first is kept
     candidates  noises that each sample of a group which is made again chooses from, by the reward of an estimate of
                 their images in ``estimate_steps`` steps; 1 is plain noise
 
-    ``success`` is a value of the total reward.  Rewards that are never that low, as most learned ones, are never
-    searched by ``no_success``.
+    ``success`` is a value of the total reward.  Rewards that are a verdict, 0 or 1, are the same where nothing
+    succeeded; learned ones never are, and cost nothing by ``no_success``.
     """
 
     tries: int = 3
-    where: Literal["no_success", "everywhere"] = "no_success"
+    where: Literal["no_success", "below", "everywhere"] = "no_success"
     success: float = 0.0
     keep: Literal["best", "contrast"] = "best"
     candidates: int = 1
@@ -51,7 +52,7 @@ class Retries:
             raise ValueError(f"algorithm.noise.tries must be at most {MAX_ROUNDS}, got {self.tries}; 1 to 7 are usual")
         if not math.isfinite(self.success):
             raise ValueError(f"algorithm.noise.success must be finite, got {self.success}; 0 suits rewards of 0 or 1")
-        for field, choices in (("where", ("no_success", "everywhere")), ("keep", ("best", "contrast"))):
+        for field, choices in (("where", ("no_success", "below", "everywhere")), ("keep", ("best", "contrast"))):
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"algorithm.noise.{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}"
@@ -64,8 +65,10 @@ class Retries:
         """The places of the prompts whose groups, of these rewards, are to be made again; the host waits for them."""
         if self.where == "everywhere":
             return list(range(len(total_PG)))
-        best_P = total_PG.max(dim=1).values.tolist()
-        return [place for place, best in enumerate(best_P) if best <= self.success]
+        is_below_P = total_PG.max(dim=1).values <= self.success
+        if self.where == "no_success":
+            is_below_P &= (total_PG == total_PG[:, :1]).all(dim=1)
+        return [place for place, is_below in enumerate(is_below_P.tolist()) if is_below]
 
     def row(self, row: int, group_size: int, attempt: int) -> int:
         """Of a sample in groups of ``group_size``, the number of one of its attempts among those of all attempts."""

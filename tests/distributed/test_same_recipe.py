@@ -48,7 +48,12 @@ SHARED_IMAGES = (
     "train.old_policy_growth=0.3",
 )
 # about what the best image of a group has, so that some groups of an iteration are made again and some are not
-RETRIED = ("algorithm/noise=retries", "algorithm.noise.tries=2", "algorithm.noise.success=0.125")
+RETRIED = (
+    "algorithm/noise=retries",
+    "algorithm.noise.where=below",
+    "algorithm.noise.tries=2",
+    "algorithm.noise.success=0.125",
+)
 RETRIED_IMAGES = ("algorithm=nft", "algorithm.schedule.num_steps=3", *RETRIED, "train.optimizer_steps=2")
 RETRIED_STEPS = (*RETRIED, "algorithm.noise.candidates=2", "algorithm.noise.estimate_steps=1")
 GUIDED = ("model.guidance_scale=2.0", "train.optimizer_steps=2")
