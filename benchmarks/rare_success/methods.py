@@ -1,6 +1,6 @@
 """What is compared: two recipes, without a search and with each that may pay while a policy is trained."""
 
-NFT = ("algorithm=nft",)
+NFT = ("algorithm=nft", "algorithm/noise=gaussian")
 # a window of three stochastic steps, the start noise plain
 WINDOWED = ("algorithm=smart_grpo", "algorithm/noise=gaussian", "train.learning_rate=1e-3")
 METHODS: dict[str, tuple[str, ...]] = {
