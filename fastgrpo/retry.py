@@ -54,7 +54,8 @@ class Retry:
             total_PG = self._total(made.rewards_BR, samples.group_size)
         metrics = {
             "search/share": max(tried, default=0) / len(samples.prompts),
-            "search/gain": (total_PG.mean() - first_PG.mean()).item(),
+            # the host waits for it only where something was made again
+            "search/gain": (total_PG.mean() - first_PG.mean()).item() if tried else 0.0,
             "search/images": sum(tried) / len(samples.prompts),
         }
         return Made(made.trajectories, made.rewards_BR, metrics)

@@ -67,7 +67,8 @@ METRICS = {
     "search/share": "share of the iteration's prompts that were searched, or whose groups were made again; the others "
     "kept plain noise",
     "search/images": "images made in full by the search in place of others, for each image of the iteration",
-    "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises",
+    "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises; where groups are "
+    "made again, the mean reward of the images that are kept, minus that of the first ones",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",
     "search/effective_share": "share of a searched step's samples that count, (sum w)^2 / (n sum w^2) of their "
     "weights w, 1 where nothing was preferred; with algorithm.noise.correction=weights",
