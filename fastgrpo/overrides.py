@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 # keys whose value is a sentence
 TEXT_KEYS = ("prompt",)
 # groups that a plain yes or no chooses from: which option each of them means
-_SWITCHED = {"search": {True: "halving", False: "none"}}
+_SWITCHED = {"search": {True: "best_of_n", False: "none"}}
 _OPENING = ("'", '"', "[", "{")
 
 

@@ -6,7 +6,7 @@ made again, R rewards.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.types import Samples, Trajectories
 
+# sizes that a batch has where fewer samples are made again than it takes: each is compiled for on its own
+_NUM_SIZES = 4
 
-@dataclass(frozen=True)
-class Made:
-    """Trajectories of this rank's samples, and the rewards [P * G, R] of all ranks'."""
+
+class Made(NamedTuple):
+    """Trajectories of this rank's samples, the rewards [P * G, R] of all ranks', and what the search measured."""
 
     trajectories: Trajectories[Any]
     rewards_BR: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = {}  # noqa: RUF012
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Retry:
         own = [row for row in samples.rows if row in number]
         # a rank that has none keeps step with the others on one that is thrown away
         rows = tuple(retries.row(row, group_size, attempt) for row in own or rows_SG[:1])
-        again = Samples(samples.prompts, group_size * (retries.tries + 1), rows, found.most)
+        again = Samples(samples.prompts, group_size * (retries.tries + 1), rows, self._filled(found.most, spread.most))
         noise = self.start_noise.again(again, iteration, groups, attempt)
         scores = self.rewards.begin(again.texts)
         trajectories = self.rollout(
@@ -96,6 +98,17 @@ class Retry:
         places_b = on_device([b for b, row in enumerate(samples.rows) if row in number], device)
         is_taken_b = is_new_b[on_device([number[row] for row in own], device)]
         return Made(made.trajectories.replaced(places_b, trajectories, is_taken_b), rewards_BR)
+
+    def _filled(self, num_rows: int, most: int) -> int:
+        """How many rows a rank makes for so many: trained steps in update's batches, images in batches of a few sizes.
+
+        most: rows of the rank that has most in the first attempt.
+        """
+        sampler = self.start_noise.sampler
+        if not self.start_noise.algorithm.learns_from_images:
+            return max(num_rows, min(most, sampler.batch_sizes.training.value))
+        unit = -(-min(most, sampler.batch_sizes.sampling.value) // _NUM_SIZES)
+        return min(most, -(-num_rows // unit) * unit)
 
     def _total(self, rewards_BR: Tensor, group_size: int) -> Tensor:
         return self.rewards.of_groups(rewards_BR, group_size).total_PG

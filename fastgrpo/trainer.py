@@ -104,22 +104,25 @@ class Trainer:
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
         with timer("search"), self.old_policy.applied():
-            made = self.retry(samples, spread, self.iteration, Made(trajectories, rewards_BR))
+            made = Made(trajectories, rewards_BR)
+            # under the same names: what is not kept is not held while the policy learns
+            trajectories, rewards_BR, retried = self.retry(samples, spread, self.iteration, made)
+            del made
         with timer("reward"):
-            rewards = self.rewards.of_groups(made.rewards_BR, self.group_size)
+            rewards = self.rewards.of_groups(rewards_BR, self.group_size)
             advantages_B = _of(samples, self.algorithm.advantage(rewards.learned_PG))
         with timer("update"):
-            learned = (made.trajectories.trained, conditions, advantages_B, shares, made.trajectories.gradients)
+            learned = (trajectories.trained, conditions, advantages_B, shares, trajectories.gradients)
             stats = self.update(*learned, iteration=self.iteration)
             self.old_policy.follow()
             self.ema.update()
             proposed = self.proposal.learn(samples, conditions, noise, advantages_B, rewards.total_PG)
-        self.health(self.iteration, stats, made.trajectories, advantages_B)
+        self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
         measured = self._measured(trajectories.noted(noise), rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
-        return measured | made.metrics | size | proposed | {"compilations": num_compilations() - compiled}
+        return measured | retried | size | proposed | {"compilations": num_compilations() - compiled}
 
     def run(self) -> None:
         """Train to the end, evaluating and saving on the way; asked to stop, or if a reward fails, save and stop."""

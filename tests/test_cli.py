@@ -282,7 +282,7 @@ def test_searched_samples_have_more_reward_than_plain_ones(
     for name, more in (
         ("plain", ["search=false", "budget=1"]),
         ("one", ["search=true", "budget=4"]),
-        ("halving", ["search=true", "budget=20"]),
+        ("halving", ["search=halving", "budget=20"]),
         ("elite", ["search=elite", "budget=20", "search.estimate_steps=1"]),
     ):
         capsys.readouterr()
@@ -294,7 +294,7 @@ def test_searched_samples_have_more_reward_than_plain_ones(
         assert len(set(files[name])) == len(paths)
     assert files["one"] == files["plain"]
     assert f"averaged weights of {run}/checkpoints/step_000003: {tmp_path / 'plain'}," in said["plain"]
-    assert "each the best of 1 that Halving found by 1 * jpeg: 4 network evaluations" in said["one"]
+    assert "each the best of 1 that BestOfN found by 1 * jpeg: 4 network evaluations" in said["one"]
     plan = Halving().plan(20, 4)
     assert f"the best of {plan.candidates} that Halving found" in said["halving"]
     assert f": {plan.velocities} network evaluations an image of budget=20, {plan.scored} images" in said["halving"]

@@ -256,3 +256,48 @@ def test_all_tries_are_the_old_policys(tiny_weights: Path, tmp_path: Path, monke
     monkeypatch.setattr(type(trainer.rollout), "__call__", spy)
     trainer.step()
     assert seen == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("signal", "num_rows", "most", "expected"),
+    [
+        # a batch of update's size at least, but no more rows than the first attempt had
+        ("steps", 3, 12, 4),
+        ("steps", 9, 12, 9),
+        ("steps", 1, 2, 2),
+        # quarters of sampling's batch, which is 12 here, or of all rows where they are less
+        ("images", 4, 12, 6),
+        ("images", 1, 12, 3),
+        ("images", 11, 12, 12),
+        ("images", 13, 24, 15),
+        ("images", 1, 2, 1),
+    ],
+)
+def test_samples_that_are_made_again_come_in_few_sizes(
+    signal: str, num_rows: int, most: int, expected: int, tiny_weights: Path, tmp_path: Path
+) -> None:
+    words = IMAGES if signal == "images" else ("algorithm/noise=retries", *STEPS)
+    sizes = ("train.prompts_per_iteration=4", "runtime.sampling_batch=12")
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *words, *sizes)
+    assert trainer.retry._filled(num_rows, most) == expected
+
+
+def test_a_single_group_is_stored_in_batches_of_updates_size(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 groups of 3, in batches of 4: the ratio is 1 because rollout and update compute alike."""
+    words = ("algorithm/noise=retries", *STEPS, "train.prompts_per_iteration=4")
+    trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
+    monkeypatch.setattr(type(trainer.algorithm.noise), "groups", lambda self, total_PG: [2])
+    sizes: list[int] = []
+    stochastic = type(trainer.rollout)._stochastic
+
+    def spy(self, x_BCHW, *rest):
+        sizes.append(len(x_BCHW))
+        return stochastic(self, x_BCHW, *rest)
+
+    monkeypatch.setattr(type(trainer.rollout), "_stochastic", spy)
+    row = trainer.step()
+    # three batches, and one for each of two tries
+    assert sizes == [4] * 5
+    assert row["ratio_deviation"] == 0

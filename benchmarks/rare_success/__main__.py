@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from benchmarks.rare_success.cell import NUM_IMAGES, NUM_JUDGED
 from benchmarks.rare_success.methods import METHODS
@@ -50,8 +49,8 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
     body = (
         f"{NUM_IMAGES} images an iteration, strict reward, trained and judged on the prompts of a band "
         f"({', '.join(f'{name}: {len(texts)}' for name, texts in bands.items())}) with at least {NUM_JUDGED} images "
-        f"from plain noise; {arguments.seconds:g} CPU seconds of training, one thread.  A band is named by the base "
-        "model's success.\n\n" + map_of(runs, list(bands), arguments.seconds)
+        "from plain noise; CPU seconds of training, one thread.  A band is named by the base model's success.\n\n"
+        + map_of(runs, list(bands))
     )
     path = write_report(
         "rare_success", title="Where a search pays in training", body=body, data={"runs": runs, "bands": bands}
@@ -69,7 +68,8 @@ def _make(arguments: argparse.Namespace, prompts: list[str], band: str, group: i
     file = path.with_suffix(".txt")
     file.write_text("\n".join(prompts) + "\n")
     command = [
-        *(sys.executable, "-m", "benchmarks.rare_success.cell", "--prompts", str(file), "--method", method),
+        *(sys.executable, "-m", "benchmarks.rare_success.cell", "--prompts", str(file), "--band", band),
+        *("--method", method),
         *("--group", str(group), "--seed", str(seed), "--seconds", str(arguments.seconds)),
         *("--every", str(arguments.every), "--out", str(path)),
     ]
@@ -79,8 +79,6 @@ def _make(arguments: argparse.Namespace, prompts: list[str], band: str, group: i
         result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if result.returncode:
         raise RuntimeError(f"{name} failed; see {path.with_suffix('.log')}")
-    cell: dict[str, Any] = json.loads(path.read_text())
-    path.write_text(json.dumps({"band": band, **cell}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

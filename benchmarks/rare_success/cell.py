@@ -31,6 +31,7 @@ _SEARCH = ("search/share", "search/images", "search/gain", "search/rank_correlat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="a file of them, one a line")
+    parser.add_argument("--band", required=True, help="its name, for the JSON")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -43,7 +44,14 @@ def main() -> None:
         words = METHODS[arguments.method]
         trainer = make_trainer(arguments.prompts, arguments.group, arguments.seed, Path(scratch) / "run", words)
         points = trained(trainer, arguments.seconds, arguments.every)
-    cell = {"method": arguments.method, "words": words, "group": arguments.group, "seed": arguments.seed}
+    cell = {
+        "band": arguments.band,
+        "limit": arguments.seconds,
+        "method": arguments.method,
+        "words": words,
+        "group": arguments.group,
+        "seed": arguments.seed,
+    }
     write_whole(arguments.out, (json.dumps(cell | {"points": points}, indent=1) + "\n").encode())
 
 

@@ -15,7 +15,7 @@ from benchmarks.report import table
 LEVELS = (0.05, 0.10, 0.25, 0.50, 0.75)
 
 
-def map_of(runs: Sequence[dict[str, Any]], bands: Sequence[str], seconds: float) -> str:
+def map_of(runs: Sequence[dict[str, Any]], bands: Sequence[str]) -> str:
     """A table a band; medians over seeds, the number of seeds behind a cell where it is not one."""
     parts = []
     for band in bands:
@@ -26,13 +26,15 @@ def map_of(runs: Sequence[dict[str, Any]], bands: Sequence[str], seconds: float)
         level = level_of(own)
         header = ["method"]
         for group in groups:
-            header += [f"{group}: s to {level:.0%}", f"mean over {seconds:g} s", "end"]
+            header += [f"{group}: s to {level:.0%}", "mean", "end"]
         rows = [
             [method, *(cell for group in groups for cell in _cells(own, method, group, level))]
             for method in dict.fromkeys(run["method"] for run in own)
         ]
         begin = statistics.fmean(run["points"][0]["accuracy"] for run in own)
-        parts.append(f"**Band {band}** (begins at {begin:.1%})\n\n{table(header, rows)}")
+        seconds = min(run["points"][-1]["seconds"] for run in own)
+        title = f"**Band {band}**, from {begin:.1%}: by groups, accuracy over {seconds:.0f} s and at their end"
+        parts.append(f"{title}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 

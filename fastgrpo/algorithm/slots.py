@@ -12,7 +12,7 @@ from fastgrpo.algorithm.noise import CANDIDATE_STREAM, Candidates, NoiseDraw
 
 # a candidate's id is its number times this, plus its image's place among those of the prompt
 _MOST_IMAGES = 2**16
-_MOST_CANDIDATES = 2**15
+MOST_CANDIDATES = 2**15
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Slots:
     def of_round(self, number: int, moments: tuple[Tensor, Tensor] | None = None) -> Candidates:
         """The candidates of a round, a row of ``moments`` for each image; round 0 is that of ``noises``."""
         prompts = [row // self.draw.group_size for row in self.draw.own_rows]
-        return Candidates(self.draw, CANDIDATE_STREAM + number, _MOST_CANDIDATES, prompts, moments)
+        return Candidates(self.draw, CANDIDATE_STREAM + number, MOST_CANDIDATES, prompts, moments)
 
     def ids(self, first: int, stop: int) -> Tensor:
         """Of the candidates ``first`` to ``stop`` - 1 of each image, int64 [S, K]."""
-        if stop > _MOST_CANDIDATES:
-            raise ValueError(f"a search has at most {_MOST_CANDIDATES} candidates, got {stop}; lower budget")
+        if stop > MOST_CANDIDATES:
+            raise ValueError(f"a search has at most {MOST_CANDIDATES} candidates, got {stop}; lower budget")
         numbers_K = torch.arange(first, stop, dtype=torch.int64, device=self.draw.device)
         return self.draw.places_B[:, None] + _MOST_IMAGES * numbers_K
 

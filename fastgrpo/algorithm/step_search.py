@@ -101,7 +101,8 @@ class StepSearch:
     def check_group(self, group_size: int) -> None:
         """ValueError if a search has fewer candidates than it is to have elites."""
         num = self.candidates * group_size if self.shares_start else self.candidates
-        if self.elites > num:
+        is_refitted = self.rounds > 1 or self.take in ("mean", "fresh")
+        if is_refitted and self.elites > num:
             raise ValueError(
                 f"algorithm.noise.elites must be at most the {num} candidates of a search, got {self.elites}; lower "
                 "it, or raise algorithm.noise.candidates"

@@ -37,7 +37,7 @@ def export(config: DictConfig) -> None:
     if config.merged:
         model.save_merged(directory / "merged")
         print(f"  {directory / 'merged'}  {_reading(directory / 'merged')}")
-    if (proposal := load_proposal_of_run(config.run)) is not None:
+    if config.run and (proposal := load_proposal_of_run(config.run)) is not None:
         save_proposal(proposal, directory / "proposal")
         print(f"  {directory / 'proposal'}  fastgrpo sample proposal={directory / 'proposal'}")
 

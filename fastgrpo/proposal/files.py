@@ -28,7 +28,7 @@ def load_proposal(directory: Path) -> ProposalNetwork:
     try:
         values = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
         return make_network(values, safetensors.torch.load_file(directory / _WEIGHTS))
-    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{directory} holds no learned proposal ({' '.join(str(error).split())}); give a directory with {_WEIGHTS} "
             f"and {_CONFIG}, as a run's proposal/"

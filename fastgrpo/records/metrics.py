@@ -54,7 +54,7 @@ METRICS = {
     "seconds/iteration": "wall-clock time of the iteration, without evaluation and checkpoint; this and all that "
     "follow are of the first rank, those of the others are in ranks.jsonl",
     "seconds/encode": "text encoding",
-    "seconds/search": "noise search: estimates, decoding and their rewards",
+    "seconds/search": "noise search: estimates, decoding and their rewards, and groups that are made again",
     "seconds/rollout": "denoising and decoding of the iteration's images",
     "seconds/reward": "rewards of the iteration's images, as far as nothing else hid it",
     "seconds/update": "forward and backward passes and optimizer steps",
@@ -64,9 +64,8 @@ METRICS = {
     "peak_bytes": "peak memory allocated on the first rank's GPU (on a CPU: of the process)",
     "compilations": "graphs that torch.compile made in the iteration; 0 after the first of each resolution and length "
     "of texts",
-    "search/share": "share of the iteration's prompts that were searched, or whose groups were made again; the others "
-    "kept plain noise",
-    "search/images": "images made in full by the search in place of others, for each image of the iteration",
+    "search/share": "share of the iteration's prompts that were searched, or whose groups were made again",
+    "search/images": "images that the search made in full beside the first ones, for each image of the iteration",
     "search/gain": "estimated reward of the noises that the search chose, minus that of plain noises; where groups are "
     "made again, the mean reward of the images that are kept, minus that of the first ones",
     "search/rank_correlation": "rank correlation, within a prompt, of estimated and final rewards",

@@ -1,6 +1,6 @@
 """The drawn world of the embedded model: captions, scenes and images of colored shapes.
 
-A caption is one of three sentences, and everything else follows from it:
+A scene follows from its caption, which is one of a few sentences:
 
     a red circle                            one object
     three green triangles                   a count of 2 or 3 equal objects
