@@ -104,10 +104,10 @@ class Trainer:
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
         with timer("search"), self.old_policy.applied():
-            made = Made(trajectories, rewards_BR)
             # under the same names: what is not kept is not held while the policy learns
-            trajectories, rewards_BR, retried = self.retry(samples, spread, self.iteration, made)
-            del made
+            trajectories, rewards_BR, retried = self.retry(
+                samples, spread, self.iteration, Made(trajectories, rewards_BR)
+            )
         with timer("reward"):
             rewards = self.rewards.of_groups(rewards_BR, self.group_size)
             advantages_B = _of(samples, self.algorithm.advantage(rewards.learned_PG))
