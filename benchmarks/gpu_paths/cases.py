@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 RECIPES = (
-    "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "smart_grpo", "smart_grpo_paper", "chunk_grpo",
-    "flow_dppo", "flow_grpo_guard", "nft", "awm", "v_grpo", "rwr",
+    "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "smart_grpo", "smart_grpo_paper",
+    "smart_grpo_paper_step", "chunk_grpo", "flow_dppo", "flow_grpo_guard", "nft", "awm", "v_grpo", "rwr",
 )  # fmt: skip
 # a family of models each
 MINIATURES = (
@@ -69,6 +69,10 @@ def _algorithms() -> Iterator[Case]:
         yield _case(f"{short}-optimizer_steps", recipe, "train.optimizer_steps=2", "train.updates=2")
         yield _case(f"{short}-adams_bashforth", recipe, "solver=adams_bashforth")
         yield _case(f"{short}-full", recipe, "adaptation=full")
+        yield _case(f"{short}-learned", recipe, "algorithm/noise=learned")
+        retried = ("algorithm/noise=retries", "algorithm.noise.where=everywhere", "algorithm.noise.candidates=2")
+        yield _case(f"{short}-retries", recipe, *retried, "compile=blocks")
+    yield _case("elite_step", _OF_STEPS, "algorithm/noise=elite_step")
     guided = ("model.guidance_scale=2.0",)
     for how in ("eager", "blocks", "graphs"):
         yield _case(f"guidance-kl-{how}", _OF_STEPS, "algorithm.objective.kl_coef=0.01", *guided, f"compile={how}")

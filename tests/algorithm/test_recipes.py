@@ -16,6 +16,7 @@ from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.matching_ratio import MatchingRatio
 from fastgrpo.algorithm.objective.nft import NFT
 from fastgrpo.algorithm.objective.weighted_regression import WeightedRegression
+from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.schedule import FewSteps, LinearSchedule, SD3Schedule
 from fastgrpo.algorithm.search import EliteSearch
 from fastgrpo.algorithm.step_search import StepSearch
@@ -41,7 +42,8 @@ PUBLISHED = {
     "flow_grpo_guard": (*FLOW_GRPO[:5], GRPOGuard()),
     "flow_dppo": (*FLOW_GRPO[:5], FlowDPPO()),
     "chunk_grpo": (*FLOW_GRPO[:5], ClippedSurrogate(1e-4, 0.0, (2, 3, 4))),
-    "nft": (*IMAGES, NFT()),
+    # published with plain noise alone
+    "nft": (IMAGES[0], Retries(), *IMAGES[2:], NFT()),
     "awm": (*IMAGES, MatchingRatio(clip_range=1.0, time_power=1.0, proximal_coef=2.0)),
     "v_grpo": (*IMAGES[:3], DrawnTimes(is_shared=True), IMAGES[4], MatchingRatio(clip_range=0.05, proximal_coef=2.0)),
     "rwr": (*IMAGES, WeightedRegression(proximal_coef=2.0)),

@@ -238,7 +238,7 @@ def test_a_proposal_that_is_not_there_or_does_not_fit_is_refused_in_a_line(
             "is a proposal for 4 latent channels, and this model",
         ),
         ([f"run={undisturbed}", f"proposal={tmp_path}"], "holds no learned proposal"),
-        ([f"run={undisturbed}", "proposal=run", "search=true"], "search=true finds start noise of its own"),
+        ([f"run={undisturbed}", "proposal=run", "search=true"], "a search begins with plain noise, got proposal=run"),
     ]
     for number, (words, says) in enumerate(cases):
         capsys.readouterr()
