@@ -303,3 +303,31 @@ def test_a_rank_with_fewer_images_keeps_step_with_the_one_that_has_most(search: 
         calls[rows] = model.calls, model.rows
         assert found.cost.evaluations == len(rows) * search.plan(38, 5).velocities
     assert len(set(calls.values())) == 1
+
+
+class SmallField(Field):
+    """A field whose estimates are decoded apart, and who counts what is decoded by which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_small, self.num_full = 0, 0
+
+    def decode_estimate(self, x_BCHW: Tensor) -> Tensor:
+        self.num_small += len(x_BCHW)
+        return Field.decode(self, x_BCHW)
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        self.num_full += len(x_BCHW)
+        return Field.decode(self, x_BCHW)
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_looks_and_estimates_are_decoded_small_and_images_in_full(search: Search) -> None:
+    model = SmallField()
+    # in batches of one, none of which is filled up
+    found = searching(search, model=model, batch=1)(*samples_and_draw())
+    plan = search.plan(38, 5)
+    num_in_full = {"BestOfN": 7, "Halving": HALVING.rounds(38, 5)[-1][1]}.get(type(search).__name__, 1)
+    assert model.num_full == 6 * num_in_full
+    assert model.num_small == 6 * (plan.scored - num_in_full)
+    assert found.cost.scored == 6 * plan.scored

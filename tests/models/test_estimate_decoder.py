@@ -155,6 +155,20 @@ def test_a_search_decodes_small_and_the_images_it_leads_to_in_full(
     assert counts["AutoencoderKL"] > 6
 
 
+def test_so_does_a_search_of_a_steps_noise(
+    tiny_weights: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("reward.golden=false", "algorithm/noise=elite_step", "algorithm.noise.candidates=3")
+    config = make_config(
+        tiny_weights, tmp_path / "run", f"model.estimate_decoder={small}", "runtime.micro_batch=2", *words
+    )
+    trainer = build_trainer(config)
+    counts = count_decoded(monkeypatch)
+    trainer.step()
+    # six samples of three candidates
+    assert counts == {"AutoencoderKL": 6, "AutoencoderTiny": 18}
+
+
 @torch.no_grad()
 def test_the_scores_of_a_search_are_those_of_small_images(tiny_weights: Path, small: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_weights, tmp_path / "run", f"model.estimate_decoder={small}", "seed=5")
