@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """What was made of an iteration's samples -> what they keep of that and of further attempts."""
+    """What was made of an iteration's samples -> what they keep of that and of further attempts, in its place."""
 
     start_noise: StartNoise
     rollout: Rollout
@@ -97,7 +97,8 @@ class Retry:
             return Made(made.trajectories, rewards_BR)
         places_b = on_device([b for b, row in enumerate(samples.rows) if row in number], device)
         is_taken_b = is_new_b[on_device([number[row] for row in own], device)]
-        return Made(made.trajectories.replaced(places_b, trajectories, is_taken_b), rewards_BR)
+        _replace(made.trajectories, places_b, trajectories, is_taken_b)
+        return Made(made.trajectories, rewards_BR)
 
     def _filled(self, num_rows: int, most: int) -> int:
         """How many rows a rank makes for so many: trained steps in update's batches, images in batches of a few sizes.
@@ -112,3 +113,12 @@ class Retry:
 
     def _total(self, rewards_BR: Tensor, group_size: int) -> Tensor:
         return self.rewards.of_groups(rewards_BR, group_size).total_PG
+
+
+def _replace(made: Trajectories[Any], rows_b: Tensor, new: Trajectories[Any], is_taken_b: Tensor) -> None:
+    """Put those of ``new`` that are taken in the place of some rows, without a second copy of all that was made."""
+    assert not made.gradients
+    for (of_all, dim), (of_some, _) in zip(made.by_sample, new.by_sample, strict=True):
+        shape = [1] * of_all.ndim
+        shape[dim] = len(rows_b)
+        of_all.index_copy_(dim, rows_b, torch.where(is_taken_b.view(shape), of_some, of_all.index_select(dim, rows_b)))

@@ -104,7 +104,6 @@ class Trainer:
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
         with timer("search"), self.old_policy.applied():
-            # under the same names: what is not kept is not held while the policy learns
             trajectories, rewards_BR, retried = self.retry(
                 samples, spread, self.iteration, Made(trajectories, rewards_BR)
             )

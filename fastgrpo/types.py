@@ -11,7 +11,7 @@ Letters, used in names throughout the package:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from fastgrpo.resolution import Resolution
 
-# (tensor of all samples, tensor of some, dimension of samples) -> tensor of all samples
-Merge = Callable[[Tensor, Tensor, int], Tensor]
 # of a batch, or float32 [B], one a sample
 Time = float | Tensor
 
@@ -236,11 +234,10 @@ class TrainedSteps:
         """Some of the samples: ``select`` takes them from a tensor along a dimension."""
         return self.map(lambda part_TB: select(part_TB, 1))
 
-    def merge(self, other: "TrainedSteps", merge: "Merge") -> "TrainedSteps":
-        """The same samples, with tensors made of both."""
-        assert self.steps == other.steps
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return TrainedSteps(self.steps, *(merge(own, others, 1) for own, others in pairs))
+    @property
+    def by_sample(self) -> list[tuple[Tensor, int]]:
+        """Each tensor, and its dimension of samples."""
+        return [(tensor, 1) for tensor in self.tensors]
 
     def cat(self, *others: "TrainedSteps") -> "TrainedSteps":
         """The samples of all, of the same steps."""
@@ -255,9 +252,10 @@ class TrainedImages:
     samples: Samples
     x_0_BCHW: Tensor
 
-    def merge(self, other: "TrainedImages", merge: "Merge") -> "TrainedImages":
-        """The same samples, with latents made of both."""
-        return TrainedImages(self.samples, merge(self.x_0_BCHW, other.x_0_BCHW, 0))
+    @property
+    def by_sample(self) -> list[tuple[Tensor, int]]:
+        """Each tensor, and its dimension of samples."""
+        return [(self.x_0_BCHW, 0)]
 
 
 @dataclass(frozen=True)
@@ -300,22 +298,10 @@ class Trajectories(Generic[Trained]):
             return noise
         return replace(noise, metrics=noise.metrics | self.chosen.metrics, estimates_PG=self.chosen.estimates_PG)
 
-    def replaced(self, rows_b: Tensor, others: "Trajectories[Any]", is_taken_b: Tensor) -> "Trajectories[Trained]":
-        """Those of ``rows_b`` replaced, where it is taken, by ``others``, which are of these rows alone."""
-        assert not self.gradients
-
-        def merge(of_all: Tensor, of_some: Tensor, dim: int) -> Tensor:
-            shape = [1] * of_all.ndim
-            shape[dim] = len(rows_b)
-            kept = torch.where(is_taken_b.view(shape), of_some, of_all.index_select(dim, rows_b))
-            return of_all.index_copy(dim, rows_b, kept)
-
-        trained: Any = self.trained.merge(others.trained, merge)
-        images_BCHW, start_BCHW = (
-            merge(own, other, 0)
-            for own, other in ((self.images_BCHW, others.images_BCHW), (self.start_BCHW, others.start_BCHW))
-        )
-        return Trajectories(images_BCHW, start_BCHW, trained)
+    @property
+    def by_sample(self) -> list[tuple[Tensor, int]]:
+        """Each tensor, and its dimension of samples; gradients apart."""
+        return [(self.images_BCHW, 0), (self.start_BCHW, 0), *self.trained.by_sample]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 
@@ -183,10 +184,12 @@ def test_stored_steps_are_those_of_the_image_that_is_kept(tiny_weights: Path, tm
     trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
     samples = Samples.all_of(trainer.prompts.at(0), G)
     first = made_first(trainer, samples)
+    # what is made again takes its place
+    attempts = [deepcopy(first.trajectories)]
     made = retried(trainer, samples, first)
     trained = made.trajectories.trained
     assert isinstance(trained, TrainedSteps)
-    rewards, attempts = [first.rewards_BR[:, 0]], [first.trajectories]
+    rewards = [first.rewards_BR[:, 0]]
     for attempt in (1, 2):
         rows = tuple((p * 3 + attempt) * G + g for p in range(P) for g in range(G))
         again = Samples(samples.prompts, 3 * G, rows)

@@ -71,8 +71,8 @@ class Algorithm:
 
     @property
     def images_at_once(self) -> int:
-        """That are held of a sample at most: the first, the one kept so far, the newest, and what is kept then."""
-        return 4 if isinstance(self.noise, Retries) else 1
+        """That are held of a sample at most: the one kept so far, and the newest."""
+        return 2 if isinstance(self.noise, Retries) else 1
 
     @property
     def usual_updates(self) -> int:
