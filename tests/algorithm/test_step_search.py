@@ -294,7 +294,10 @@ def test_the_search_of_start_noises_names_the_other() -> None:
 
 def test_more_elites_than_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match=r"elites must be at most the 8 candidates of a search, got 9; lower it, or"):
-        StepSearch(candidates=2, elites=9, shares_start=True).check_group(4)
-    StepSearch(candidates=2, elites=8, shares_start=True).check_group(4)
+        StepSearch(candidates=2, elites=9, shares_start=True, take="fresh", correction="none").check_group(4)
+    StepSearch(candidates=2, elites=8, shares_start=True, take="fresh", correction="none").check_group(4)
     with pytest.raises(ValueError, match=r"elites must be at most the 2 candidates of a search, got 3"):
-        StepSearch(candidates=2).check_group(4)
+        StepSearch(candidates=2, take="elites", rounds=2, correction="none").check_group(4)
+    # where nothing is refitted there are no elites
+    StepSearch(candidates=2).check_group(4)
+    StepSearch(candidates=2, take="elites", correction="none").check_group(4)
