@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
-from fastgrpo.commands.proposal import load_starts
+from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
@@ -40,9 +40,10 @@ def evaluate(config: DictConfig) -> None:
     algorithm: Algorithm = build(config.algorithm)
     search = wanted_search(config, evaluating.num_steps)
     rewards, _ = build_rewards(config, prompts=texts)
+    proposal = wanted_proposal(config)
     directory = new_directory(config.output)
     model, origin = load_model(config)
-    starts, noise = load_starts(config, model, texts[0])
+    starts, noise = starts_of(proposal, config, model, texts[0])
     evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts, starts=starts)
     spent = None
     if search is None:

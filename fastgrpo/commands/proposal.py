@@ -18,14 +18,20 @@ from fastgrpo.proposal.files import load_proposal
 from fastgrpo.proposal.network import ProposalNetwork
 
 
-def load_starts(config: DictConfig, model: FlowModel, text: str) -> tuple[Starts, str]:
+def wanted_proposal(config: DictConfig) -> ProposalNetwork | None:
+    """The proposal that a config names, None for plain noise, from which a search begins too.
+
+    ValueError for what is not there, before any model is.
+    """
+    is_searched = not isinstance(read_search(config), NoSearch)
+    return None if is_searched else _find(str(config.proposal), config.run)
+
+
+def starts_of(network: ProposalNetwork | None, config: DictConfig, model: FlowModel, text: str) -> tuple[Starts, str]:
     """How start noise is drawn, and in words what it is if it is not plain; ValueError if it is not for the model.
 
     text: some prompt, which is encoded to see how wide a text is.
     """
-    # which begins with plain noise
-    is_searched = not isinstance(read_search(config), NoSearch)
-    network = None if is_searched else _find(str(config.proposal), config.run)
     if network is None:
         return plain_starts, ""
     where = f"proposal={config.proposal}" + f" of run={config.run}" * (config.proposal in ("run", "auto"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.commands.output_directory import new_directory
-from fastgrpo.commands.proposal import load_starts
+from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.files.whole import write_whole
@@ -39,6 +39,7 @@ def sample(config: DictConfig) -> None:
     grid = algorithm.evaluation_grid(config.num_steps)
     search = wanted_search(config, config.num_steps)
     rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if search else None
+    proposal = wanted_proposal(config)
     directory = new_directory(config.output)
     model, origin = load_model(config)
     sampler = Sampler(model=model, grid=grid, batch_sizes=batch_sizes)
@@ -46,7 +47,7 @@ def sample(config: DictConfig) -> None:
     pages: dict[int, np.ndarray] = {}
     said, cost = "", Cost()
     with ExitStack() as bar:
-        starts, noise = load_starts(config, model, prompts[0].text)
+        starts, noise = starts_of(proposal, config, model, prompts[0].text)
         origin = f"{origin}, {noise}" if noise else origin
         make = plain(sampler, starts)
         if search and rewards:

@@ -245,6 +245,9 @@ def test_a_proposal_that_is_not_there_or_does_not_fit_is_refused_in_a_line(
         assert cli.main(["sample", "prompt=a", *words, f"output={tmp_path / str(number)}"]) == cli.BAD_INPUT
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
         assert says in line
+        # what is not there is known before anything is written
+        if says != "is a proposal for 4 latent channels, and this model":
+            assert not (tmp_path / str(number)).exists()
     # where nothing is asked for, a run without one is sampled from plain noise
     assert cli.main(["sample", "prompt=a", f"run={tmp_path / 'plain'}", "num_steps=1", f"output={tmp_path / 'p'}"]) == 0
 
