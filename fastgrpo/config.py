@@ -215,6 +215,8 @@ def _unknown(key: str, name: str) -> str:
             f"{key} is a key of the default choice of its group, not of the one you took; drop it or take the default"
         )
     parent, _, last = key.rpartition(".")
+    if having := [f"{parent}={option}" for option in _options_with(last, parent.replace(".", "/"), name)]:
+        return f"unknown key {key}; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     alike = [other for other in known if re.split(r"[./]", other)[-1] == re.split(r"[./]", key)[-1]]
     siblings = {other.rpartition(".")[2]: other for other in known if parent and other.rpartition(".")[0] == parent}
     near = alike + [siblings[word] for word in get_close_matches(last, siblings, n=3, cutoff=0.6)]
@@ -226,6 +228,13 @@ def _unknown(key: str, name: str) -> str:
     return f"unknown key {key}; " + (
         f"{parent} has {', '.join(siblings)}" if siblings else f"see fastgrpo {name} --help"
     )
+
+
+def _options_with(key: str, group: str, name: str) -> list[str]:
+    """The options of a group whose files have a key."""
+    top = Path(str(files(_CONFIGS)))
+    options = config_groups(name).get(group, [])
+    return [option for option in options if key in OmegaConf.load(top / group / f"{option}.yaml")]
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

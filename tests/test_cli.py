@@ -320,6 +320,7 @@ def test_searched_samples_have_more_reward_than_plain_ones(
         (["prompt=a", "search=yes"], "search must be true, false or one of best_of_estimates, best_of_n, elite"),
         (["prompt=a", "search=elite", "search.keep=0.5"], "search.keep"),
         (["prompt=a", "search=halving", "search.keep=2"], "search.keep must lie between 0 and 1, got 2"),
+        (["prompt=a", "search=true", "search.looks=[.5]"], "unknown key search.looks; search=halving has it"),
         (["prompt=a", "search=true", "budget=9"], "budget=9 is too small: one image of 10 steps takes 10"),
         (["prompt=a", "search=true", "budget=many"], "budget must be int"),
         (["prompt=a", "search=true", "budget=19", "model.guidance_scale=2.0"], "raise it to at least 20"),
