@@ -11,9 +11,7 @@ choice, or by imitation.  A run that is in --out is not made again: a stopped me
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.apart import run_apart
 from benchmarks.report import table, write_report
 from benchmarks.time_to_reward.curve import Curve, Point
 from benchmarks.time_to_reward.figure import draw
@@ -110,18 +109,12 @@ def _made(side: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     rate = arguments.learning_rate
     path = arguments.out / f"{side}_seed{seed}_{arguments.seconds:g}s_every{arguments.every:g}_lr{rate:g}.json"
     if not path.exists():
-        print(f"{path.stem} ...", flush=True)
         command = [
             *(sys.executable, "-m", "benchmarks.search_readings", "--cell", str(path), "--sides", side),
             *("--seeds", str(seed), "--seconds", str(arguments.seconds), "--every", str(arguments.every)),
             *("--learning-rate", str(rate)),
         ]
-        # before torch is imported: a thread more would be counted, and make both slower
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with open(path.with_suffix(".log"), "w") as log:
-            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{path.stem} failed; see {path.with_suffix('.log')}")
+        run_apart(path.stem, command, path)
     cell: dict[str, Any] = json.loads(path.read_text())
     if cell["curve"]["settings"] != " ".join(SIDES[side]):
         raise ValueError(f"{path} was made by {cell['curve']['settings']}, and {side} is now another; remove it")

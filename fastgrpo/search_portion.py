@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.dynamics import ODE
-from fastgrpo.algorithm.making import Found, best_first
+from fastgrpo.algorithm.making import Found
+from fastgrpo.algorithm.ranking import best_first
 from fastgrpo.algorithm.slots import Slots
 from fastgrpo.memory.batches import Batch, in_batches
 from fastgrpo.models.adapter import estimate_decoding

@@ -8,14 +8,13 @@ A run that is in --out is not made again: a stopped measurement goes on, and a f
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+from benchmarks.apart import run_apart
 from benchmarks.rare_success.cell import NUM_IMAGES, NUM_JUDGED
 from benchmarks.rare_success.methods import METHODS
 from benchmarks.rare_success.tables import map_of
@@ -64,7 +63,6 @@ def _make(arguments: argparse.Namespace, prompts: list[str], band: str, group: i
     path = arguments.out / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
     if path.exists():
         return
-    print(f"{name} ...", flush=True)
     file = path.with_suffix(".txt")
     file.write_text("\n".join(prompts) + "\n")
     command = [
@@ -73,12 +71,7 @@ def _make(arguments: argparse.Namespace, prompts: list[str], band: str, group: i
         *("--group", str(group), "--seed", str(seed), "--seconds", str(arguments.seconds)),
         *("--every", str(arguments.every), "--out", str(path)),
     ]
-    # before torch is imported: a thread more would be counted, and make both slower
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with open(path.with_suffix(".log"), "w") as log:
-        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{name} failed; see {path.with_suffix('.log')}")
+    run_apart(name, command, path)
 
 
 if __name__ == "__main__":

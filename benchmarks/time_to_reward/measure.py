@@ -5,14 +5,13 @@ one half of the held-out prompts.  Then it runs with the best of them, once a se
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.apart import run_apart
 from benchmarks.time_to_reward.curve import Curve
 from benchmarks.time_to_reward.sides import SIDES
 
@@ -71,7 +70,6 @@ class Plan:
     def _curve(self, ask: "Ask") -> Curve:
         path = self.out / f"{ask.name}_every{self.every:g}.json"
         if not path.exists():
-            print(f"{ask.name} ...", flush=True)
             self._run(ask, path)
         curve = Curve.of_dict(json.loads(path.read_text()))
         if curve.settings != repr(SIDES[ask.side]):
@@ -86,12 +84,7 @@ class Plan:
         ]
         for option, checkout in (("--checkout", self.checkout), ("--nft-checkout", self.nft_checkout)):
             command += [option, str(checkout)] if checkout else []
-        # before torch is imported: a thread more would be counted, and make both slower
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with open(path.with_suffix(".log"), "w") as log:
-            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{ask.name} failed; see {path.with_suffix('.log')}")
+        run_apart(ask.name, command, path)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from itertools import pairwise
 
 import torch
 
-from fastgrpo.algorithm.making import Found, Making, Plan, Search, best_first, best_of, taken
+from fastgrpo.algorithm.making import Found, Making, Plan, Search, best_of, taken
+from fastgrpo.algorithm.ranking import best_first
 from fastgrpo.algorithm.slots import MOST_CANDIDATES, drawn
 from fastgrpo_kernels import elite_weights
 

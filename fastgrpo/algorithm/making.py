@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastgrpo.algorithm.ranking import best_first
 from fastgrpo.algorithm.slots import Slots
 
 
@@ -66,12 +67,6 @@ class Search(Protocol):
     def plan(self, velocities: int, num_steps: int) -> Plan: ...
 
     def __call__(self, making: Making) -> Found: ...
-
-
-def best_first(scores_SK: Tensor) -> Tensor:
-    """The order of the candidates, [S, K]."""
-    # stable, so that equal rewards keep the order of the candidates on every device
-    return scores_SK.sort(dim=1, descending=True, stable=True).indices
 
 
 def best_of(x_SKCHW: Tensor, scores_SK: Tensor, num: int) -> Tensor:

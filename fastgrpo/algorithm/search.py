@@ -23,6 +23,7 @@ from fastgrpo.algorithm.noise import (
     NoiseDraw,
     Score,
 )
+from fastgrpo.algorithm.ranking import best_first, finite
 from fastgrpo.on_device import on_device
 from fastgrpo.types import Noise
 from fastgrpo_kernels import elite_weights
@@ -122,7 +123,7 @@ class EliteSearch:
             found_BCHW = fitted[0][prompts_B]
         else:
             seen_SK = torch.cat(rounds_SK, dim=1)
-            picked_SG = self._pick(_best_first(seen_SK), draw.group_size)
+            picked_SG = self._pick(best_first(seen_SK), draw.group_size)
             found_BCHW = samples.picked(picked_SG)
             estimates_PG = seen_SK.new_full((num_prompts, draw.group_size), math.nan)
             estimates_PG[rounds[0].prompts_P] = seen_SK.gather(1, picked_SG)
@@ -153,7 +154,7 @@ class EliteSearch:
             rewards_SK = scores_of(score, candidates, self.estimate_steps)
             rounds.append(candidates)
             rounds_SK.append(rewards_SK)
-            elites_ST = _best_first(rewards_SK)[:, : self.elites]
+            elites_ST = best_first(rewards_SK)[:, : self.elites]
             mean_SCHW, std_SCHW = candidates.refit(
                 elites_ST,
                 elite_weights(rewards_SK.gather(1, elites_ST), self.weights, self.temperature),
@@ -273,20 +274,13 @@ class _Searched:
 
 
 def scores_of(score: Score, candidates: Candidates, estimate_steps: int) -> Tensor:
-    rewards_PK = score(candidates, estimate_steps).float()
+    """The estimated rewards of candidates, float32 [P, K]; ValueError for others than finite ones of each."""
+    rewards_PK = score(candidates, estimate_steps)
     if rewards_PK.shape != (len(candidates.prompts), candidates.num):
         raise ValueError(
             f"score must return {(len(candidates.prompts), candidates.num)} rewards, got {tuple(rewards_PK.shape)}"
         )
-    # sorting puts NaN first: a failed reward would be taken for the best
-    if not torch.isfinite(rewards_PK).all():
-        raise ValueError("a noise search was given rewards that are not finite; check the reward of noisy images")
-    return rewards_PK
-
-
-def _best_first(rewards_PK: Tensor) -> Tensor:
-    # stable, so that equal rewards keep the order of the candidates on every device
-    return rewards_PK.sort(dim=1, descending=True, stable=True).indices
+    return finite(rewards_PK)
 
 
 def _check_group(search: EliteSearch | RandomSearch, group_size: int) -> None:

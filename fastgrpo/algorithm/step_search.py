@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.noise import CHOICE_STREAM, GaussianNoise, NoiseDraw, Score, SharedNoise
+from fastgrpo.algorithm.ranking import best_first, finite
 from fastgrpo.algorithm.step_candidates import StepCandidates, StepDraw
 from fastgrpo.on_device import on_device
 from fastgrpo.settings import at_least, one_of
@@ -117,7 +118,7 @@ class StepSearch:
         moments = draw.standard
         for r in range(self.rounds):
             rounds.append(StepCandidates(draw, num * r, num, moments))
-            scores.append(self._searches(_finite(score(rounds[-1], self.estimate_steps)), draw))
+            scores.append(self._searches(finite(score(rounds[-1], self.estimate_steps)), draw))
             if self.take in ("mean", "fresh") or r < self.rounds - 1:
                 moments = self._refitted(rounds[-1], scores[-1], is_last=r == self.rounds - 1)
         plain = scores[0].mean()
@@ -130,7 +131,7 @@ class StepSearch:
                 # scored by none of the group: what is known of it are its elites
                 estimates_A = scores[-1].topk(self.elites, dim=1).values.mean(dim=1)
             else:
-                estimates_A = _finite(score(found, self.estimate_steps))[:, 0]
+                estimates_A = finite(score(found, self.estimate_steps))[:, 0]
             noise_BCHW = found.at(range(len(draw.samples)))[:, 0]
         else:
             seen_SX = torch.cat(scores, dim=1)
@@ -140,7 +141,7 @@ class StepSearch:
                 picked_SN = drawn(p_SK, on_device(self._uniforms(draw), draw.device), num_taken)
                 weights_A = (1.0 / (p_SK.shape[1] * p_SK.gather(1, picked_SN))).flatten().float()
             else:
-                picked_SN = _best_first(seen_SX)[:, :num_taken]
+                picked_SN = best_first(seen_SX)[:, :num_taken]
             estimates_A = seen_SX.gather(1, picked_SN).flatten()
             noise_BCHW = self._picked(rounds, picked_SN.flatten()[draw.rows_B])
         metrics = {"search/gain": (estimates_A.mean() - plain).item()}
@@ -175,7 +176,7 @@ class StepSearch:
 
     def _refitted(self, candidates: StepCandidates, scores_SK: Tensor, *, is_last: bool) -> tuple[Tensor, Tensor]:
         draw = candidates.draw
-        elites_ST = _best_first(scores_SK)[:, : self.elites]
+        elites_ST = best_first(scores_SK)[:, : self.elites]
         return refit_moments(
             *candidates.moments,
             draw.seed,
@@ -229,18 +230,6 @@ def drawn(p_SK: Tensor, u_S1: Tensor, num: int) -> Tensor:
     """
     points_SN = (torch.arange(num, device=p_SK.device) + u_S1) / num
     return torch.searchsorted(p_SK.cumsum(dim=1), points_SN, right=True).clamp_max(p_SK.shape[1] - 1)
-
-
-def _best_first(scores_SK: Tensor) -> Tensor:
-    # stable, so that equal rewards keep the order of the candidates on every device
-    return scores_SK.sort(dim=1, descending=True, stable=True).indices
-
-
-def _finite(scores_AM: Tensor) -> Tensor:
-    # sorting puts NaN first: a failed reward would be taken for the best
-    if not torch.isfinite(scores_AM).all():
-        raise ValueError("a noise search was given rewards that are not finite; check the reward of noisy images")
-    return scores_AM.float()
 
 
 def _check_range(name: str, value: float, is_in: bool, range_: str) -> None:

@@ -62,7 +62,7 @@ def test_the_table_is_of_the_cells_that_are_there_and_what_was_not_measured_is_a
     monkeypatch.setattr(sys, "argv", ["search_readings", *arguments, "--out", str(tmp_path)])
     monkeypatch.setattr("benchmarks.report.commit", lambda: None)
     # of the module alone: versions ask git and lscpu
-    monkeypatch.setattr(search_readings, "subprocess", None)
+    monkeypatch.setattr(search_readings, "run_apart", None)
     search_readings.main()
     text = capsys.readouterr().out
     assert "| flow_grpo | 10.0 | 0.400 | 0.550 | 0.500 to 0.600 | 0.800 | 0% | - | - | - |" in text

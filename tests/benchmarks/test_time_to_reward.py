@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import apart
 from benchmarks.time_to_reward import __main__ as command
-from benchmarks.time_to_reward import measure
 from benchmarks.time_to_reward import run as runs
 from benchmarks.time_to_reward.curve import LEVELS, Curve, Point, median
 from benchmarks.time_to_reward.figure import draw
@@ -115,7 +115,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(f"{side} {rate:g} {given['--seed']} {given['--seconds']}")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.setattr(apart.subprocess, "run", run)
     return names
 
 
@@ -147,7 +147,7 @@ def test_a_run_of_other_settings_is_refused(made: list[str], tmp_path: Path) -> 
 
 
 def test_a_run_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measure.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(apart.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(RuntimeError, match=r"nft_lr0\.0003_seed1000_20s failed; see .*\.log"):
         plan(tmp_path)()
 
