@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     for _, weights, proposal in POLICIES:
         name = f"judged_{proposal}"
-        results[name] = cells(name, lambda weights=weights, proposal=proposal: _judge(arguments, weights, proposal))
+        results[name] = cells(name, partial(_judge, arguments, weights, proposal))
     print(_report(results, arguments).read_text())
 
 
@@ -82,8 +83,8 @@ class Cells:
         path = self.out / f"{name}.json"
         if not path.exists():
             began = time.process_time()
-            values = measure()
-            write_whole(path, json.dumps(values | {"cpu_seconds": time.process_time() - began}).encode())
+            measured = measure()
+            write_whole(path, json.dumps(measured | {"cpu_seconds": time.process_time() - began}).encode())
             print(f"{name}: {time.process_time() - began:.0f} s", flush=True)
         values: dict[str, Any] = json.loads(path.read_text())
         return values

@@ -35,8 +35,9 @@ def estimate_grid(num_steps: int) -> tuple[float, ...]:
 
 
 def searching(search: Search, *, budget: int = 38, batch: int = 4, model: Any = None, **settings: Any) -> ImageSearch:
+    model = Field() if model is None else model
     return ImageSearch(
-        sampler=Sampler(model=model or Field(), grid=GRID, batch_sizes=BatchSizes.of(batch)),
+        sampler=Sampler(model=model, grid=GRID, batch_sizes=BatchSizes.of(batch)),
         search=search,
         budget=budget,
         **{"rewards": REWARDS, "estimate_grid": estimate_grid, **settings},

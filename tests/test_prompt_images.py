@@ -57,7 +57,7 @@ def guided(tiny_weights: Path) -> FlowModel:
 def plain_images(model: FlowModel, algorithm: Algorithm, num_steps: int, batch: int = 16) -> list[Tensor]:
     sampler = Sampler(model=model, grid=algorithm.evaluation_grid(num_steps), batch_sizes=BatchSizes.of(batch))
     make = PromptImages(sampler=sampler, make=plain(sampler), images_per_prompt=2, seed=9)
-    made = {}
+    made: dict[int, Tensor] = {}
     for places, searched in make([Prompt(text) for text in PROMPTS]):
         made |= dict(zip(places, searched.images_BCHW.split(2), strict=True))
         assert searched.scores_B.isnan().all()

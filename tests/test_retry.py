@@ -15,6 +15,7 @@ from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.parts import RunParts
 from fastgrpo.retry import Made
+from fastgrpo.rollout import StepRollout
 from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
 from fastgrpo.types import Samples, TrainedImages, TrainedSteps
@@ -293,13 +294,15 @@ def test_a_single_group_is_stored_in_batches_of_updates_size(
     trainer = make_trainer(tiny_weights, tmp_path / "run", *words)
     monkeypatch.setattr(type(trainer.algorithm.noise), "groups", lambda self, total_PG: [2])
     sizes: list[int] = []
-    stochastic = type(trainer.rollout)._stochastic
+    rollout = trainer.rollout
+    assert isinstance(rollout, StepRollout)
+    stochastic = type(rollout)._stochastic
 
     def spy(self, x_BCHW, *rest):
         sizes.append(len(x_BCHW))
         return stochastic(self, x_BCHW, *rest)
 
-    monkeypatch.setattr(type(trainer.rollout), "_stochastic", spy)
+    monkeypatch.setattr(type(rollout), "_stochastic", spy)
     row = trainer.step()
     # three batches, and one for each of two tries
     assert sizes == [4] * 5

@@ -81,7 +81,8 @@ def make_trainer(prompts: Path, group: int, seed: int, output: Path, words: Sequ
 
 def trained(trainer: Trainer, seconds: float, every: float) -> list[dict[str, float]]:
     """Train for so long, and evaluate at the start, then every so many seconds, and at the end."""
-    spent, images, rows = 0.0, 0, []
+    spent, images = 0.0, 0
+    rows: list[dict[str, float]] = []
     points = [_evaluated(trainer, spent, images, rows)]
     while spent < seconds:
         start = time.process_time()
