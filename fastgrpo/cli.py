@@ -45,7 +45,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        run="fastgrpo.train.train",
+        run="fastgrpo.training.train",
         summary="train a model on a reward",
         details="Writes everything about the run into output, checkpoints and the trained LoRA included; with "
         "resume=true it goes on from the newest complete checkpoint.",

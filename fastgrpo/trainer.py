@@ -19,7 +19,7 @@ from fastgrpo.distributed.signals import StopRequest
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import RankFailure, World
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.memory.plan import MemoryPlan

@@ -12,7 +12,7 @@ _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
-_LINE |= {"start_noise", "step_noise", "rollout", "replay", "update", "evaluate", "ema"}
+_LINE |= {"start_noise", "step_noise", "rollout", "replay", "update", "evaluation", "ema"}
 _LINE |= {"proposal", "retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
 _SEE_AN_ADAPTER = {
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("step_noise", "rollout", "search_portion"), _CARRIED | {"sampler"}),
     "start_noise": _CARRIED | {"sampler", "proposal"},
     "image_search": _CARRIED | {"sampler", "search_portion"},
-    **dict.fromkeys(("prompt_images", "evaluate"), _CARRIED | {"sampler", "search_portion", "image_search"}),
+    **dict.fromkeys(("prompt_images", "evaluation"), _CARRIED | {"sampler", "search_portion", "image_search"}),
     "retry": _CARRIED | {"start_noise", "rollout"},
     "update": _CARRIED | {"replay"},
     "health": _CARRIED | {"update"},
@@ -63,10 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
     "parts": _CARRIED | {"prompts", "pieces"},
-    # the command, where the module is run by torchrun
-    "train": _RUN | {"parts", "cli"},
-    "commands": _RUN | _FACE | {"train", "shapes"},
-    "cli": _RUN | _FACE | {"train", "commands"},
+    "training": _RUN | {"parts"},
+    "commands": _RUN | _FACE | {"training", "shapes"},
+    "cli": _RUN | _FACE | {"training", "commands"},
+    "__main__": {"cli"},
 }
 CONFINED = {
     # submitit is started by Hydra's launcher
@@ -81,7 +81,7 @@ CONFINED = {
         # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
         # for the type of what it is given
-        "fastgrpo/train.py",
+        "fastgrpo/training.py",
         "fastgrpo/commands/",
     ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
@@ -162,7 +162,7 @@ def test_every_module_of_the_package_has_a_floor() -> None:
 
 def test_no_floor_leads_back_to_itself() -> None:
     """Each room is read without those above it: what it may import, and what that may, never comes back."""
-    for room in MAY_IMPORT.keys() - {"cli", "commands", "train"}:
+    for room in MAY_IMPORT.keys() - {"cli", "commands", "__main__"}:
         seen, ahead = set(), set(MAY_IMPORT[room])
         while ahead:
             seen |= ahead

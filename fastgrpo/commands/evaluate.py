@@ -20,7 +20,7 @@ from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.files.whole import write_whole
 from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
@@ -29,7 +29,7 @@ from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.train import build_evaluation
+from fastgrpo.training import build_evaluation
 
 
 def evaluate(config: DictConfig) -> None:

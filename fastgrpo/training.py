@@ -3,7 +3,6 @@
 import os
 import shlex
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.watch import Watch
 from fastgrpo.distributed.world import RankFailure, World, leave_world
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted, TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
@@ -322,10 +321,3 @@ def _write_weights(trainer: Trainer, run: SameRun) -> None:
             trainer.model.save_lora(run.directory.lora)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)
-
-
-if __name__ == "__main__":
-    # as torchrun calls it; errors and exit codes are those of the command
-    from fastgrpo.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
