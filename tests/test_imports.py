@@ -25,7 +25,7 @@ _SEE_AN_ADAPTER = {
     "image_replay",
     "update",
 }
-_FACE = {"config", "overrides", "pieces", "parts"}
+_FACE = {"config", "overrides", "pieces", "parts", "given", "known_warnings"}
 MAY_IMPORT: dict[str, set[str]] = {
     "own_code": set(),
     "files": set(),
@@ -62,10 +62,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overrides": set(),
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
-    "parts": _CARRIED | {"prompts", "pieces"},
-    "training": _RUN | {"parts"},
+    "given": {"files", "prompts", "rewards", "types"},
+    "known_warnings": set(),
+    "parts": _CARRIED | {"prompts", "pieces", "given"},
+    "training": _RUN | {"parts", "given"},
     "commands": _RUN | _FACE | {"training", "shapes"},
     "cli": _RUN | _FACE | {"training", "commands"},
+    "library": _RUN | _FACE | {"training", "commands"},
     "__main__": {"cli"},
 }
 CONFINED = {
@@ -83,6 +86,7 @@ CONFINED = {
         # for the type of what it is given
         "fastgrpo/training.py",
         "fastgrpo/commands/",
+        "fastgrpo/library/",
     ),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),

@@ -39,6 +39,7 @@ def test_wheel_holds_every_module_config_and_checkpoint_file(wheel_names: set[st
     expected = (
         _files("fastgrpo", "fastgrpo", "*.py")
         | _files("kernels/fastgrpo_kernels", "fastgrpo_kernels", "*.py")
+        | _files("fastgrpo", "fastgrpo", "py.typed")
         | _files("kernels/fastgrpo_kernels", "fastgrpo_kernels", "py.typed")
         | _files("configs", "fastgrpo_configs", "*.yaml")
         | _files("fastgrpo/shapes/checkpoint", "fastgrpo/shapes/checkpoint", "*")
