@@ -13,6 +13,7 @@ torch is imported with the first name that is used.
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 if TYPE_CHECKING:
     from fastgrpo.health import TrainingError
@@ -44,7 +45,10 @@ def __getattr__(name: str) -> Any:
         return version("fastgrpo")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    with catch_warnings():
+        # said by tqdm in a notebook that has no ipywidgets, which a run's progress does without
+        filterwarnings("ignore", message="IProgress not found")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 

@@ -99,6 +99,8 @@ CONFINED = {
     "tensorrt_rtx": ("fastgrpo/tensorrt/backend",),
     "onnx": ("fastgrpo/tensorrt/backend",),
     "ImageReward": ("fastgrpo/rewards/image_reward.py",),
+    # where a notebook has it
+    "IPython": ("fastgrpo/records/live.py",),
     "rapidocr": ("fastgrpo/rewards/ocr.py",),
     "rapidfuzz": ("fastgrpo/rewards/ocr.py",),
     "requests": ("fastgrpo/rewards/remote/",),

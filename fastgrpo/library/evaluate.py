@@ -55,7 +55,7 @@ class Evaluated:
 
     def __repr__(self) -> str:
         text = StringIO()
-        command.show(self.report, Console(file=text, width=_WIDTH, force_jupyter=False))
+        command.show(self.report, Console(file=text, width=_WIDTH, force_jupyter=False, force_terminal=False))
         return text.getvalue().rstrip()
 
     def _repr_png_(self) -> bytes:

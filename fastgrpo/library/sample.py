@@ -77,7 +77,7 @@ def sample(
         images.images_BCHW.shape  # [4, 3, 64, 64], in [0, 1]
         images.save("outputs/circles")
 
-    prompts: a text, or a list of texts or of mappings as a .jsonl file has them, ``{"prompt": ..., "resolution": 512}``.
+    prompts: a text, or a list of texts or of mappings as a .jsonl file has them, ``{"prompt": ...}`` and more.
     settings: those of ``fastgrpo sample``, as ``"num_steps=4"``, ``"model=sd35_medium"`` or ``"search=true"``.
     run: of ``fastgrpo.train`` or ``fastgrpo.load``, or the path of a run directory or of a ``checkpoints/step_*``.
     reward: what a search maximizes, as in ``fastgrpo.train``.
