@@ -6,7 +6,8 @@ names the key, before anything is built.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
@@ -16,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -70,9 +72,20 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 # one command composes the same choices several times
 @lru_cache(maxsize=16)
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    # Hydra is one object of the process, and a program may load configs in several threads
-    with _composing, initialize_config_module(_CONFIGS, version_base="1.3"):
+    with _hydra_of_its_own(), initialize_config_module(_CONFIGS, version_base="1.3"):
         return compose(name, overrides=list(overrides))
+
+
+@contextmanager
+def _hydra_of_its_own() -> Iterator[None]:
+    """Hydra is one object of the process, which may be a program of Hydra's, and load configs in several threads."""
+    with _composing:
+        others = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = others
 
 
 def config_groups(name: str) -> dict[str, list[str]]:
