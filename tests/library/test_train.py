@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import fastgrpo
@@ -25,10 +25,12 @@ def test_it_is_the_command_to_the_bit(tiny_weights: Path, tmp_path: Path, capsys
     assert run.path == tmp_path / "function"
     assert rows(run.path) == rows(tmp_path / "command")
     assert lora(run.path) == lora(tmp_path / "command")
-    assert run.config == yaml.safe_load((tmp_path / "command/config.yaml").read_text()) | {"output": str(run.path)}
+    of_command = (tmp_path / "command/config.yaml").read_text()
+    assert (run.path / "config.yaml").read_text() == of_command.replace(str(tmp_path / "command"), str(run.path))
+    assert run.config == OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml"))
     names = {path.relative_to(run.path) for path in run.path.rglob("*") if "tensorboard" not in path.parts}
-    of_command = (tmp_path / "command").rglob("*")
-    assert names == {path.relative_to(tmp_path / "command") for path in of_command if "tensorboard" not in path.parts}
+    others = (tmp_path / "command").rglob("*")
+    assert names == {path.relative_to(tmp_path / "command") for path in others if "tensorboard" not in path.parts}
     assert "iteration 2/2" in shown
 
 
