@@ -1,10 +1,11 @@
 """What a run sets for its whole process is as before when it is over: the process is the program's, not the run's.
 
-Threads, deterministic kernels, how products are summed, variables of the environment, loading bars, loggers.  Signal
-handlers are put back by ``StopRequest``, Hydra's state by ``load_config``.  Where several threads are inside, the last
-to leave puts back what the first one found.
+Threads, deterministic kernels, how products are summed, variables of the environment, loading bars, loggers, and the
+memory of its model.  Signal handlers are put back by ``StopRequest``, Hydra's state by ``load_config``.  Where several
+threads are inside, the last to leave puts back what the first one found.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,8 @@ def as_before() -> Iterator[None]:
             _inside.pop()
             if not _inside:
                 stack.close()
+        # a model is in circles of references, and the next one would find its memory taken
+        gc.collect()
 
 
 def _noted() -> ExitStack:

@@ -27,6 +27,7 @@ CELLS = (
     "from threading import Thread\n"
     "t = Thread(target=lambda: run.resume('train.iterations=5', reward=redness)); t.start(); t.join()",
     "run.sample('a red circle', 'num_steps=2', 'images_per_prompt=1')",
+    "run.sample('a red circle', 'num_steps=2', 'images_per_prompt=1', 'search=true', 'budget=8', reward=redness)",
     "run.evaluate('evaluate.num_steps=2', 'reward=jpeg_incompressibility', prompts=['a red circle'])",
     "(run.config['reward']['path'], run.summary['iterations'])",
 )
@@ -41,7 +42,7 @@ def test_a_run_in_a_notebook(tiny_weights: Path, tmp_path: Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     client = nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, kernel_name="python3")
     client.execute(cwd=str(tmp_path))
-    _, stopped, resumed, threaded, sampled, evaluated, last = [cell.outputs for cell in notebook.cells]
+    _, stopped, resumed, threaded, sampled, searched, evaluated, last = [cell.outputs for cell in notebook.cells]
     assert [output.ename for output in stopped if output.output_type == "error"] == ["KeyboardInterrupt"]
     assert _line(stopped).startswith("iteration 2/3  ")
     assert _text(stopped, "stdout").endswith("'resume=true', reward=...)\n")
@@ -51,6 +52,8 @@ def test_a_run_in_a_notebook(tiny_weights: Path, tmp_path: Path) -> None:
     assert _line(resumed).endswith("━" * 20)
     assert _line(threaded).startswith("iteration 5/5  ")
     assert {"image/png", "text/plain"} == set(sampled[-1].data)
+    assert _line(searched).startswith("searching 1 images ")
+    assert " 8/8 evaluations " in _line(searched)
     assert "│ all" in evaluated[-1].data["text/plain"]
     assert "\x1b" not in evaluated[-1].data["text/plain"]
     assert last[-1].data["text/plain"] == "('__main__.redness', 5)"

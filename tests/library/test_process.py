@@ -1,5 +1,6 @@
 """A program's process is after a run as it was before, also where the run failed, and where there were several."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -113,6 +114,20 @@ def test_the_last_of_several_threads_puts_back_what_the_first_one_found() -> Non
             thread.join()
         assert within == [expected]
         assert state() == before
+
+
+def test_a_model_is_gone_with_its_call(tiny_weights: Path) -> None:
+    def number() -> int:
+        return sum(type(found).__name__ == "SD3Transformer2DModel" for found in gc.get_objects())
+
+    gc.collect()
+    before = number()
+    gc.disable()
+    try:
+        fastgrpo.sample("a red circle", f"model.weights={tiny_weights}", "num_steps=1", "images_per_prompt=1")
+        assert number() == before
+    finally:
+        gc.enable()
 
 
 def test_bars_that_were_hidden_stay_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
