@@ -82,6 +82,6 @@ def evaluate(
     """
     given = Given(reward=reward, held_out=prompts)
     with as_before():
-        config = config_with("evaluate", settings, reward=reward, run=run, refused=_REFUSED)
+        config = config_with("evaluate", settings, run=run, given=given, refused=_REFUSED)
         report, result = command.Judging.read(config, given)()
     return Evaluated(report=report, result=result)

@@ -148,7 +148,7 @@ def train(
     """
     given = Given(reward=reward, path=prompts, held_out=held_out)
     with as_before():
-        config = config_with("train", settings, reward=reward)
+        config = config_with("train", settings, given=given)
         output = Path(config.output).absolute()
         for key, name in FILES.items():
             # a run that goes on keeps the path that it began with

@@ -94,7 +94,7 @@ def sample(
         images[index], scores[index] = images_GCHW.cpu(), scores_G.cpu()
 
     with as_before():
-        sampling = Sampling.read(config_with("sample", settings, reward=reward, run=run, refused=_REFUSED), given)
+        sampling = Sampling.read(config_with("sample", settings, run=run, given=given, refused=_REFUSED), given)
         made = sampling(take)
     places = range(len(sampling.prompts))
     return Sampled(

@@ -1,14 +1,14 @@
 """From a function's arguments to a command's settings."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
 from fastgrpo.commands.line import check_words, config_of
 from fastgrpo.config import goes_on
-from fastgrpo.given import name_of
+from fastgrpo.given import FILES, NOTHING, Given, name_of
 from fastgrpo.overrides import key_of
 
 # of images [B, 3, height, width], float32 in [0, 1], and B prompts: B numbers
@@ -20,21 +20,27 @@ def config_with(
     name: str,
     settings: Sequence[str],
     *,
-    reward: RewardFunction | None = None,
     run: Directory | None = None,
-    refused: dict[str, str] | None = None,
+    given: Given = NOTHING,
+    refused: Mapping[str, str] | None = None,
 ) -> DictConfig:
-    """The checked config of a command with arguments that stand for settings; ``refused`` are keys and remedies."""
+    """The checked config of a command with arguments that stand for settings.
+
+    ``given`` is what else a program gives; ``refused`` are further keys that may not be set, and remedies.
+    """
     words = list(settings)
     check_words(name, words)
     keys = {key_of(word): word for word in words}
-    for key, remedy in (refused or {}).items():
+    lists = {f"prompts.{key}" for key in FILES if given.rows(key) is not None}
+    twice = dict.fromkeys(lists, "these prompts are given as a list too; leave one of the two out")
+    for key, remedy in {**twice, **(refused or {})}.items():
         if key in keys:
             raise ValueError(f"{keys[key]}: {remedy}")
     if run is not None:
         if "run" in keys:
             raise ValueError(f"{keys['run']}: the run is given as run={os.fspath(run)!r} too; leave one of the two out")
         words.append(f"run={os.fspath(run)}")
+    reward = given.reward
     if reward is not None:
         if not callable(reward):
             raise ValueError(

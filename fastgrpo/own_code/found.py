@@ -16,8 +16,8 @@ from fastgrpo.own_code.raised_at import raised_at
 _OURS = ("fastgrpo", "fastgrpo_kernels")
 _MAX_NAMES = 5
 OF_A_PROGRAM = (
-    "is a function of the program that gave it, not of a module; give it from Python, as in "
-    "fastgrpo.train('output=DIRECTORY', 'resume=true', reward=FUNCTION), or put it into a file of its own and name that"
+    "is a function of the program that gave it, not of a module; give it from Python, as reward=FUNCTION of "
+    "fastgrpo.train or fastgrpo.evaluate, or put it into a file of its own and name that"
 )
 
 

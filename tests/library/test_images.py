@@ -110,6 +110,7 @@ def test_an_export_is_that_of_the_command(run: fastgrpo.Run, tmp_path: Path) -> 
         (lambda: fastgrpo.sample("a", "run=x", run="y"), "run=x: the run is given as run='y' too"),
         (lambda: fastgrpo.sample("a", run="nowhere"), "run=nowhere is neither a run directory"),
         (lambda: fastgrpo.evaluate("output=x"), r"output=x: the evaluation is returned; evaluate\(\.\.\.\)\.save"),
+        (lambda: fastgrpo.evaluate("prompts.held_out=x", prompts=["a"]), "these prompts are given as a list too"),
         (lambda: fastgrpo.evaluate("budgett=3"), "unknown key budgett; did you mean budget"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_lambda_trains_and_is_given_again_to_go_on(
     with pytest.raises(ValueError, match=r"reward\.path=.*<lambda> is a function of the program that gave it"):
         run.resume("train.iterations=3")
     assert cli.main(["train", f"output={run.path}", "resume=true", f"reward.path={name}"]) == 2
-    assert "give it from Python, as in fastgrpo.train(" in capsys.readouterr().err
+    assert "give it from Python, as reward=FUNCTION of fastgrpo.train" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"was begun otherwise: reward\.path was .*<lambda> and would be .*brightness"):
         run.resume("train.iterations=3", reward=brightness)
     assert len(run.metrics) == 3
@@ -174,6 +174,8 @@ def test_an_interrupt_ends_the_iteration_and_the_run_goes_on_as_if_there_had_bee
         (["reward.path=a.b"], {"reward": brightness}, "the reward is given as a function too"),
         ([], {"reward": "shapes"}, "reward is 'shapes' and cannot be called; .*'reward=shapes'"),
         ([], {"reward": lambda images: 0}, r"reward=.*<lambda> takes \(images\), but a reward is called as"),
+        (["prompts.path=x"], {"prompts": ["a"]}, r"prompts\.path=x: these prompts are given as a list too"),
+        (["prompts.held_out=x"], {"held_out": ["a"]}, r"prompts\.held_out=x: these prompts are given as a list too"),
         ([], {"prompts": "a red circle"}, r"prompts are a list of texts, .* write \['a red circle'\]"),
         ([], {"prompts": ["a", 3]}, "row 2 of the prompts is 3; give a text"),
         ([], {"held_out": ["a", " "]}, r"prompts\.held_out: row 2: blank prompt"),
