@@ -1,4 +1,4 @@
-"""What a program gives beside a config: a reward that is a function, and prompts that are a list.
+"""What a program gives beside a config: a reward that is a function, prompts that are a list, and an event to stop by.
 
 The config names them all the same, so that a run says what it was made of: ``reward.path`` is the function's
 ``module.qualname``, ``prompts.path`` and ``prompts.held_out`` are files of the run directory, to which it writes lists.
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from fastgrpo.files.whole import write_whole
@@ -29,6 +30,11 @@ class Given:
     reward: Reward | Callable[..., Any] | None = None
     path: Sequence[Row] | None = None
     held_out: Sequence[Row] | None = None
+    stop: Event | None = None
+
+    def is_stopped(self) -> bool:
+        """Whether the program wants no further iteration."""
+        return self.stop is not None and self.stop.is_set()
 
     def rows(self, key: str) -> Sequence[Row] | None:
         """Those of ``prompts.<key>``."""

@@ -179,6 +179,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         world=world,
         proposal=proposal,
         plan=on_device.plan,
+        is_stopped=parts.given.is_stopped,
         profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -96,12 +97,12 @@ class Run:
             export(config_with("export", [f"output={os.fspath(output)}", *settings], run=self))
         return Path(output)
 
-    def resume(self, *settings: str, reward: RewardFunction | None = None) -> "Run":
+    def resume(self, *settings: str, reward: RewardFunction | None = None, stop: Event | None = None) -> "Run":
         """Go on from its newest checkpoint: ``run.resume("train.iterations=240")``.
 
         A reward that was given as a function is given again.
         """
-        return train(f"output={self.path}", "resume=true", *settings, reward=reward)
+        return train(f"output={self.path}", "resume=true", *settings, reward=reward, stop=stop)
 
     @property
     def _directory(self) -> RunDirectory:
@@ -124,6 +125,7 @@ def train(
     reward: RewardFunction | None = None,
     prompts: Sequence[Row] | None = None,
     held_out: Sequence[Row] | None = None,
+    stop: Event | None = None,
 ) -> Run:
     """Train a model on a reward to the end of the run; what it learns lies in its directory, as of the command.
 
@@ -138,15 +140,16 @@ def train(
         Its name in metrics is ``custom``.  ``config.yaml`` keeps its ``module.qualname``: to resume, give it again.
     prompts, held_out: what is trained on and what is evaluated, texts or mappings as a .jsonl file has them, in place
         of the files ``prompts.path`` and ``prompts.held_out``; the run directory keeps them.
+    stop: when another thread has set this event, the run ends its iteration, saves and is returned.
 
     It may be called from a thread, and again in the same process, which is left as it was.  In a program that torchrun
     starts every rank calls it.  Ctrl-C, or a notebook's stop, ends the iteration and saves; KeyboardInterrupt is raised
-    then, and ``fastgrpo.load(output).resume()`` goes on.  A thread hears no signal.
+    then, and ``fastgrpo.load(output).resume()`` goes on.  A thread hears no signal: there ``stop`` does the same.
 
     ValueError for whatever is wrong with the arguments, RewardError for a reward that fails, TrainingError for a run
     that must not go on.
     """
-    given = Given(reward=reward, path=prompts, held_out=held_out)
+    given = Given(reward=reward, path=prompts, held_out=held_out, stop=stop)
     with as_before():
         config = config_with("train", settings, given=given)
         output = Path(config.output).absolute()
@@ -160,6 +163,8 @@ def train(
         except Preempted as error:
             if error.signal_number != signal.SIGINT:
                 raise
+            if given.is_stopped():
+                return Run(output)
             raise KeyboardInterrupt(f"stopped after iteration {error.iteration}, which is saved") from error
     return Run(output)
 

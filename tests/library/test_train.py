@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 from omegaconf import OmegaConf
@@ -76,11 +76,15 @@ def test_a_lambda_trains_and_is_given_again_to_go_on(
 ) -> None:
     scale = 1.0
     reward = lambda images, prompts: scale * brightness(images, prompts)  # noqa: E731
-    settings = words(tiny_weights, tmp_path / "run", with_reward=False)
+    # which resuming keeps
+    weight = "reward.weights.custom=2.0"
+    settings = words(tiny_weights, tmp_path / "run", weight, with_reward=False)
     run = fastgrpo.train(*settings, reward=reward)
     name = f"{__name__}.test_a_lambda_trains_and_is_given_again_to_go_on.<locals>.<lambda>"
     assert run.config["reward"]["path"] == name
-    whole = fastgrpo.train(*words(tiny_weights, tmp_path / "whole", *NAMED, "train.iterations=3", with_reward=False))
+    whole = fastgrpo.train(
+        *words(tiny_weights, tmp_path / "whole", *NAMED, weight, "train.iterations=3", with_reward=False)
+    )
     with pytest.raises(ValueError, match=r"reward\.path=.*<lambda> is a function of the program that gave it"):
         run.resume("train.iterations=3")
     assert cli.main(["train", f"output={run.path}", "resume=true", f"reward.path={name}"]) == 2
@@ -159,6 +163,31 @@ def test_an_interrupt_ends_the_iteration_and_the_run_goes_on_as_if_there_had_bee
     run = fastgrpo.load(tmp_path / "run")
     assert run.summary["iterations"] == 1
     run.resume(reward=pressing)
+    whole = fastgrpo.train(*words(tiny_weights, tmp_path / "whole", *settings, *NAMED, with_reward=False))
+    assert rows(run.path) == rows(whole.path)
+    assert lora(run.path) == lora(whole.path)
+
+
+def test_another_thread_stops_a_run_which_is_returned_and_goes_on(tiny_weights: Path, tmp_path: Path) -> None:
+    stop, runs = Event(), []
+
+    def stopping(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+        # in the second iteration: the first evaluation is six images, as each iteration is
+        seen.append(len(prompts))
+        if len(seen) == 3:
+            stop.set()
+        return brightness(images_BCHW, prompts)
+
+    seen: list[int] = []
+    settings = ("reward.golden=false", "train.iterations=3", "evaluate.every=9", "checkpoint.every=9")
+    stopped = words(tiny_weights, tmp_path / "run", *settings, with_reward=False)
+    thread = Thread(target=lambda: runs.append(fastgrpo.train(*stopped, reward=stopping, stop=stop)))
+    thread.start()
+    thread.join()
+    (run,) = runs
+    assert run.summary["iterations"] == 2
+    # it is set still
+    assert run.resume(reward=stopping, stop=stop).summary["iterations"] == 3
     whole = fastgrpo.train(*words(tiny_weights, tmp_path / "whole", *settings, *NAMED, with_reward=False))
     assert rows(run.path) == rows(whole.path)
     assert lora(run.path) == lora(whole.path)
