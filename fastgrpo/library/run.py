@@ -28,7 +28,7 @@ from fastgrpo.records.json_lines import read_rows
 
 @dataclass(frozen=True)
 class Run:
-    """A run by its directory, finished or not; whatever it is asked is read from there."""
+    """A run by its directory, finished or not; whatever it is asked is read from there.  A notebook shows its curves."""
 
     path: Path
 
@@ -103,6 +103,9 @@ class Run:
         A reward that was given as a function is given again.
         """
         return train(f"output={self.path}", "resume=true", *settings, reward=reward, stop=stop)
+
+    def _repr_png_(self) -> bytes | None:
+        return self.curves.read_bytes() if self.curves.exists() else None
 
     @property
     def _directory(self) -> RunDirectory:

@@ -45,12 +45,13 @@ def test_a_run_says_what_its_directory_holds(tiny_weights: Path, tmp_path: Path)
     last = run.summary["last_evaluation"]
     assert run.last_evaluation == {"jpeg": last["eval/jpeg"]}
     assert all(path.exists() for path in (run.curves, run.before_after, run.lora))
+    assert run._repr_png_() == (tmp_path / "run/curves.png").read_bytes()
 
 
 def test_an_unfinished_run_has_no_summary_and_is_told_apart_from_none(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     run = fastgrpo.load(tmp_path)
-    assert (run.metrics, run.evaluations, run.last_evaluation) == ([], [], {})
+    assert (run.metrics, run.evaluations, run.last_evaluation, run._repr_png_()) == ([], [], {}, None)
     with pytest.raises(ValueError, match=r"summary\.json is written when a run ends"):
         _ = run.summary
     with pytest.raises(ValueError, match="is no run directory, which has a config"):
