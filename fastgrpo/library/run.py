@@ -28,7 +28,7 @@ from fastgrpo.records.json_lines import read_rows
 
 @dataclass(frozen=True)
 class Run:
-    """A run by its directory, finished or not; whatever it is asked is read from there.  A notebook shows its curves."""
+    """A run by its directory, finished or not; what it is asked is read from there.  A notebook shows its curves."""
 
     path: Path
 

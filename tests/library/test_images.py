@@ -41,7 +41,8 @@ def test_images_are_those_of_the_command(search: tuple[str, ...], run: fastgrpo.
 
 
 def test_a_search_maximizes_a_function_and_says_what_it_found(run: fastgrpo.Run) -> None:
-    found = run.sample(TEXTS, *FEW, "search=true", "budget=8", reward=brightness)
+    reward = lambda images, prompts: brightness(images, prompts)  # noqa: E731
+    found = run.sample(TEXTS, *FEW, "search=true", "budget=8", reward=reward)
     plain = run.sample(TEXTS, *FEW)
     assert plain.scores_PG is None
     assert plain.search is None
