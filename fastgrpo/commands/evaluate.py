@@ -39,7 +39,7 @@ def evaluate(config: DictConfig) -> None:
     texts = [prompt.text for prompt in prompts]
     algorithm: Algorithm = build(config.algorithm)
     search = wanted_search(config, evaluating.num_steps)
-    rewards, _ = build_rewards(config, prompts=texts)
+    rewards, _ = build_rewards(config, prompts=prompts)
     proposal = wanted_proposal(config)
     directory = new_directory(config.output)
     model, origin = load_model(config)

@@ -38,7 +38,7 @@ def sample(config: DictConfig) -> None:
     algorithm: Algorithm = build(config.algorithm)
     grid = algorithm.evaluation_grid(config.num_steps)
     search = wanted_search(config, config.num_steps)
-    rewards = build_rewards(config, prompts=[prompt.text for prompt in prompts])[0] if search else None
+    rewards = build_rewards(config, prompts=prompts)[0] if search else None
     proposal = wanted_proposal(config)
     directory = new_directory(config.output)
     model, origin = load_model(config)
