@@ -6,13 +6,13 @@
     .csv .tsv         a line of column names, then one prompt a line
 
 UTF-8, with or without a byte order mark; lines end in LF, CRLF or CR, and blank ones at the end count for nothing.
-The prompt is the column ``prompt`` (or ``prompts``), else ``text`` or ``caption`` (``texts``, ``captions``), in capitals
-or not; all others are the row's own.
+The prompt is the column ``prompt`` (or ``prompts``), else ``text`` or ``caption`` (or several of them), in capitals or
+not; all others are the row's own.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,16 @@ def _lines(content: str) -> list[str]:
 
 
 def _text(content: str, where: str) -> Table:
-    return [(f"{where}:{number}", line) for number, line in enumerate(_lines(content), start=1)]
+    return list(_numbered(content, where))
+
+
+def _numbered(content: str, where: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_lines(content), start=1):
+        yield f"{where}:{number}", line
 
 
 def _json_lines(content: str, where: str) -> Table:
-    return [(place, _parsed(line, place) if line.strip() else "") for place, line in _text(content, where)]
+    return [(place, _parsed(line, place) if line.strip() else "") for place, line in _numbered(content, where)]
 
 
 def _parsed(line: str, place: str) -> str | dict[str, Any]:

@@ -50,7 +50,8 @@ class _Malformed(ValueError):
 def _quoted_fields(content: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The records and the line that each begins on."""
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    records, line = [], 1
+    records: list[tuple[int, list[str]]] = []
+    line = 1
     while True:
         try:
             fields = next(reader, None)

@@ -1,4 +1,4 @@
-"""What is read of a prompt file: how many prompts, from where in it, how long they are, and what rewards will be told."""
+"""What is read of a prompt file: how many prompts, from where in it, how long they are, and what rewards are told."""
 
 from collections import Counter
 from textwrap import shorten

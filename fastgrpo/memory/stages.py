@@ -58,9 +58,9 @@ class MemoryPlanner:
     """(build, meter, memory) -> the built model and the plan for it.
 
     samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the
-    plan.  prompt: one that they judge, as long as any.  reweights: whether the rollout takes the gradients of single samples, which are
-    kept until the update.  lags: whether the old policy is another than the policy.  keeps_sampling: whether what a
-    batch of sampling takes stays in use, as by CUDA graphs.
+    plan.  prompt: one that they judge, as long as any.  reweights: whether the rollout takes the gradients of single
+    samples, which are kept until the update.  lags: whether the old policy is another than the policy.  keeps_sampling:
+    whether what a batch of sampling takes stays in use, as by CUDA graphs.
     """
 
     algorithm: Algorithm

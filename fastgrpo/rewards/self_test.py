@@ -66,7 +66,7 @@ def golden_scores(
         golden = _golden_set_of(name, reward, prompts)
         if golden is None:
             continue
-        scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.prompts, dict)
+        scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.asked, dict)
         scores.add(golden.images_BCHW.to(device))
         answered = scores.collect()[name].tolist()
         if not golden.is_known:

@@ -27,8 +27,8 @@ class HttpReward:
     Up to ``concurrency`` requests are under way; one that fails is asked again for ``patience_seconds``, of the server
     that is least busy, and for ``startup_patience_seconds`` until any has answered.  ``token_env`` names the variable
     of the environment with the bearer token; '' sends none.  ``golden_set`` are the pairs that it is tried on before a
-    run: ``scenes``, ``texts`` for a reward that reads, ``prompts``, the run's own, for one that needs their metadata, or
-    ``none``.  Metadata is sent where a prompt has any: whether the server asks for it is its own affair.
+    run: ``scenes``, ``texts`` for a reward that reads, ``prompts``, the run's own, for one that needs their metadata,
+    or ``none``.  Metadata is sent where a prompt has any: whether the server asks for it is its own affair.
 
     Scores of one call come all or not at all.  RemoteError, naming the endpoint and the cause, if they do not come.
     """

@@ -45,7 +45,7 @@ class Limits:
                 raise ValueError(f"limits.{name} must be positive, got {value}")
 
     def read_request(self, body: bytes) -> tuple[np.ndarray, list[Prompt]]:
-        """Pixels [B, H, W, 3] in bytes, and prompts with metadata.  TooLarge, or ValueError for what is not a request."""
+        """Pixels [B, H, W, 3] in bytes, and prompts.  TooLarge, or ValueError for what is not a request."""
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
