@@ -9,6 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 _LINES = re.compile(r"\r\n|\r|\n")
@@ -91,7 +92,8 @@ def _table(records: Sequence[tuple[int, list[str]]], where: str) -> Table:
                 f"{where}:{number}: {len(fields)} fields, and the first line names {len(names)} columns; quote a text "
                 "in which the separator stands"
             )
-        row = {name: field for name, field in zip(names, fields, strict=False) if name}
+        # some programs leave out empty fields at the end of a line
+        row = {name: field for name, field in zip_longest(names, fields[: len(names)], fillvalue="") if name}
         # a blank line
         found.append((f"{where}:{number}", row if any(field.strip() for field in fields) else ""))
     if not found:

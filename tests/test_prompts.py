@@ -181,7 +181,7 @@ def test_jsonl_files_give_the_prompt_of_each_object(tmp_path: Path) -> None:
     [
         ("p.txt", b"", "is empty; write one prompt a line"),
         ("p.txt", b"good\n\nthird\n", r"p\.txt:2: blank prompt; remove the line"),
-        ("p.txt", b"good\n  \t\n", r"p\.txt:2: blank prompt"),
+        ("p.txt", b"good\n  \t\nthird", r"p\.txt:2: blank prompt"),
         ("p.txt", b"good\nb\xff\n", r"p\.txt:2: byte 2 of this line is not UTF-8; save the file as UTF-8"),
         ("p.txt", b"a\0b\n", r"p\.txt:1: holds a NUL"),
         ("p.txt", b"a\n" + b"x" * (MAX_CHARACTERS + 1), rf"p\.txt:2: .* shorten it to at most {MAX_CHARACTERS}"),
@@ -222,7 +222,8 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("none.txt", None), ("empty.txt", b""), ("blank.txt", b"good\n\n"), ("", None), (".", None)]
+    ("name", "content"),
+    [("none.txt", None), ("empty.txt", b""), ("blank.txt", b"good\n\nthird"), ("", None), (".", None)],
 )
 def test_what_is_wrong_with_a_file_is_told_by_the_key_it_came_from(
     name: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

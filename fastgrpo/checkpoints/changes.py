@@ -94,7 +94,7 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
 
 
 def _refuse_other_reading(begun: Mapping[str, Any], directory: object) -> None:
-    """ValueError for a run of an earlier version whose prompts were the lines of a file that is now read by its format."""
+    """ValueError for a run of an earlier version, to which a file that is now read by its format was lines of text."""
     prompts = begun.get("prompts", {})
     for key in ("path", "held_out"):
         path = str(prompts.get(key, ""))
