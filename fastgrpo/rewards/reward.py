@@ -58,8 +58,8 @@ def arguments_of(function: Callable[..., Any], *others: Any, metadata: Any) -> t
     place = _place_of_metadata(function, len(others))
     if place is None:
         return others, {}
-    # a reward may take out of it what it needs
-    given = deepcopy(metadata)
+    # a reward may take out of it what it needs; images of one prompt would share one copy of a list
+    given = [deepcopy(row) for row in metadata] if isinstance(metadata, list) else deepcopy(metadata)
     return (others, {place: given}) if place else ((*others, given), {})
 
 
