@@ -69,8 +69,8 @@ def test_in_training_and_in_its_evaluation(tiny_weights: Path, tmp_path: Path, m
 
 
 def test_in_a_search_of_start_noises(tiny_weights: Path, tmp_path: Path) -> None:
-    words = ("algorithm/noise=elite", "algorithm.noise.candidates=4", "algorithm.noise.elites=2")
-    words += ("algorithm.noise.mix=0.5", "train.prompts_per_iteration=4", "algorithm.noise.estimate_steps=1")
+    words = ["algorithm/noise=elite", "algorithm.noise.candidates=4", "algorithm.noise.elites=2"]
+    words += ["algorithm.noise.mix=0.5", "train.prompts_per_iteration=4", "algorithm.noise.estimate_steps=1"]
     trainer = make_trainer(tiny_weights, tmp_path, *words)
     noise = trainer.start_noise(Samples.all_of(trainer.prompts.at(0), 3), 0)
     assert noise.estimates_PG is not None
@@ -82,8 +82,8 @@ def test_in_a_search_of_start_noises(tiny_weights: Path, tmp_path: Path) -> None
 
 
 def test_in_a_search_of_a_step(tiny_weights: Path, tmp_path: Path) -> None:
-    words = ("algorithm/noise=elite_step", "algorithm.noise.take=elites", "algorithm.noise.correction=none")
-    words += ("algorithm.noise.candidates=4", "algorithm.noise.estimate_steps=1")
+    words = ["algorithm/noise=elite_step", "algorithm.noise.take=elites", "algorithm.noise.correction=none"]
+    words += ["algorithm.noise.candidates=4", "algorithm.noise.estimate_steps=1"]
     trainer = make_trainer(tiny_weights, tmp_path, *words)
     samples = Samples.all_of(trainer.prompts.at(0), 3)
     trajectories = trainer.rollout(samples, trainer.model.encode(samples.texts), trainer.start_noise(samples), 0)

@@ -27,11 +27,24 @@ from fastgrpo.types import Prompt
 
 
 class Reward(Protocol):
-    """Any function or object that is called like this, or as ``reward(images, prompts, metadata)``; without a base."""
+    """Any function or object that is called as ``reward(images, prompts)`` or ``reward(images, prompts, metadata)``.
 
-    def __call__(self, images_BCHW: Tensor, prompts: list[str], /) -> Tensor:
-        """Rewards [B] of float32 images in [0, 1], one prompt an image; a list or array of B numbers will do."""
+    It needs no base class.  images: float32 [B, 3, height, width] in [0, 1].  prompts: list of B texts.  metadata: list
+    of B dicts, copies of its own.
+    """
+
+    # its signature is looked at, and mypy takes any for one of these
+    def __call__(self, *arguments: Any, **metadata: Any) -> Any:
+        """Rewards [B], a tensor; a list or array of B numbers will do."""
         ...
+
+
+class RewardError(ValueError):
+    """A reward that failed, or whose answer cannot be trained on.  Nobody asks again after it."""
+
+
+class RewardUnavailable(RewardError):
+    """A reward that cannot answer now and may later: raised by a reward, it is asked again (``Scoring``)."""
 
 
 def answer_of(reward: Reward, images_BCHW: Tensor, asked: Sequence[Prompt]) -> Any:
@@ -79,11 +92,3 @@ def _place_of_metadata(function: Callable[..., Any], num_others: int) -> str | N
         return "metadata"
     is_next = bool(by_place) and (by_place[0].default is inspect.Parameter.empty or by_place[0].name == "metadata")
     return "" if is_next else None
-
-
-class RewardError(ValueError):
-    """A reward that failed, or whose answer cannot be trained on.  Nobody asks again after it."""
-
-
-class RewardUnavailable(RewardError):
-    """A reward that cannot answer now and may later: raised by a reward, it is asked again (``Scoring``)."""

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastgrpo import cli
 from fastgrpo.models.local_tokenizers import longest_in_tokens
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": "a [red] circle", "tag": "x", "resolution": 32},
     {"prompt": "two", "tag": "y"},
     {"prompt": "two", "tag": "y", "n": 1},
@@ -37,7 +38,7 @@ def test_it_shows_what_is_read_of_a_file(path: str, capsys: pytest.CaptureFixtur
     assert cli.main(["doctor", f"prompts={path}", "runtime.device=cpu"]) == 0
     found = shown(capsys)
     # the embedded model's tokenizers know words of the shapes world; other letters are tokens of their own
-    counted = longest_in_tokens("pkg://fastgrpo.shapes/checkpoint", [row["prompt"] for row in ROWS])  # type: ignore[misc]
+    counted = longest_in_tokens("pkg://fastgrpo.shapes/checkpoint", [str(row["prompt"]) for row in ROWS])
     assert set(counted) == {"tokenizer", "tokenizer_2"}
     assert found == {
         "prompts": "9, of the column prompt",

@@ -225,8 +225,8 @@ def test_rollout_and_update_agree_on_it(words: tuple[str, ...], tiny_weights: Pa
 
 def test_memory_is_planned_and_texts_are_encoded_ahead_for_both_branches(tiny_weights: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
-    words = (f"prompts.path={path}", f"prompts.held_out={path}", "model.guidance_scale=3.0", "reward.golden=false")
-    words = (*words, f"model.condition_cache={tmp_path / 'conditions'}")
+    words = [f"prompts.path={path}", f"prompts.held_out={path}", "model.guidance_scale=3.0", "reward.golden=false"]
+    words += [f"model.condition_cache={tmp_path / 'conditions'}"]
     config = load_config("train", make_overrides(tiny_weights, tmp_path / "run", *words))
     trainer, parts = build_trainer(config), RunParts.read(config)
     _encode_ahead(parts, trainer)
