@@ -134,10 +134,12 @@ COMMANDS = {
         summary="check that this machine computes right",
         details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
         "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
-        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there.",
+        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there; with "
+        "prompts=FILE it shows what it reads of a prompt file instead, and loads no model.",
         examples=(
             "fastgrpo doctor",
             "fastgrpo doctor memory=80GiB model=sd35_medium model.weights=random num_prompts=8 group_size=24",
+            "fastgrpo doctor prompts=PartiPrompts.tsv",
             "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
             "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
         ),

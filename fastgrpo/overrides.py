@@ -73,6 +73,20 @@ def switched(override: str, groups: Mapping[str, Sequence[str]]) -> str:
     return override
 
 
+def of_file(override: str, name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """What ``prompts=FILE`` means to doctor, which shows that file; ValueError for another command's, with its key."""
+    key, equals, text = override.partition("=")
+    if key != "prompts" or "prompts" not in groups or not equals:
+        return [override]
+    value = str(value_of(override))
+    if value in groups["prompts"] or not ("." in value or "/" in value):
+        return [override]
+    if name == "doctor":
+        return [f"prompts.path={text}", "show_prompts=true"]
+    option = "held_out" if name == "evaluate" else "path"
+    raise ValueError(f"prompts is one of {', '.join(groups['prompts'])}; give a file as prompts.{option}={text}")
+
+
 def quoted(override: str) -> str:
     """The override in a form that Hydra reads as it was meant."""
     key, equals, text = override.partition("=")

@@ -24,7 +24,7 @@ from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.memory.plan import MemoryPlan
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, encoded
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.on_device import on_device
 from fastgrpo.profiling.profile import Step, unprofiled
@@ -94,11 +94,11 @@ class Trainer:
             shares = self.update.shares(len(prompts) * self.group_size, self.iteration)
             spread = Spread.of_shares(shares, self.world.size)
             samples = Samples(prompts, self.group_size, spread.rows[self.world.rank], spread.most)
-            conditions = self.model.encode(samples.texts)
+            conditions = encoded(self.model, samples.asked)
         with timer("search"):
             noise = self.start_noise(samples, self.iteration)
         with timer("rollout"), self.old_policy.applied():
-            scores = self.rewards.begin(samples.texts)
+            scores = self.rewards.begin(samples.asked)
             num_differentiated = self.update.num_differentiated(shares)
             trajectories = self.rollout(
                 samples, conditions, noise, self.iteration, scores.add, num_differentiated=num_differentiated

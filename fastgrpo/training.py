@@ -31,7 +31,7 @@ from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
-from fastgrpo.prompts import PromptSource, num_bytes
+from fastgrpo.prompts import PromptSource, longest, texts_to_encode
 from fastgrpo.proposal.files import save_proposal
 from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
@@ -49,7 +49,7 @@ from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Prompt
+from fastgrpo.types import Prompt, as_prompts
 from fastgrpo.update import Update
 
 # prompts that are encoded before a run begins: minutes of a GPU, and 28 GB of disk, 1.7 MB each for SD3.5.  Others are
@@ -215,7 +215,7 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
     """
     model, world = trainer.model, trainer.world
     # no text stops a run that has begun
-    model.check_texts(dict.fromkeys(parts.texts + parts.held_out_texts))
+    model.check_texts(texts_to_encode([*parts.prompts, *parts.held_out]))
     texts = _texts_to_come(parts, trainer)
     node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rank, size in ((world.rank, world.size), node):
@@ -225,12 +225,12 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
 
 def _texts_to_come(parts: RunParts, trainer: Trainer) -> list[str]:
     """The different texts of the run in the order in which they come, at most ``_MOST_AHEAD``."""
-    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *parts.held_out_texts])
-    all_of_them = len(texts.keys() | {*parts.texts})
+    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *texts_to_encode(parts.held_out)])
+    all_of_them = len(texts.keys() | {*texts_to_encode(parts.prompts)})
     for iteration in range(trainer.num_iterations):
         if len(texts) >= min(_MOST_AHEAD, all_of_them):
             break
-        texts |= dict.fromkeys(trainer.prompts.at(iteration).texts)
+        texts |= dict.fromkeys(texts_to_encode(as_prompts(trainer.prompts.at(iteration).asked)))
     return list(texts)[:_MOST_AHEAD]
 
 
@@ -241,7 +241,7 @@ def _find_run(parts: RunParts, world: World) -> SameRun:
 def _load_rewards(parts: RunParts) -> Loaded:
     set_threads(parts.runtime)
     set_numerics(deterministic=parts.runtime.deterministic)
-    return parts.rewards.load(parts.texts + parts.held_out_texts, device_of(parts.runtime))
+    return parts.rewards.load([*parts.prompts, *parts.held_out], device_of(parts.runtime))
 
 
 def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
@@ -253,7 +253,7 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         updates=parts.training.num_updates,
         rewards=rewards,
         # the longest takes most memory, where texts are as long as they are
-        prompt=max(parts.texts + parts.held_out_texts, key=num_bytes),
+        prompt=longest([*parts.prompts, *parts.held_out]),
         reweights=parts.training.reweights,
         lags=parts.training.old_policy_growth > 0,
     )

@@ -11,7 +11,7 @@ _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
 _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
-_LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
+_LINE = _CARRIED | {"prompts", "prompt_files", "sampler", "search_portion", "image_search", "prompt_images"}
 _LINE |= {"start_noise", "step_noise", "rollout", "replay", "update", "evaluation", "ema"}
 _LINE |= {"proposal", "retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
@@ -44,7 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "proposal": _PLAIN | {"algorithm", "distributed"},
     "rewards": _PLAIN | {"distributed", "shapes"},
     "memory": _PIECES | {"rewards"},
-    **dict.fromkeys(("prompts", "ema"), _PLAIN),
+    "prompt_tables": set(),
+    "prompt_files": {"prompt_tables"},
+    "prompts": _PLAIN | {"prompt_files"},
+    "ema": _PLAIN,
     "old_policy": _PLAIN | {"ema"},
     "sampler": _CARRIED,
     "replay": _PIECES,

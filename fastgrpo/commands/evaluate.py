@@ -79,7 +79,7 @@ class Judging:
         prompts = read_prompts(config, "held_out", given)
         algorithm: Algorithm = build(config.algorithm)
         search = wanted_search(config, evaluating.num_steps)
-        rewards, _ = build_rewards(config, [prompt.text for prompt in prompts], given)
+        rewards, _ = build_rewards(config, prompts, given)
         return cls(
             config=config,
             evaluating=evaluating,
