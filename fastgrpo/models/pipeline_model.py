@@ -27,6 +27,7 @@ from fastgrpo.models.estimate_decoder import decoded as decoded_small
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lora_files import read_lora
+from fastgrpo.models.lora_writing import write_lora
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
@@ -98,6 +99,7 @@ class PipelineModel(PipelineFamily):
         self._check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length, use_t5)
         self._resolution = Resolution.read(resolution, "model.resolution")
         compile = compile or Uncompiled()
+        self._weights = weights
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
@@ -313,16 +315,10 @@ class PipelineModel(PipelineFamily):
         return self.decode(x_BCHW) if self._estimate_decoder is None else self._estimate_decoder(x_BCHW)
 
     def save_lora(self, directory: Path) -> None:
-        """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""
+        """Write the adapters as diffusers, ComfyUI and peft read them (``lora_writing``); ValueError if none."""
         if not self.has_lora:
             raise ValueError("full fine-tuning has no LoRA to write; export the merged pipeline instead")
-        directory.mkdir(parents=True, exist_ok=True)
-        self.pipeline.save_lora_weights(
-            directory,
-            transformer_lora_layers={name: weight.detach() for name, weight in self.trainable.items()},
-            # without it a reader takes alpha = rank, which is another scale
-            transformer_lora_adapter_metadata=self.adaptation.lora_config,
-        )
+        write_lora(directory, self.pipeline, self.trainable, self.adaptation.lora_config, self._weights)
 
     def save_merged(self, directory: Path) -> None:
         """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone.
