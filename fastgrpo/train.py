@@ -25,7 +25,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, started
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
@@ -107,7 +107,10 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     world, training, algorithm = part.world, parts.training, parts.algorithm
     prompts = PromptSource(parts.prompts, training.prompts_per_iteration, parts.seed)
     rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
+    checkpoint = _checkpoint(parts, run)
     source = replace(parts.model, runtime=run.sizes(parts.runtime))
+    if source.starts_from_lora and run.is_begun:
+        source = source.going_on(run.config["adaptation"], has_checkpoint=checkpoint.latest() is not None)
     on_device = planned_model(source, _planner(parts, rewards, world), world.group)
     model, rewards = on_device.model, on_device.rewards
     runtime = run.agree(on_device.runtime, model)
@@ -159,7 +162,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         ema=ema,
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
-        checkpoint=_checkpoint(parts, run),
+        checkpoint=checkpoint,
         health=Health(failed_batch=run.directory.failed_batch(world.rank)),
         record=_record(parts, run),
         num_iterations=training.iterations,
@@ -305,6 +308,13 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
     """What a resumed run does otherwise than before, whether there is anything left to do, and what is judged."""
     if seen := set(parts.held_out_texts) & set(parts.texts):
         print(f"prompts.held_out shares {len(seen)} of its prompts with prompts.path: those are not unseen in training")
+    if settings := started(trainer.model).settings:
+        begun, adaptation = run.config["adaptation"]["start"], parts.config["adaptation"]
+        own = adaptation["alpha"] / adaptation["rank"]
+        print(
+            f"training starts from adaptation.start={begun}: its rank {settings['rank']} and its layers take the place "
+            f"of adaptation.rank and targets, and alpha / rank stays {own:g}"
+        )
     for line in run.resumed(trainer.iteration):
         print(line)
     if trainer.iteration > 0 and trainer.is_over:

@@ -45,7 +45,7 @@ _NOT_COMPARED = ("name", "output", "resume", "job", "history")
 # keys of these groups that a run does not have are of a later version, and have their default
 _PLAIN = ("train", "prompts")
 # null in these groups is what a key means that a run of an earlier version does not have
-_NULL_IS_NONE = ("model",)
+_NULL_IS_NONE = ("model", "adaptation")
 # sizes of fastgrpo's own, of this version or an earlier one; an own model's may be anything
 _ARCHITECTURES = "fastgrpo.models.architectures."
 _SHOWN = 3

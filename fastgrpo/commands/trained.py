@@ -63,6 +63,9 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         _refuse_other(key, path, OmegaConf.select(OmegaConf.create(sections), key), run.config)
     check_values(sections, "", run.config)
     sections["model"] = of_today(sections["model"], run.config)
+    # it is in the checkpoint
+    if isinstance(sections["adaptation"], dict) and "start" in sections["adaptation"]:
+        sections["adaptation"]["start"] = None
     check_named(sections, run.config, line, MODELS)
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)

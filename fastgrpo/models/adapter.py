@@ -3,10 +3,11 @@
 Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,26 @@ class FlowModel(Protocol):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Images of latents at t = 0."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A LoRA that adapters started as.
+
+    settings: what it decided, by keys of the config's group ``adaptation``.  digest: of its weights, "" without one.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+
+NOT_STARTED = Started()
+
+
+def started(model: FlowModel) -> Started:
+    """From which LoRA a model's weights started, if it is one that says so by an attribute ``started``."""
+    found: Started = getattr(model, "started", NOT_STARTED)
+    return found
 
 
 def estimate_decoding(model: FlowModel) -> Callable[[Tensor], Tensor]:

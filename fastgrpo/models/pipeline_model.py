@@ -27,6 +27,7 @@ from fastgrpo.models.estimate_decoder import decoded as decoded_small
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lora_files import read_lora
+from fastgrpo.models.lora_start import StartedLoRA
 from fastgrpo.models.lora_writing import write_lora
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
@@ -126,9 +127,11 @@ class PipelineModel(PipelineFamily):
         small = self._find_estimate_decoder(estimate_decoder)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         added = None
-        if lora is not None:
+        if lora is not None or (isinstance(adaptation, LoRA) and adaptation.start is not None):
             shapes = shapes_of(self.transformer_class, transformer_config)
-            added = read_lora(lora, self.pipeline_class, self.transformer_class.__name__, shapes)
+            about = self.pipeline_class, self.transformer_class.__name__, shapes
+            added = None if lora is None else read_lora(lora, *about)
+            adaptation = StartedLoRA.read(adaptation, *about)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
