@@ -36,6 +36,7 @@ from fastgrpo.proposal.files import save_proposal
 from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
 from fastgrpo.records.metrics import Metrics
+from fastgrpo.records.model_card import ModelCard
 from fastgrpo.records.record import NoRecord, Record, Recorder
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.retry import Retry
@@ -85,13 +86,13 @@ def train(config: DictConfig) -> Path:
         try:
             trainer.run()
         except Preempted:
-            _write_weights(trainer, run)
+            _write_weights(parts, trainer, run)
             if world.is_first:
                 # what is in a config on disk is imported, or a token sent, only where the line names it
                 words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
                 print(f"go on with: fastgrpo train {words.strip()}", flush=True)
             raise
-        _write_weights(trainer, run)
+        _write_weights(parts, trainer, run)
     leave_world()
     return parts.output
 
@@ -324,12 +325,22 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
         )
 
 
-def _write_weights(trainer: Trainer, run: SameRun) -> None:
+def _write_weights(parts: RunParts, trainer: Trainer, run: SameRun) -> None:
     if not run.world.is_first:
         return
     if trainer.model.has_lora:
         with trainer.ema.applied():
             trainer.model.save_lora(run.directory.lora)
+        call = getattr(trainer.model, "diffusers_call", None)
+        if call is not None:
+            card = ModelCard(
+                call=call,
+                times=parts.algorithm.evaluation_grid(parts.evaluating.num_steps),
+                prompt=parts.held_out_texts[0],
+                config=run.config,
+                iteration=trainer.iteration,
+            )
+            card.write(run.directory.lora, is_lora=True)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)
 

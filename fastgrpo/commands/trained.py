@@ -115,6 +115,12 @@ def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     return model, f"the averaged weights of {path}"
 
 
+def config_of_run(run: str) -> dict[str, Any]:
+    """The config of a run, as data that nothing is made of."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(_find(run)[0].config), resolve=False)
+    return config
+
+
 def load_proposal_of_run(run: str) -> ProposalNetwork | None:
     """The start noise that a run learned, of the checkpoint that ``load_model`` takes; None where it learned none."""
     directory, step = _find(run)

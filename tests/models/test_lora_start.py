@@ -72,7 +72,7 @@ def test_rank_and_layers_are_the_loras_and_the_scale_is_the_configs(tiny_weights
     assert settings["targets"] == sorted(layer.removeprefix("base_model.model.") for layer in layers)
     assert all(len(weight) == 5 for name, weight in model.trainable.items() if "lora_A" in name)
     # a run that goes on is made of these, without the file
-    again = make_model(tiny_weights, LoRA(**settings | {"targets": tuple(settings["targets"])}))
+    again = make_model(tiny_weights, LoRA(**dict(settings) | {"targets": tuple(settings["targets"])}))
     assert (again.fingerprint, list(again.trainable)) == (model.fingerprint, list(model.trainable))
     assert started(again).digest == "" != started(model).digest
 
