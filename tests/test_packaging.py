@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "fastgrpo", "kernels", "configs")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fastgrpo", "kernels", "configs")
 
 
 @pytest.fixture(scope="module")
