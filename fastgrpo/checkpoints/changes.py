@@ -81,7 +81,8 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
             f"the run in {directory} was begun otherwise: {shown}{others}. A run keeps its recipe, model, reward, "
             "prompts, seed and group size to its end: leave these keys out to go on with it. For a new run that starts "
             f"from its weights: fastgrpo export run={directory} output=EXPORT merged=true, then fastgrpo train "
-            "name=NEW model.weights=EXPORT/merged with your settings"
+            "name=NEW model.weights=EXPORT/merged with your settings; or, to train its LoRA on, without export, "
+            f"adaptation.start={directory}"
         )
     return tuple(found)
 

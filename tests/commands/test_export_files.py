@@ -34,7 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "run"
     (output.parent / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
     prompts = [f"prompts.{key}={output.parent / 'prompts.txt'}" for key in ("path", "held_out")]
-    words = ["train", f"output={output}", *prompts, *CPU, "runtime.micro_batch=8", "train.iterations=1"]
+    words = ["train", f"output={output}", *prompts, *CPU, "runtime.micro_batch=8", "train.iterations=3"]
+    # stopped after the first
+    words += ["train.max_minutes=1e-6"]
     words += ["train.prompts_per_iteration=2", "train.group_size=4", "train.updates=1", "train.learning_rate=0.02"]
     words += ["algorithm.schedule.num_steps=3", "evaluate.num_steps=5", "evaluate.images_per_prompt=1"]
     assert cli.main(words) == 0

@@ -1,5 +1,6 @@
 """generate.py and the model card beside weights: in each family diffusers draws by them what the model draws."""
 
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -70,6 +71,18 @@ def test_the_script_draws_what_the_model_draws(name: str, guided: bool, tmp_path
         torch.testing.assert_close(
             images_of_script(tmp_path / "merged" / "generate.py", packed), ours, atol=1e-4, rtol=0
         )
+
+
+def test_a_t5_that_is_left_out_is_not_loaded_there_either(tmp_path: Path) -> None:
+    weights = FAMILIES["sd3"].make_pipeline(tmp_path / "weights")
+    index = json.loads((weights / "model_index.json").read_text())
+    index |= {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    (weights / "model_index.json").write_text(json.dumps(index))
+    model = FAMILIES["sd3"].make_model(weights)
+    assert model.diffusers_call.absent == ["text_encoder_3", "tokenizer_3"]
+    model.save_lora(tmp_path / "lora")
+    assert not model.diffusers_call.is_changed
+    assert FAMILIES["sd3"].make_model(weights, lora=str(tmp_path / "lora")).diffusers_call.is_changed
 
 
 def call_of(**settings: Any) -> DiffusersCall:
