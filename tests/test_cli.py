@@ -484,7 +484,7 @@ def test_exported_weights_are_the_averages_in_diffusers(
 ) -> None:
     out = tmp_path / "out"
     assert cli.main(["export", f"run={run}", f"output={out}", "merged=true"]) == 0
-    assert f'load_lora_weights("{out / "lora"}")' in capsys.readouterr().out
+    assert f'load_lora_weights("{out / "lora"}", weight_name=' in capsys.readouterr().out
     with_lora = StableDiffusion3Pipeline.from_pretrained(tiny_weights, **WITHOUT_T5)
     with_lora.load_lora_weights(out / "lora")
     merged = StableDiffusion3Pipeline.from_pretrained(out / "merged", **WITHOUT_T5)

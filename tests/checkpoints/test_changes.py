@@ -50,6 +50,9 @@ def test_where_and_how_long_a_run_computes_may_change(key: str, value: Any, chan
 
 def test_null_of_a_model_is_what_a_key_means_that_an_earlier_version_does_not_have() -> None:
     assert changes(BEGUN, with_value("model.transformer", None), Path("r")) == ()
+    assert changes(BEGUN, with_value("adaptation.start", None), Path("r")) == ()
+    with pytest.raises(ValueError, match=r"adaptation\.start was absent and would be a"):
+        changes(BEGUN, with_value("adaptation.start", "a"), Path("r"))
     with pytest.raises(ValueError, match=r"model\.transformer was absent and would be a"):
         changes(BEGUN, with_value("model.transformer", "a"), Path("r"))
     with pytest.raises(ValueError, match=r"algorithm\.window was absent and would be None"):
