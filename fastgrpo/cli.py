@@ -95,6 +95,17 @@ COMMANDS = {
             "fastgrpo evaluate run=outputs/run search=true budget=40 output=outputs/searched",
         ),
     ),
+    "report": Command(
+        run="fastgrpo.commands.report.report",
+        summary="make one HTML page of what runs measured",
+        details="Curves of all metrics, images before and after, where the time went, what a search saw, configs and "
+        "machines, in one file that needs no network. Several runs are drawn beside each other. A run makes its own at "
+        "its end; this makes it anew, also while the run still trains.",
+        examples=(
+            "fastgrpo report run=outputs/run",
+            "fastgrpo report run=outputs/baseline run=outputs/searched output=comparison.html",
+        ),
+    ),
     "export": Command(
         run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
@@ -211,13 +222,14 @@ def _find_command(name: str) -> Command:
 
 def _load(name: str, overrides: Sequence[str]) -> "DictConfig":
     from fastgrpo.config import load_config
+    from fastgrpo.overrides import gathered
 
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             example = override.lstrip("-").split("=")[0] or "key"
             raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {name} --help")
-    config = load_config(name, overrides)
-    if "run" not in config:
+    config = load_config(name, gathered(overrides, "run") if name == "report" else overrides)
+    if "run" not in config or "model" not in config:
         return config
     from fastgrpo.commands.trained import with_run
 
@@ -292,8 +304,9 @@ def _explanation(name: str, command: Command) -> str:
     lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
     lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
     lines += [f"  {example}" for example in command.examples]
-    lines += ["", "groups, each chosen by group=option:"]
-    width = max(map(len, groups))
+    if groups:
+        lines += ["", "groups, each chosen by group=option:"]
+    width = max(map(len, groups), default=0)
     indent = " " * (width + 4)
     for group, options in groups.items():
         lines += textwrap.wrap(f"  {group:<{width}}  {', '.join(options)}", 110, subsequent_indent=indent)

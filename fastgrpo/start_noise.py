@@ -20,7 +20,7 @@ from fastgrpo.distributed.world import World
 from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples
+from fastgrpo.types import Noise, Prompts, Samples, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class StartNoise:
             moments=moments,
         )
 
+        scored: list[Scored] = []
         with ExitStack() as rounds:
 
             def score(candidates: Candidates, estimate_steps: int) -> Tensor:
@@ -72,9 +73,11 @@ class StartNoise:
                 rounds.enter_context(model.sampling(lossy=True))
                 texts = [prompts.texts[place] for place in candidates.prompts]
                 searched = Prompts(texts, candidates.prompt_ids, prompts.resolution)
-                return self._scores(searched, candidates, estimate_steps)
+                scores_PK = self._scores(searched, candidates, estimate_steps)
+                scored.append(Scored(tuple(candidates.prompts), scores_PK))
+                return scores_PK
 
-            return propose(draw, score)
+            return replace(propose(draw, score), scored=tuple(scored))
 
     def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:
         """Rewards [P, K] of all candidates, on every rank."""

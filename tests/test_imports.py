@@ -63,10 +63,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
     "parts": _CARRIED | {"prompts", "pieces"},
+    # reads what runs have written, and the default config
+    "report": {"files", "records", "config"},
     # the command, where the module is run by torchrun
-    "train": _RUN | {"parts", "cli"},
-    "commands": _RUN | _FACE | {"train", "shapes"},
-    "cli": _RUN | _FACE | {"train", "commands"},
+    "train": _RUN | {"parts", "cli", "report"},
+    "commands": _RUN | _FACE | {"train", "shapes", "report"},
+    "cli": _RUN | _FACE | {"train", "commands", "report"},
 }
 CONFINED = {
     # submitit is started by Hydra's launcher
@@ -80,10 +82,13 @@ CONFINED = {
         "fastgrpo/parts.py",
         # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
+        "fastgrpo/report/",
         # for the type of what it is given
         "fastgrpo/train.py",
         "fastgrpo/commands/",
     ),
+    "bokeh": ("fastgrpo/report/",),
+    "jinja2": ("fastgrpo/report/",),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
     "peft": ("fastgrpo/models/",),
