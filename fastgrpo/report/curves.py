@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
-from bokeh.models.renderers import Renderer
+from bokeh.models.renderers import DataRenderer
 from bokeh.palettes import Colorblind8
 from bokeh.plotting import figure
 
@@ -113,7 +113,7 @@ class _Drawing:
         plot.add_tools(hover)
         return Panel(metric, meaning_of(metric), sum(run.num_missing(metric) for run in self.runs), plot)
 
-    def _line(self, plot: figure, metric: str, number: int, run: Run) -> Renderer | None:
+    def _line(self, plot: figure, metric: str, number: int, run: Run) -> DataRenderer | None:
         points = run.points(metric)
         if not points:
             return None
@@ -128,7 +128,7 @@ class _Drawing:
         source.data["run"] = [run.name] * len(kept)
         self.handles["sources"].append(name)
         color, names = color_of(number), self.handles.setdefault(f"run {number}", [])
-        drawn: list[Renderer] = [
+        drawn: list[DataRenderer] = [
             plot.line("x", "value", source=source, color=color, alpha=0.25),
             line := plot.line("x", "y", source=source, color=color, line_width=1.8),
         ]

@@ -110,7 +110,8 @@ def _grids(run: Run) -> list[Gallery]:
     """Of a run whose images were not kept one by one: the grids, as one image each."""
     found = [(re.fullmatch(r"evaluation_(\d+)\.png", path.name), path) for path in run.directory.images.glob("*.png")]
     grids = sorted((int(match[1]), path) for match, path in found if match)
-    return [Gallery(iteration, (Shown(path, ALL_PROMPTS, {}, None),), {}) for iteration, path in grids]
+    shown = [(iteration, Shown(path, ALL_PROMPTS, {}, None)) for iteration, path in grids if iteration in run.evaluated]
+    return [Gallery(iteration, (one,), {}) for iteration, one in shown]
 
 
 def _data_uri(path: Path) -> str:

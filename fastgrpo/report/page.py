@@ -49,7 +49,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
 def render(directories: Sequence[Path]) -> str:
     """The page of some run directories."""
     runs = read_runs(directories)
-    curves, searches = draw_curves(runs), [search_page(run) for run in runs]
+    curves, searches = draw_curves(runs), [search_page(run, place) for place, run in enumerate(runs)]
     gallery = gallery_page(runs)
     plots = {f"curve {panel.metric}": panel.plot for _, panels in curves.groups for panel in panels}
     for number, found in enumerate(searches):

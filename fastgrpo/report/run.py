@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Run:
         """Rows in which the metric was not finite."""
         return sum(metric in row and number(row[metric]) is None for row in self.rows)
 
+    @cached_property
+    def evaluated(self) -> set[int]:
+        """Iterations after which there was an evaluation; images of others are of one that a resumption dropped."""
+        return {row["iteration"] for row in self.rows if any(name.startswith("eval/") for name in row)}
+
     @property
     def is_over(self) -> bool:
         """Whether it came to the end that its config wants."""
@@ -93,10 +98,8 @@ def _read(path: Path, name: str) -> Run:
         said = " ".join(str(error).split())
         raise ValueError(f"{directory.config} is not the config of a run ({said}); give another run=") from error
     rows = read_rows(directory.metrics)
-    evaluated = {row["iteration"] for row in rows if any(key.startswith("eval/") for key in row)}
-    # of an evaluation that a resumed run has not come to again nothing is said in the rows
-    galleries = [one for one in read_galleries(directory.images) if one.iteration in evaluated]
-    return Run(name, directory, rows, config, _summary(directory), galleries, read_rows(directory.search))
+    run = Run(name, directory, rows, config, _summary(directory), [], read_rows(directory.search))
+    return replace(run, galleries=[one for one in read_galleries(directory.images) if one.iteration in run.evaluated])
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class _Dots:
         plot.scatter("x", "y", source=source, size=size, alpha=alpha, color=self.color, legend_label=self.name)
 
 
-def search_page(run: Run) -> SearchPage | None:
-    """None for a run that searched nothing, or of a version that did not record it."""
+def search_page(run: Run, place_of_run: int = 0) -> SearchPage | None:
+    """Of the run at this place of its report; None for one that searched nothing, or did not record it."""
     rows = [row for row in run.searches if row.get("groups")]
     if not rows:
         return None
@@ -52,11 +52,12 @@ def search_page(run: Run) -> SearchPage | None:
     is_of_images = all(group["chosen"] is None for row in drawn for group in row["groups"])
     said = f"{len(drawn)} of {len(rows)} recorded iterations" if len(drawn) < len(rows) else ""
     scatter = _scatter(drawn) if any(_pairs(row) for row in drawn) else None
-    return SearchPage(_scores(drawn, is_of_images), scatter, said, is_of_images)
+    return SearchPage(_scores(drawn, is_of_images, f"scores {place_of_run}"), scatter, said, is_of_images)
 
 
-def _scores(rows: list[dict[str, Any]], is_of_images: bool) -> figure:
+def _scores(rows: list[dict[str, Any]], is_of_images: bool, name: str) -> figure:
     plot = _plot("iteration; in it a column a group", "reward of an image" if is_of_images else "reward")
+    plot.name = name
     tried, word = ("images of all attempts", "attempt") if is_of_images else ("candidates, estimated", "round")
     seen, chosen, images = _Dots(tried, _CANDIDATE, []), _Dots("chosen, estimated", _CHOSEN, []), []
     for column, row in enumerate(rows):
