@@ -60,7 +60,7 @@ class Retry:
             total_PG = self._total(made.rewards_BR, samples.group_size)
         # of groups that were made in one attempt there is nothing to compare
         again = made.scored[0].places if tried else ()
-        firsts = (Scored(again, first_PG[on_device(again, first_PG.device)]),) if tried else ()
+        firsts = (Scored(again, first_PG[on_device(again, first_PG.device)], is_of_images=True),) if tried else ()
         metrics = {
             "search/share": max(tried, default=0) / len(samples.prompts),
             # the host waits for it only where something was made again
@@ -99,7 +99,7 @@ class Retry:
         rows_b = on_device(rows_SG, device)
         old_bR = made.rewards_BR[rows_b]
         new_SG = self._total(new_bR, group_size)
-        scored = (*made.scored, Scored(tuple(groups), new_SG))
+        scored = (*made.scored, Scored(tuple(groups), new_SG, is_of_images=True))
         is_new_b = retries.prefers(new_SG, self._total(old_bR, group_size)).flatten()
         rewards_BR = made.rewards_BR.index_copy(0, rows_b, torch.where(is_new_b[:, None], new_bR, old_bR))
         if not own:

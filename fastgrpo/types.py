@@ -154,10 +154,14 @@ def _filled(embeds_BLC: Tensor, num_tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores [P, K] of a round of a search's candidates, of the prompts at ``places`` among an iteration's."""
+    """The scores [P, K] of a round of a search's candidates, of the prompts at ``places`` among an iteration's.
+
+    They are estimates, or rewards of images that were made in full.
+    """
 
     places: tuple[int, ...]
     scores_PK: Tensor
+    is_of_images: bool = False
 
 
 @dataclass(frozen=True)

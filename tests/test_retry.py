@@ -113,7 +113,7 @@ def test_a_group_without_success_keeps_the_better_image_of_each_sample(
         "search/images": 0.5,
     }
     # what is shown of the search: the group that was made again, in both attempts
-    assert [one.places for one in made.scored] == [(failing,), (failing,)]
+    assert [(one.places, one.is_of_images) for one in made.scored] == [((failing,), True), ((failing,), True)]
     for one, of_attempt in zip(made.scored, rewards, strict=True):
         torch.testing.assert_close(one.scores_PK, of_attempt[failing][None], rtol=1e-4, atol=1e-4)
 

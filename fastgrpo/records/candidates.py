@@ -1,10 +1,11 @@
 """What a search saw: a line of ``search.jsonl`` for the first iteration after each evaluation.
 
-    {"iteration": 21, "groups": [{"prompt": "...", "rounds": [[...], ...], "chosen": [...], "rewards": [...]}, ...]}
+    {"iteration": 21, "scores": "estimates",
+     "groups": [{"prompt": "...", "rounds": [[...], ...], "chosen": [...], "rewards": [...]}, ...]}
 
 ``rounds`` are the scores of a group's candidates, a list a round; ``chosen`` the estimates of the noises that its
-images were made from, null where there was none; ``rewards`` the images' own.  Where groups are made again the rounds
-are the rewards of the images of each attempt, and nothing was estimated.
+images were made from, null where none was scored; ``rewards`` the images' own.  Where groups are made again ``scores``
+is "images", and the rounds are the rewards of the images of each attempt.
 Letters: P prompts, G samples of a prompt, K candidates.
 """
 
@@ -43,7 +44,7 @@ def search_row(
                 "rewards": _numbers(rewards_PG[place]),
             }
         )
-    return {"iteration": iteration, "groups": groups}
+    return {"iteration": iteration, "scores": "images" if scored[0].is_of_images else "estimates", "groups": groups}
 
 
 def _numbers(values: Tensor) -> list[float | None]:

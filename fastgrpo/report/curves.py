@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
 from bokeh.models.renderers import DataRenderer
-from bokeh.palettes import Colorblind8
 from bokeh.plotting import figure
 
 from fastgrpo.records.metrics import METRICS
@@ -20,6 +19,8 @@ from fastgrpo.report.thinning import thinned
 FIRST_AXIS = "seconds"
 # so that a page of long runs stays small: points of all curves, of one of them, and the fewest it may come down to
 _MOST_POINTS, _MOST_OF_ONE, _LEAST_OF_ONE = 60_000, 1000, 60
+# Okabe and Ito's, told apart also by who sees colors otherwise, without the yellow that is faint on white
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#333333")
 # up to so many points each is marked
 _MARKED = 60
 # what ends in / stands for all that begin so; the last group is of all others
@@ -57,8 +58,8 @@ class Curves:
 
 
 def color_of(run: int) -> str:
-    """Of the run with this number; after eight they begin again."""
-    return Colorblind8[run % len(Colorblind8)]
+    """Of the run with this number; after seven they begin again."""
+    return _COLORS[run % len(_COLORS)]
 
 
 def draw_curves(runs: Sequence[Run]) -> Curves:

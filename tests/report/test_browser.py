@@ -180,7 +180,9 @@ def test_the_slider_changes_the_images_and_their_scores(browser: Any) -> None:
 def color_in(uri: str) -> tuple[int, ...]:
     """The one color of an image that is written out as data."""
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
-    ((_, color),) = image.getcolors() or ()
+    colors = image.getcolors()
+    assert colors is not None
+    ((_, color),) = colors
     assert isinstance(color, tuple)
     return color
 

@@ -1,6 +1,7 @@
 """Images before and after: what is kept of an evaluation, what of it fits a page, and what a search saw."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastgrpo.records.gallery import read_galleries, save_gallery
 from fastgrpo.report.gallery import ALL_PROMPTS, gallery_page
 from fastgrpo.report.run import read_runs
 from fastgrpo.report.search import MOST_ITERATIONS, search_page
-from tests.report.made_run import PROMPTS, color_of, evaluation_of, make_run, rows_of
+from tests.report.made_run import PROMPTS, color_of, evaluation_of, make_record, make_run, rows_of, searched
 
 
 def test_images_are_kept_to_the_pixel_with_their_prompts_and_scores(tmp_path: Path) -> None:
@@ -96,6 +97,11 @@ def test_a_file_outside_the_run_is_never_shown(tmp_path: Path) -> None:
     assert [entry[0] for entry in page.data["cards"][0]["0"]] == [0, 2]
 
 
+def columns_of(plot: Any) -> list[dict[str, Any]]:
+    """Of all that is drawn in a plot."""
+    return [renderer.data_source.data for renderer in plot.renderers]
+
+
 def test_the_searchs_dots_are_the_recorded_scores(tmp_path: Path) -> None:
     """Of two of three prompts two rounds of three, one of them not finite; chosen were 0.4 and 0.3."""
     (run,) = read_runs([make_run(tmp_path / "run", searches=(1, 3), is_finished=False)])
@@ -111,7 +117,7 @@ def test_the_searchs_dots_are_the_recorded_scores(tmp_path: Path) -> None:
     page = search_page(run)
     assert page is not None
     assert not page.is_of_images
-    seen, chosen, images = (renderer.data_source.data for renderer in page.scores.renderers)
+    seen, chosen, images = columns_of(page.scores)
     assert seen["y"] == [0.1, 0.3, 0.2, 0.25, 0.4] * 4
     assert seen["which"] == (["round 1"] * 3 + ["round 2"] * 2) * 4
     assert chosen["y"] == [0.4, 0.3] * 4
@@ -121,8 +127,26 @@ def test_the_searchs_dots_are_the_recorded_scores(tmp_path: Path) -> None:
     assert [round(x) for x in images["x"]] == [0] * 4 + [1] * 4
     assert len({*chosen["x"]}) == 4
     assert page.scatter is not None
-    dots = page.scatter.renderers[1].data_source.data
+    _, dots = columns_of(page.scatter)
     assert list(zip(dots["x"], dots["y"], strict=True)) == [(0.4, 0.35), (0.3, 0.45)] * 4
+
+
+def test_a_search_by_whole_images_and_one_whose_choice_nothing_scored_are_told_apart(tmp_path: Path) -> None:
+    noise, rewards = searched(3)
+    for kind, scored in (
+        ("images", tuple(replace(one, is_of_images=True) for one in noise.scored)),
+        ("estimates", noise.scored),
+    ):
+        record = make_record(tmp_path / kind)
+        record.search(1, PROMPTS, replace(noise, scored=scored, estimates_PG=None), rewards)
+        (run,) = read_runs([tmp_path / kind])
+        page = search_page(run)
+        assert page is not None
+        assert page.is_of_images == (kind == "images")
+        assert page.scatter is None
+        seen, images = columns_of(page.scores)
+        assert {*seen["which"]} == ({"attempt 1", "attempt 2"} if kind == "images" else {"round 1", "round 2"})
+        assert images["y"] == pytest.approx([0.35, 0.45] * 2)
 
 
 def test_of_a_long_search_some_iterations_are_drawn(tmp_path: Path) -> None:
@@ -130,6 +154,6 @@ def test_of_a_long_search_some_iterations_are_drawn(tmp_path: Path) -> None:
     page = search_page(run)
     assert page is not None
     assert page.said == f"{MOST_ITERATIONS} of 39 recorded iterations"
-    iterations = page.scores.renderers[2].data_source.data["iteration"]
+    iterations = columns_of(page.scores)[2]["iteration"]
     assert (iterations[0], iterations[-1], len({*iterations})) == (1, 39, MOST_ITERATIONS)
     assert search_page(read_runs([make_run(tmp_path / "other", is_finished=False)])[0]) is None
