@@ -49,7 +49,7 @@ def search_page(run: Run, place_of_run: int = 0) -> SearchPage | None:
         return None
     places = sorted({round(place) for place in np.linspace(0, len(rows) - 1, MOST_ITERATIONS)})
     drawn = [rows[place] for place in places]
-    is_of_images = drawn[0]["scores"] == "images"
+    is_of_images = drawn[0].get("scores") == "images"
     said = f"{len(drawn)} of {len(rows)} recorded iterations" if len(drawn) < len(rows) else ""
     scatter = _scatter(drawn) if any(_pairs(row) for row in drawn) else None
     return SearchPage(_scores(drawn, is_of_images, f"scores {place_of_run}"), scatter, said, is_of_images)
