@@ -7,6 +7,7 @@ is at, for each run the newest one up to there.
 import base64
 import mimetypes
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,18 +37,24 @@ class GalleryPage:
 
 @dataclass
 class _Gallery:
-    """``data["cards"][prompt][run]`` is a list of [iteration, image, scores, verified] of one run and prompt."""
+    """``cards[prompt, n][run]`` are [iteration, image, scores, verified] of a prompt that may be given n times."""
 
-    cards: dict[str, dict[int, list[list[Any]]]] = field(default_factory=dict)
+    cards: dict[tuple[str, int], dict[int, list[list[Any]]]] = field(default_factory=dict)
     images: list[str] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
 
-    def add(self, run: int, iteration: int, shown: Shown) -> None:
+    def add(self, run: int, gallery: Gallery) -> None:
+        seen: Counter[str] = Counter()
+        for shown in gallery.images:
+            self._add(run, gallery.iteration, shown, seen[shown.prompt])
+            seen[shown.prompt] += 1
+
+    def _add(self, run: int, iteration: int, shown: Shown, occurrence: int) -> None:
         uri = _data_uri(shown.path)
         if uri not in self.numbers:
             self.numbers[uri] = len(self.images)
             self.images.append(uri)
-        entries = self.cards.setdefault(shown.prompt, {}).setdefault(run, [])
+        entries = self.cards.setdefault((shown.prompt, occurrence), {}).setdefault(run, [])
         scores = {name: number(score) for name, score in shown.scores.items()}
         entries.append([iteration, self.numbers[uri], scores, shown.verified])
 
@@ -60,10 +67,9 @@ def gallery_page(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> GalleryPa
         kept, said = _kept(run, run.galleries if has_galleries else _grids(run), most_bytes // len(runs))
         remarks += [f"{run.name}: {said}" if len(runs) > 1 else said] * bool(said)
         for one in kept:
-            for shown in one.images:
-                gallery.add(place, one.iteration, shown)
+            gallery.add(place, one)
     steps = sorted({entry[0] for card in gallery.cards.values() for found in card.values() for entry in found})
-    cards = [(prompt, sorted(card)) for prompt, card in gallery.cards.items()]
+    cards = [(prompt, sorted(card)) for (prompt, _), card in gallery.cards.items()]
     data = {
         "steps": steps,
         "images": gallery.images,

@@ -18,6 +18,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.files.whole import write_whole
 from fastgrpo.report.curves import FIRST_AXIS, color_of, draw_curves
 from fastgrpo.report.differences import as_yaml, changed_on_the_way, differences
@@ -37,7 +38,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     ValueError for a directory that is no run, or an output that cannot be written.
     """
     page = render(directories)
-    path = (output or directories[0] / "report.html").expanduser()
+    path = (output or RunDirectory(directories[0]).report).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page.encode())

@@ -74,6 +74,14 @@ def test_a_page_that_would_be_large_keeps_the_first_the_last_and_the_best_evalua
     assert gallery_page([run], most_bytes=1).data["steps"] == [0, 40]
 
 
+def test_a_prompt_that_is_given_twice_has_two_cards(tmp_path: Path) -> None:
+    page = gallery_page(read_runs([make_run(tmp_path / "run", prompts=("a", "b", "a"), is_finished=False)]))
+    assert [prompt for prompt, _ in page.cards] == ["a", "b", "a"]
+    for place, card in enumerate(page.data["cards"]):
+        assert [entry[0] for entry in card["0"]] == [0, 2, 4]
+        assert [entry[2]["shapes"] for entry in card["0"]] == pytest.approx([place / 10 + i / 100 for i in (0, 2, 4)])
+
+
 def test_of_an_earlier_versions_run_the_grids_are_shown(tmp_path: Path) -> None:
     run_path = make_run(tmp_path / "run", is_finished=False)
     for scores in run_path.glob("images/*/scores.json"):

@@ -199,6 +199,8 @@ def test_a_long_run_is_thinned_to_a_small_file_that_says_so(tmp_path: Path) -> N
     assert len(page.text) < 10e6
     loss, reward = (page.sources()[f"{name} 0"] for name in ("loss", "reward/total"))
     assert len(loss["y"]) <= 1000
+    assert loss["value"] == loss["y"] == [1 / i for i in loss["iteration"]]
+    assert loss["seconds"] == [2.0 * i for i in loss["iteration"]]
     assert loss["iteration"][0] == 1
     assert loss["iteration"][-1] == 10_000
     assert (min(reward["y"]), max(reward["y"])) == (-9999 / 7, 10_000 / 7)
