@@ -65,6 +65,8 @@ def gallery_page(runs: Sequence[Run], most_bytes: int = MOST_BYTES) -> GalleryPa
     has_galleries = any(run.galleries for run in runs)
     for place, run in enumerate(runs):
         kept, said = _kept(run, run.galleries if has_galleries else _grids(run), most_bytes // len(runs))
+        if has_galleries and not kept and run.evaluated:
+            said = f"its images were not kept one by one; grids of them are in {run.directory.images}"
         remarks += [f"{run.name}: {said}" if len(runs) > 1 else said] * bool(said)
         for one in kept:
             gallery.add(place, one)

@@ -90,6 +90,14 @@ def test_of_an_earlier_versions_run_the_grids_are_shown(tmp_path: Path) -> None:
     assert page.is_grid
     assert page.cards == [(ALL_PROMPTS, [0])]
     assert page.data["steps"] == [0, 2, 4]
+    # beside one that has them, it is told where they are
+    both = read_runs([run_path, make_run(tmp_path / "other", is_finished=False)])
+    page = gallery_page(both)
+    assert not page.is_grid
+    assert [numbers for _, numbers in page.cards] == [[1]] * 3
+    assert page.remarks == [
+        f"run: its images were not kept one by one; grids of them are in {both[0].directory.images}"
+    ]
 
 
 def test_a_file_outside_the_run_is_never_shown(tmp_path: Path) -> None:
