@@ -112,12 +112,15 @@ def test_runs_stand_beside_each_other_each_with_what_it_measured(
     history = [{"after_iteration": 1, "changed": {"train.iterations": [1, 2]}}]
     config = {**CONFIG, "seed": 7, "train": {**CONFIG["train"], "iterations": 2}, "history": history}
     config["told"] = "${oc.env:SECRET}"
-    rows = [{**row, "kl": 0.5} for row in rows_of(2)]
+    rows = [{**row, "kl": 0.5, "reward/</script><b>": 1.0} for row in rows_of(2)]
     runs = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", rows=rows, config=config, prompts=("ü",))
     page = page_of(*runs)
     assert page.path == runs[0] / "report.html"
     sources = page.sources()
-    assert {"loss 0", "loss 1", "kl 1"} <= sources.keys()
+    assert {"loss 0", "loss 1", "kl 1", "reward/</script><b> 1"} <= sources.keys()
+    # the name of a reward is text, too
+    assert "reward/</script><b> 1" in page.data["handles"]["sources"]
+    assert "</script><b>" not in page.text
     assert "kl 0" not in sources
     assert {*sources["loss 1"]["run"]} == {"b/run"}
     assert page.data["handles"]["run 1"].count("kl 1 1") == 1
