@@ -96,6 +96,17 @@ COMMANDS = {
             "fastgrpo evaluate run=outputs/run search=true budget=40 output=outputs/searched",
         ),
     ),
+    "report": Command(
+        run="fastgrpo.commands.report.report",
+        summary="make one HTML page of what runs measured",
+        details="Curves of all metrics, images before and after, where the time went, what a search saw, configs and "
+        "machines, in one file that needs no network. Several runs are drawn beside each other. A run makes its own at "
+        "its end; this makes it anew, also while the run still trains.",
+        examples=(
+            "fastgrpo report run=outputs/run",
+            "fastgrpo report run=outputs/baseline run=outputs/searched output=comparison.html",
+        ),
+    ),
     "export": Command(
         run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
@@ -270,8 +281,9 @@ def _explanation(name: str, command: Command) -> str:
     lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
     lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
     lines += [f"  {example}" for example in command.examples]
-    lines += ["", "groups, each chosen by group=option:"]
-    width = max(map(len, groups))
+    if groups:
+        lines += ["", "groups, each chosen by group=option:"]
+    width = max(map(len, groups), default=0)
     indent = " " * (width + 4)
     for group, options in groups.items():
         lines += textwrap.wrap(f"  {group:<{width}}  {', '.join(options)}", 110, subsequent_indent=indent)

@@ -37,7 +37,7 @@ from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.model_card import ModelCard
-from fastgrpo.records.record import NoRecord, Record, Recorder
+from fastgrpo.records.record import NoRecord, Record, Recorder, no_report
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.retry import Retry
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
@@ -305,7 +305,15 @@ def _record(parts: RunParts, run: SameRun) -> Recorder:
         directory=run.directory,
         metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None),
         stragglers=Stragglers(path=run.directory.ranks, hosts=hosts),
+        make_report=_make_report if parts.makes_report else no_report,
     )
+
+
+def _make_report(directory: Path) -> Path:
+    # plots take most of a second to import, which a run that has not ended need not wait for
+    from fastgrpo.report.page import write_report
+
+    return write_report([directory])
 
 
 def _profile(parts: RunParts, run: SameRun, model: FlowModel) -> Profile:

@@ -96,8 +96,8 @@ def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: p
     assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"\n  fastgrpo {name}" in shown
-    # every command but this one has a model
-    has_model = name != "serve-reward"
+    # every command but these has a model
+    has_model = name not in ("serve-reward", "report")
     assert ("\n  adaptation" in shown) == has_model
     assert ("full, lora" in shown) == has_model
     assert ("smart_grpo_paper" in shown) == (has_model and name not in ("export", "encode"))

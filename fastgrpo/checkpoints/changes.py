@@ -40,8 +40,8 @@ MAY_CHANGE = (
     "adaptation.shard_over",
     "adaptation.backup",
 )
-# where a run lies, not what it is: a directory may have been moved
-_NOT_COMPARED = ("name", "output", "resume", "job", "history")
+# where a run lies and how it is shown, not what it is: a directory may have been moved
+_NOT_COMPARED = ("name", "output", "resume", "job", "history", "report")
 # keys of these groups that a run does not have are of a later version, and have their default
 _PLAIN = ("train", "prompts")
 # null in these groups is what a key means that a run of an earlier version does not have

@@ -78,7 +78,7 @@ def test_an_architecture_of_an_own_model_is_compared(other: Any) -> None:
         changes(with_model(architecture={"_target_": "own.Sizes", "a": 1}), with_model(architecture=other), Path("r"))
 
 
-@pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history"])
+@pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history", "report"])
 def test_where_a_run_lies_is_not_compared(key: str) -> None:
     assert changes(BEGUN, with_value(key, "other"), Path("r")) == ()
 
