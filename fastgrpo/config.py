@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgrpo.files.locations import resolve_path
-from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, switched, value_of
+from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, of_file, quoted, switched, value_of
 from fastgrpo.own_code.begun import settings_of
 from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
@@ -46,6 +46,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     groups = config_groups(name)
     overrides = [switched(quoted(override), groups) for override in overrides]
+    overrides = [meant for override in overrides for meant in of_file(override, name, groups)]
     try:
         default = _resolved(name, [override for override in overrides if key_of(override) in groups])
         begun = _begun(name, overrides, groups) if name in _RESUMING else None

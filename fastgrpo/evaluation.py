@@ -43,6 +43,13 @@ class EvaluationResult:
     cost: Cost = field(default_factory=Cost)
 
 
+def statistics(scores_PG: Tensor) -> dict[str, float | None]:
+    """The mean, and its standard error over prompts, None of one prompt: images of one prompt are not independent."""
+    means_P = scores_PG.double().mean(dim=1)
+    error = means_P.std().item() / len(means_P) ** 0.5 if len(means_P) > 1 else None
+    return {"mean": means_P.mean().item(), "standard_error": error}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """``images_per_prompt`` images of each prompt on ``grid``; ``num_shown`` of them, of distinct prompts, are kept.
@@ -104,7 +111,7 @@ class Evaluation:
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
         make = plain(sampler, self.starts) if self.search is None else self.search
         own, made = self._spread()
-        awaited = self.rewards.begin([text for rows in made for text in self._samples(rows, len(rows)).texts])
+        awaited = self.rewards.begin([prompt for rows in made for prompt in self._samples(rows, len(rows)).asked])
         # without what is lossy: an evaluation judges the policy alone
         with self.model.gathered(), self.model.sampling():
             for samples in (samples for rows in made for samples in self._portions(rows)):
@@ -148,5 +155,5 @@ class Evaluation:
     def _samples(self, rows: tuple[int, ...], most: int) -> Samples:
         # all are of one resolution
         resolution = self.prompts[rows[0] // self.images_per_prompt].resolution
-        prompts = Prompts(self.texts, list(range(len(self.prompts))), resolution)
+        prompts = Prompts(self.prompts, list(range(len(self.prompts))), resolution)
         return Samples(prompts, self.images_per_prompt, rows, most)

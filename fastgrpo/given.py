@@ -40,7 +40,7 @@ class Given:
         """Those of ``prompts.<key>``."""
         return {"path": self.path, "held_out": self.held_out}[key]
 
-    def prompts(self, key: str, fit: Fit) -> list[Prompt] | None:
+    def prompts(self, key: str, fit: Fit, column: str = "") -> list[Prompt] | None:
         """Those rows, read as a file of them would be; ValueError with the number of a row that is no prompt."""
         rows = self.rows(key)
         if rows is None:
@@ -49,7 +49,7 @@ class Given:
             path = Path(directory) / FILES[key]
             path.write_bytes(_lines(rows))
             try:
-                return load_prompts(path, f"prompts.{key}", fit)
+                return load_prompts(path, f"prompts.{key}", fit, column)
             except ValueError as error:
                 said = str(error).replace(f"{path}:", "row ").replace(str(path), "the list that was given")
                 raise ValueError(said) from error

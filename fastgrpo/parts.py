@@ -4,7 +4,7 @@ What takes memory or minutes is read as its source, which makes it when it is ca
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class RunParts:
     resume: bool
     seed: int
     logs_to_wandb: bool
+    makes_report: bool
     training: Training
     evaluating: Evaluating
     saving: Saving
@@ -110,6 +111,7 @@ class RunParts:
             resume=config.resume,
             seed=config.seed,
             logs_to_wandb=config.wandb,
+            makes_report=config.report,
             training=training,
             evaluating=evaluating,
             saving=Saving(**config.checkpoint),
@@ -137,13 +139,13 @@ class RunParts:
 
 
 def read_prompts(config: DictConfig, key: str, given: Given = NOTHING) -> list[Prompt]:
-    """Those of the file ``prompts.<key>``, in resolutions that the model can draw in the memory planned for its own.
+    """Those of the file ``prompts.<key>`` that the model can draw: in the memory planned for its own resolution.
 
     Those that are given take its place.
     """
-    fit = _Drawn(config.model)
-    rows = given.prompts(key, fit)
-    return load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}", fit) if rows is None else rows
+    fit, column = _Drawn(config.model), config.prompts.column
+    rows = given.prompts(key, fit, column)
+    return load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}", fit, column) if rows is None else rows
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,20 @@ class _Drawn:
 
     model: DictConfig
 
-    def __call__(self, resolution: Resolution) -> Resolution | None:
+    def __call__(self, prompt: Prompt) -> Prompt:
+        if prompt.negative is not None:
+            self._check_negative(prompt.negative)
+        return prompt if prompt.resolution is None else replace(prompt, resolution=self._fitted(prompt.resolution))
+
+    def _check_negative(self, text: str) -> None:
+        family = find_target(self.model._target_, "model")
+        said = f"negative_prompt {text!r} is for guidance with a branch of its own, and "
+        if not getattr(family, "takes_negative_prompts", False):
+            raise ValueError(f"{said}{self.model._target_} has none that reads a text; leave it out")
+        if self.model.get("guidance_scale", 1) == 1:
+            raise ValueError(f"{said}model.guidance_scale=1 turns that off; raise it above 1, or leave this out")
+
+    def _fitted(self, resolution: Resolution) -> Resolution | None:
         own = Resolution.read(self.model.get("resolution"), "model.resolution")
         if resolution.area > own.area:
             raise ValueError(
@@ -220,7 +235,7 @@ def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
     return read_model(config, lossy)()
 
 
-def build_rewards(config: DictConfig, prompts: Sequence[str] = (), given: Given = NOTHING) -> Loaded:
+def build_rewards(config: DictConfig, prompts: Sequence[Prompt | str] = (), given: Given = NOTHING) -> Loaded:
     """The rewards of a config, which can judge ``prompts``, and their golden scores."""
     runtime = read_runtime(config)
     set_threads(runtime)

@@ -17,10 +17,11 @@ from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
+from fastgrpo.models.adapter import encoded
 from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples
+from fastgrpo.types import Noise, Prompts, Samples, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class StartNoise:
         prompts, model = samples.prompts, self.sampler.model
 
         def moments(places: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-            return self.proposal.moments(model.encode([prompts.texts[place] for place in places]), latent_shape)
+            texts = prompts.texts
+            return self.proposal.moments(model.encode([texts[place] for place in places]), latent_shape)
 
         draw = NoiseDraw(
             seed=self.seed,
@@ -64,17 +66,20 @@ class StartNoise:
             moments=moments,
         )
 
+        scored: list[Scored] = []
         with ExitStack() as rounds:
 
             def score(candidates: Candidates, estimate_steps: int) -> Tensor:
                 # both are re-entrant: held from the first round to the last, and not where nothing is searched
                 rounds.enter_context(model.gathered())
                 rounds.enter_context(model.sampling(lossy=True))
-                texts = [prompts.texts[place] for place in candidates.prompts]
-                searched = Prompts(texts, candidates.prompt_ids, prompts.resolution)
-                return self._scores(searched, candidates, estimate_steps)
+                asked = [prompts.asked[place] for place in candidates.prompts]
+                searched = Prompts(asked, candidates.prompt_ids, prompts.resolution)
+                scores_PK = self._scores(searched, candidates, estimate_steps)
+                scored.append(Scored(tuple(candidates.prompts), scores_PK))
+                return scores_PK
 
-            return propose(draw, score)
+            return replace(propose(draw, score), scored=tuple(scored))
 
     def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:
         """Rewards [P, K] of all candidates, on every rank."""
@@ -85,8 +90,8 @@ class StartNoise:
         estimate = replace(self.sampler, grid=self.algorithm.estimate_grid(estimate_steps), estimates=True)
 
         def rewards() -> Tensor:
-            scores = self.rewards.begin_search(samples.texts)
-            conditions = self.sampler.model.encode(samples.texts)
+            scores = self.rewards.begin_search(samples.asked)
+            conditions = encoded(self.sampler.model, samples.asked)
             noise_BCHW = candidates.rows(samples.rows)
             estimate.handed_on(noise_BCHW, conditions, range(estimate_steps), scores.add, samples.most)
             return scores.collect()[: len(own), None]

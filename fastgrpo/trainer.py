@@ -6,7 +6,7 @@ Letters: P prompts, G samples of a prompt, B samples of this rank, R rewards, C 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from signal import SIGINT
 
 import torch
@@ -24,7 +24,7 @@ from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.memory.plan import MemoryPlan
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, encoded
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.on_device import on_device
 from fastgrpo.profiling.profile import Step, unprofiled
@@ -94,11 +94,11 @@ class Trainer:
             shares = self.update.shares(len(prompts) * self.group_size, self.iteration)
             spread = Spread.of_shares(shares, self.world.size)
             samples = Samples(prompts, self.group_size, spread.rows[self.world.rank], spread.most)
-            conditions = self.model.encode(samples.texts)
+            conditions = encoded(self.model, samples.asked)
         with timer("search"):
             noise = self.start_noise(samples, self.iteration)
         with timer("rollout"), self.old_policy.applied():
-            scores = self.rewards.begin(samples.texts)
+            scores = self.rewards.begin(samples.asked)
             num_differentiated = self.update.num_differentiated(shares)
             trajectories = self.rollout(
                 samples, conditions, noise, self.iteration, scores.add, num_differentiated=num_differentiated
@@ -106,7 +106,7 @@ class Trainer:
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
         with timer("search"), self.old_policy.applied():
-            trajectories, rewards_BR, retried = self.retry(
+            trajectories, rewards_BR, retried, attempts = self.retry(
                 samples, spread, self.iteration, Made(trajectories, rewards_BR)
             )
         with timer("reward"):
@@ -120,7 +120,10 @@ class Trainer:
             proposed = self.proposal.learn(samples, conditions, noise, advantages_B, rewards.total_PG)
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
-        measured = self._measured(trajectories.noted(noise), rewards, stats, self._agree(timer.seconds()))
+        noted = trajectories.noted(noise)
+        if (self.iteration - 1) % self.evaluate_every == 0:
+            self.record.search(self.iteration, prompts.texts, replace(noted, scored=attempts or noted.scored), rewards)
+        measured = self._measured(noted, rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
         return measured | retried | size | proposed | {"compilations": num_compilations() - compiled}

@@ -25,18 +25,19 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, started
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
-from fastgrpo.prompts import PromptSource, num_bytes
+from fastgrpo.prompts import PromptSource, longest, texts_to_encode
 from fastgrpo.proposal.files import save_proposal
 from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
 from fastgrpo.records.metrics import Metrics
-from fastgrpo.records.record import NoRecord, Record, Recorder
+from fastgrpo.records.model_card import ModelCard
+from fastgrpo.records.record import NoRecord, Record, Recorder, no_report
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.retry import Retry
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
@@ -49,7 +50,7 @@ from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Prompt
+from fastgrpo.types import Prompt, as_prompts
 from fastgrpo.update import Update
 
 # prompts that are encoded before a run begins: minutes of a GPU, and 28 GB of disk, 1.7 MB each for SD3.5.  Others are
@@ -97,11 +98,11 @@ def train(
         try:
             trainer.run()
         except Preempted:
-            _write_weights(trainer, run)
+            _write_weights(parts, trainer, run)
             if world.is_first:
                 print(f"go on with: {what_goes_on(parts)}", flush=True)
             raise
-        _write_weights(trainer, run)
+        _write_weights(parts, trainer, run)
     leave_world()
     return parts.output
 
@@ -117,7 +118,10 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     world, training, algorithm = part.world, parts.training, parts.algorithm
     prompts = PromptSource(parts.prompts, training.prompts_per_iteration, parts.seed)
     rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
+    checkpoint = _checkpoint(parts, run)
     source = replace(parts.model, runtime=run.sizes(parts.runtime))
+    if source.starts_from_lora and run.is_begun:
+        source = source.going_on(run.config["adaptation"], has_checkpoint=checkpoint.latest() is not None)
     on_device = planned_model(source, _planner(parts, rewards, world), world.group)
     model, rewards = on_device.model, on_device.rewards
     runtime = run.agree(on_device.runtime, model)
@@ -170,7 +174,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         ema=ema,
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
-        checkpoint=_checkpoint(parts, run),
+        checkpoint=checkpoint,
         health=Health(failed_batch=run.directory.failed_batch(world.rank)),
         record=_record(parts, run),
         num_iterations=training.iterations,
@@ -215,7 +219,7 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
     """
     model, world = trainer.model, trainer.world
     # no text stops a run that has begun
-    model.check_texts(dict.fromkeys(parts.texts + parts.held_out_texts))
+    model.check_texts(texts_to_encode([*parts.prompts, *parts.held_out]))
     texts = _texts_to_come(parts, trainer)
     node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rank, size in ((world.rank, world.size), node):
@@ -225,12 +229,12 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
 
 def _texts_to_come(parts: RunParts, trainer: Trainer) -> list[str]:
     """The different texts of the run in the order in which they come, at most ``_MOST_AHEAD``."""
-    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *parts.held_out_texts])
-    all_of_them = len(texts.keys() | {*parts.texts})
+    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *texts_to_encode(parts.held_out)])
+    all_of_them = len(texts.keys() | {*texts_to_encode(parts.prompts)})
     for iteration in range(trainer.num_iterations):
         if len(texts) >= min(_MOST_AHEAD, all_of_them):
             break
-        texts |= dict.fromkeys(trainer.prompts.at(iteration).texts)
+        texts |= dict.fromkeys(texts_to_encode(as_prompts(trainer.prompts.at(iteration).asked)))
     return list(texts)[:_MOST_AHEAD]
 
 
@@ -241,7 +245,7 @@ def _find_run(parts: RunParts, world: World) -> SameRun:
 def _load_rewards(parts: RunParts) -> Loaded:
     set_threads(parts.runtime)
     set_numerics(deterministic=parts.runtime.deterministic)
-    return parts.rewards.load(parts.texts + parts.held_out_texts, device_of(parts.runtime))
+    return parts.rewards.load([*parts.prompts, *parts.held_out], device_of(parts.runtime))
 
 
 def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
@@ -253,7 +257,7 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         updates=parts.training.num_updates,
         rewards=rewards,
         # the longest takes most memory, where texts are as long as they are
-        prompt=max(parts.texts + parts.held_out_texts, key=num_bytes),
+        prompt=longest([*parts.prompts, *parts.held_out]),
         reweights=parts.training.reweights,
         lags=parts.training.old_policy_growth > 0,
     )
@@ -301,7 +305,15 @@ def _record(parts: RunParts, run: SameRun) -> Recorder:
         directory=run.directory,
         metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None),
         stragglers=Stragglers(path=run.directory.ranks, hosts=hosts),
+        make_report=_make_report if parts.makes_report else no_report,
     )
+
+
+def _make_report(directory: Path) -> Path:
+    # plots take most of a second to import, which a run that has not ended need not wait for
+    from fastgrpo.report.page import write_report
+
+    return write_report([directory])
 
 
 def _profile(parts: RunParts, run: SameRun, model: FlowModel) -> Profile:
@@ -317,6 +329,13 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
     """What a resumed run does otherwise than before, whether there is anything left to do, and what is judged."""
     if seen := set(parts.held_out_texts) & set(parts.texts):
         print(f"prompts.held_out shares {len(seen)} of its prompts with prompts.path: those are not unseen in training")
+    if settings := started(trainer.model).settings:
+        begun, adaptation = run.config["adaptation"]["start"], parts.config["adaptation"]
+        own = adaptation["alpha"] / adaptation["rank"]
+        print(
+            f"training starts from adaptation.start={begun}: its rank {settings['rank']} and its layers take the place "
+            f"of adaptation.rank and targets, and alpha / rank stays {own:g}"
+        )
     for line in run.resumed(trainer.iteration):
         print(line)
     if trainer.iteration > 0 and trainer.is_over:
@@ -326,11 +345,21 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
         )
 
 
-def _write_weights(trainer: Trainer, run: SameRun) -> None:
+def _write_weights(parts: RunParts, trainer: Trainer, run: SameRun) -> None:
     if not run.world.is_first:
         return
     if trainer.model.has_lora:
         with trainer.ema.applied():
             trainer.model.save_lora(run.directory.lora)
+        call = getattr(trainer.model, "diffusers_call", None)
+        if call is not None:
+            card = ModelCard(
+                call=call,
+                times=parts.algorithm.evaluation_grid(parts.evaluating.num_steps),
+                prompt=parts.held_out_texts[0],
+                config=run.config,
+                iteration=trainer.iteration,
+            )
+            card.write(run.directory.lora, is_lora=True)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)

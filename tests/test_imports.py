@@ -11,7 +11,7 @@ _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
 _PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
-_LINE = _CARRIED | {"prompts", "sampler", "search_portion", "image_search", "prompt_images"}
+_LINE = _CARRIED | {"prompts", "prompt_files", "sampler", "search_portion", "image_search", "prompt_images"}
 _LINE |= {"start_noise", "step_noise", "rollout", "replay", "update", "evaluation", "ema"}
 _LINE |= {"proposal", "retry", "old_policy", "health", "step_replay", "image_replay", "signals"}
 _RUN = _LINE | {"checkpoints", "records", "trainer"}
@@ -44,7 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "proposal": _PLAIN | {"algorithm", "distributed"},
     "rewards": _PLAIN | {"distributed", "shapes"},
     "memory": _PIECES | {"rewards"},
-    **dict.fromkeys(("prompts", "ema"), _PLAIN),
+    "prompt_tables": set(),
+    "prompt_files": {"prompt_tables"},
+    "prompts": _PLAIN | {"prompt_files"},
+    "ema": _PLAIN,
     "old_policy": _PLAIN | {"ema"},
     "sampler": _CARRIED,
     "replay": _PIECES,
@@ -65,9 +68,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "given": {"files", "prompts", "rewards", "types"},
     "known_warnings": set(),
     "parts": _CARRIED | {"prompts", "pieces", "given"},
-    "training": _RUN | {"parts", "given"},
-    "commands": _RUN | _FACE | {"training", "shapes"},
-    "cli": _RUN | _FACE | {"training", "commands"},
+    # reads what runs have written, and the default config
+    "report": {"files", "records", "config"},
+    "training": _RUN | {"parts", "given", "report"},
+    "commands": _RUN | _FACE | {"training", "shapes", "report"},
+    "cli": _RUN | _FACE | {"training", "commands", "report"},
     "library": _RUN | _FACE | {"training", "commands"},
     "__main__": {"cli"},
 }
@@ -83,11 +88,14 @@ CONFINED = {
         "fastgrpo/parts.py",
         # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
+        "fastgrpo/report/",
         # for the type of what it is given
         "fastgrpo/training.py",
         "fastgrpo/commands/",
         "fastgrpo/library/",
     ),
+    "bokeh": ("fastgrpo/report/",),
+    "jinja2": ("fastgrpo/report/",),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
     "peft": ("fastgrpo/models/",),

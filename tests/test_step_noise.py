@@ -23,7 +23,7 @@ from fastgrpo.rollout import StepRollout
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
 from fastgrpo.training import build_trainer
-from fastgrpo.types import ChosenNoise, Samples, TrainedSteps, Trajectories
+from fastgrpo.types import ChosenNoise, Prompt, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from fastgrpo_kernels import combined, philox_normal
 from tests.distributed.training import make_config, train
@@ -109,9 +109,9 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
 
     begin_search, judged = Rewards.begin_search, []
 
-    def overhear(self, texts: list[str]):
-        judged.append(texts)
-        return begin_search(self, texts)
+    def overhear(self, prompts: list[Prompt]):
+        judged.append(prompts)
+        return begin_search(self, prompts)
 
     with monkeypatch.context() as patch:
         patch.setattr(PipelineModel, "_run", spy)
@@ -119,7 +119,7 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         samples, trajectories = roll(trainer)
     # four samples at a time, the last two filled up
     rows = [[0, 1, 2, 3], [4, 5, 0, 1]]
-    assert judged == [[samples.texts[row] for row in part for _ in range(4)] for part in rows]
+    assert judged == [[samples.asked[row] for row in part for _ in range(4)] for part in rows]
     trained, chosen, grid = trajectories.trained, trajectories.chosen, trainer.algorithm.grid
     assert chosen is not None
     step = trained.steps[0]
@@ -143,6 +143,12 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         assert scores.sort().values.diff()[-1] > 1e-5
         assert torch.equal(chosen.noise_BCHW[row], drawn[scores.argmax()])
         torch.testing.assert_close(estimates_of(chosen).flatten()[row], scores.max(), rtol=1e-4, atol=1e-6)
+        # all of them, a row a group, are there to be shown
+        (seen,) = trajectories.noted(trainer.start_noise(samples, 0)).scored
+        group, place_in_it = divmod(row, GROUP_SIZE)
+        assert seen.places == tuple(range(len(samples.prompts)))
+        shown_M = seen.scores_PK[group].view(GROUP_SIZE, 4)[place_in_it]
+        torch.testing.assert_close(shown_M, scores, rtol=1e-4, atol=1e-6)
         # and it is this noise that the step took, whose likelihood is stored
         x_next = mean[row] + std * drawn[scores.argmax()]
         log_prob = torch.distributions.Normal(mean[row], std).log_prob(x_next).mean()

@@ -18,7 +18,7 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_model, read_prompts
 from fastgrpo.pieces import build
-from fastgrpo.prompts import num_bytes
+from fastgrpo.prompts import longest
 from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
@@ -47,7 +47,7 @@ def show_plan(config: DictConfig, console: Console) -> None:
 
 def measured_plan(config: DictConfig) -> MemoryPlan:
     """The plan for this machine's device, rewards included."""
-    texts = [prompt.text for prompt in read_prompts(config, "path")]
+    prompts = read_prompts(config, "path")
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
         algorithm=algorithm,
@@ -55,8 +55,8 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
-        rewards=build_rewards(config, texts)[0],
-        prompt=max(texts, key=num_bytes),
+        rewards=build_rewards(config, prompts)[0],
+        prompt=longest(prompts),
     )
     return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 
@@ -68,6 +68,13 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
             f"memory={config.memory} counts a model without its weights, and model.weights is {weights}; "
             "add model.weights=random, which a model of real size takes, or use memory=here"
         )
+    loras = {"model.lora": config.model.get("lora"), "adaptation.start": config.adaptation.get("start")}
+    for key, lora in loras.items():
+        if lora is not None:
+            raise ValueError(
+                f"memory={config.memory} counts a model without weights, and {key}={lora} is a file of some; leave it "
+                "out, and give its rank and layers as adaptation.rank and adaptation.targets"
+            )
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
         algorithm=algorithm,

@@ -99,7 +99,6 @@ class Sampling:
             raise ValueError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
         algorithm: Algorithm = build(config.algorithm)
         search = wanted_search(config, config.num_steps)
-        texts = [prompt.text for prompt in prompts]
         return cls(
             config=config,
             prompts=prompts,
@@ -107,7 +106,7 @@ class Sampling:
             grid=algorithm.evaluation_grid(config.num_steps),
             batch_sizes=batch_sizes,
             search=search,
-            rewards=build_rewards(config, texts, given)[0] if search else None,
+            rewards=build_rewards(config, prompts, given)[0] if search else None,
             proposal=wanted_proposal(config),
         )
 

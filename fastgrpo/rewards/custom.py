@@ -1,7 +1,8 @@
 """A reward of the user's own, by dotted path: ``reward=custom reward.path=my_rewards.redness``.
 
 ``my_rewards.py`` lies in the working directory (or anywhere Python imports from).  ``redness`` is a function of
-(images [B, 3, H, W] in [0, 1], list of B prompts) that returns B numbers, or a class whose objects are called so.
+(images [B, 3, H, W] in [0, 1], list of B prompts) that returns B numbers, or a class whose objects are called so.  One
+that takes a third, ``metadata``, is given what the row of each prompt says beside the text, a mapping an image.
 A program gives such a function itself, ``fastgrpo.train(reward=redness)``, which need not be importable.
 """
 
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastgrpo.own_code.found import find
 from fastgrpo.own_code.raised_at import raised_at
-from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.reward import Reward, arguments_of
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 
@@ -81,8 +82,10 @@ def _check_signature(reward: Reward, place: str) -> None:
         # what is written in C does not always tell
         return
     try:
-        signature.bind("images", "prompts")
+        places, names = arguments_of(reward, "images", "prompts", metadata=[])
+        signature.bind(*places, **names)
     except TypeError as error:
         raise ValueError(
-            f"{place} takes {signature}, but a reward is called as reward(images, prompts); give it these two"
+            f"{place} takes {signature}, but a reward is called as reward(images, prompts), or as reward(images, "
+            "prompts, metadata) if it takes a third; give it these"
         ) from error

@@ -77,7 +77,7 @@ def test_guidance_is_differentiated_by_the_branch_with_text_alone(qwen_image: Qw
     assert torch.autograd.gradcheck(lambda c: qwen_image.guided(c, unconditional), conditional)
     with torch.no_grad():
         x, conditions = QWEN_IMAGE.make_start(), qwen_image.encode(TEXTS)
-        unconditional = qwen_image._run(qwen_image.transformer, T, *qwen_image._without_text(x))
+        unconditional = qwen_image._run(qwen_image.transformer, T, *qwen_image._without_text(x, conditions))
     v, known = (qwen_image.velocity(x, T, conditions, u) for u in (None, unconditional))
     assert isinstance(v, Tensor)
     assert isinstance(known, Tensor)
