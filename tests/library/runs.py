@@ -23,9 +23,8 @@ def words(
 ) -> list[str]:
     """Settings of a run of two iterations; without its reward, or its prompts, where these are to be given."""
     made = make_overrides(weights, output, "checkpoint.every=1", "evaluate.every=1", *overrides)
-    left_out = () if with_prompts else ("prompts.",)
-    left_out += () if with_reward else ("reward=jpeg",)
-    return [word for word in made if not word.startswith(left_out)]
+    left_out = [beginning for beginning, kept in (("prompts.", with_prompts), ("reward=jpeg", with_reward)) if not kept]
+    return [word for word in made if not word.startswith(tuple(left_out))]
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
