@@ -20,7 +20,6 @@ from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.grids import cell_origin, enlargement
 from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.metrics import METRICS, Metrics
-from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.progress import Progress
 
 PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle and many more words", "ü"]
@@ -258,22 +257,6 @@ ROWS: list[dict[str, Any]] = [
     {"iteration": 2, "seconds": 3.0, "images": 192, "reward/total": 0.6, "images_per_second": 50.0, "peak_bytes": 7},
     {"iteration": 3, "seconds": 4.0, "images": 288, "images_per_second": 48.0, "eval/strict": 0.6, "skipped_steps": 2},
 ]
-
-
-def test_curves_show_what_was_measured(tmp_path: Path) -> None:
-    draw_curves(ROWS, tmp_path / "a.png", title="run")
-    draw_curves(ROWS, tmp_path / "b.png", title="run")
-    draw_curves([], tmp_path / "empty.png", title="run")
-    drawn, empty = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("a.png", "empty.png"))
-    blue = (31, 119, 180)
-    height, width = (size // 2 for size in drawn.shape[:2])
-    panels = [drawn[:height, :width], drawn[:height, width:], drawn[height:, :width], drawn[height:, width:]]
-    # nothing but nulls was logged for kl, the third panel
-    assert [bool((panel == blue).all(axis=-1).any()) for panel in panels] == [True, True, False, True]
-    assert not (empty == blue).all(axis=-1).any()
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with pytest.raises(ValueError, match="x must be one of"):
-        draw_curves(ROWS, tmp_path / "c.png", title="run", x="epochs")
 
 
 def test_the_summary_states_first_and_last_evaluation_speed_and_machine(run: RunDirectory, metrics: Metrics) -> None:
