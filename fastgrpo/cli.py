@@ -1,4 +1,4 @@
-"""``fastgrpo COMMAND [key=value ...]``: what each command is called, how it is explained, and how it fails.
+"""``fastgrpo COMMAND [key=value ...]``: what each command is called, and how it fails.
 
 Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for one that a signal stopped and that is saved, 130 for an
 interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,8 @@ class Command:
     summary: str
     details: str
     examples: tuple[str, ...]
+    # whether it takes seconds until it does anything
+    loads: bool = True
 
     def __call__(self, config: "DictConfig") -> None:
         module, _, name = self.run.rpartition(".")
@@ -55,6 +56,15 @@ COMMANDS = {
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
         ),
+    ),
+    "runs": Command(
+        run="fastgrpo.commands.runs.runs",
+        summary="list runs and how they stand",
+        details="A table of the runs in a directory and all those below it, the newest first: recipe, model, reward, "
+        "evaluation first and last, images a second, and whether each is running, finished, stopped or failed. "
+        "json=true prints it as JSON with everything that is known of each.",
+        examples=("fastgrpo runs", "fastgrpo runs in=/data/outputs", "fastgrpo runs json=true | jq '.[0].state'"),
+        loads=False,
     ),
     "submit": Command(
         run="fastgrpo.commands.submit.submit",
@@ -145,6 +155,7 @@ COMMANDS = {
 }
 # a model chooses its time grid in these too, and nobody uses it
 _DRAW_NOTHING = ("encode", "export")
+_HELP, _DRY_RUN = ("--help", "-h"), "--dry-run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,28 +176,48 @@ def _main(words: list[str]) -> int:
         return BAD_INPUT
     try:
         command = _find_command(words[0])
-        if any(word in ("--help", "-h") for word in words[1:]):
-            return _show(_explanation(words[0], command))
+        overrides = [word for word in words[1:] if word not in (*_HELP, _DRY_RUN)]
+        if len(overrides) < len(words[1:]) and any(word in _HELP for word in words[1:]):
+            return _show(_explanation(words[0], command, overrides))
         _hide_known_warnings()
-        config = _load(words[0], words[1:])
+        is_dry = len(overrides) < len(words[1:])
+        if command.loads and not is_dry and os.environ.get("RANK", "0") == "0":
+            # importing torch and diffusers alone takes seconds
+            print(f"fastgrpo {words[0]}: loading", flush=True)
+        config = _load(words[0], overrides)
+        if is_dry:
+            from fastgrpo.commands.dry_run import dry_run
+
+            return _show(dry_run(words[0], config))
     except ValueError as error:
         return _report(error, BAD_INPUT)
     return _run(command, config)
 
 
 def _run(command: Command, config: "DictConfig") -> int:
-    # by now load_config has imported the pieces that the config names, so these cost nothing
+    try:
+        if command.loads:
+            # by now load_config has imported the pieces that the config names, so this costs nothing
+            from fastgrpo.models.quiet import hide_loading_bars
+
+            hide_loading_bars()
+        command(config)
+    except Exception as error:
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    """The exit code of an error that is expected, which is reported; any other is raised again."""
     from fastgrpo.checkpoints.checkpoint import CheckpointError
     from fastgrpo.distributed.world import RankFailure
     from fastgrpo.health import Preempted, TrainingError
     from fastgrpo.memory.batch_size import DoesNotFit
-    from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.out_of_memory import is_out_of_memory
     from fastgrpo.rewards.reward import RewardError
 
-    hide_loading_bars()
     try:
-        command(config)
+        raise error
     except Preempted as error:
         return _report(error, INTERRUPTED if error.signal_number == signal.SIGINT else PREEMPTED)
     except (TrainingError, RewardError, CheckpointError, DoesNotFit, RankFailure) as error:
@@ -198,7 +229,6 @@ def _run(command: Command, config: "DictConfig") -> int:
             return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
         _tell_launcher(error)
         raise
-    return 0
 
 
 def _find_command(name: str) -> Command:
@@ -211,12 +241,9 @@ def _find_command(name: str) -> Command:
 
 def _load(name: str, overrides: Sequence[str]) -> "DictConfig":
     from fastgrpo.config import load_config
+    from fastgrpo.overrides import checked
 
-    for override in overrides:
-        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
-            example = override.lstrip("-").split("=")[0] or "key"
-            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {name} --help")
-    config = load_config(name, overrides)
+    config = load_config(name, checked(overrides, name))
     if "run" not in config:
         return config
     from fastgrpo.commands.trained import with_run
@@ -264,40 +291,16 @@ def _lacks(remark: str, record: logging.LogRecord) -> bool:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fastgrpo COMMAND [key=value ...]",
-            "",
-            "Online reinforcement learning of flow-matching image models.",
-            "",
-            *lines,
-            "",
-            "fastgrpo COMMAND --help lists every key of a command, fastgrpo --version says the version.",
-        ]
-    )
+    from fastgrpo.help import overview
+
+    return overview(COMMANDS)
 
 
-def _explanation(name: str, command: Command) -> str:
-    from omegaconf import OmegaConf
+def _explanation(name: str, command: Command, overrides: Sequence[str]) -> str:
+    from fastgrpo.help import explanation
+    from fastgrpo.overrides import checked
 
-    from fastgrpo.config import compose_config, config_groups
-
-    config = compose_config(name)
-    groups = config_groups(name)
-    if name in _DRAW_NOTHING:
-        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "algorithm"])
-        groups = {group: options for group, options in groups.items() if not group.startswith("algorithm")}
-    lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
-    lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
-    lines += [f"  {example}" for example in command.examples]
-    lines += ["", "groups, each chosen by group=option:"]
-    width = max(map(len, groups))
-    indent = " " * (width + 4)
-    for group, options in groups.items():
-        lines += textwrap.wrap(f"  {group:<{width}}  {', '.join(options)}", 110, subsequent_indent=indent)
-    return "\n".join([*lines, "", "default config, each key set by key=value:", "", OmegaConf.to_yaml(config)])
+    return explanation(name, command, checked(overrides, name), "algorithm" if name in _DRAW_NOTHING else "")
 
 
 if __name__ == "__main__":

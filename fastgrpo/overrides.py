@@ -24,6 +24,15 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
+def checked(overrides: Sequence[str], command: str) -> list[str]:
+    """The words of a command line, each a setting; ValueError for one that is none."""
+    for override in overrides:
+        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
+            example = override.lstrip("-").split("=")[0] or "key"
+            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {command} --help")
+    return list(overrides)
+
+
 def is_plain(override: str) -> bool:
     """Whether it sets a value, rather than choosing a group's option, adding or removing a key."""
     return override[:1] not in ("+", "~") and "/" not in override.split("=")[0] and "@" not in override.split("=")[0]

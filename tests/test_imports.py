@@ -62,11 +62,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overrides": set(),
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
+    "meanings": set(),
+    "help": {"config", "meanings"},
     "parts": _CARRIED | {"prompts", "pieces"},
     # the command, where the module is run by torchrun
     "train": _RUN | {"parts", "cli"},
     "commands": _RUN | _FACE | {"train", "shapes"},
-    "cli": _RUN | _FACE | {"train", "commands"},
+    "cli": _RUN | _FACE | {"train", "commands", "help"},
 }
 CONFINED = {
     # submitit is started by Hydra's launcher
@@ -76,6 +78,8 @@ CONFINED = {
     "omegaconf": (
         "fastgrpo/cli.py",
         "fastgrpo/config.py",
+        "fastgrpo/help.py",
+        "fastgrpo/meanings.py",
         "fastgrpo/pieces.py",
         "fastgrpo/parts.py",
         # the config of a run, as a file

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastgrpo.files.whole import write_whole
+from fastgrpo.records.state import is_warm
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,7 +64,7 @@ _LATER = (
     Panel(
         "images/s, without compilation",
         ("images_per_second",),
-        counts=lambda row: not row.get("compilations") and row["iteration"] > 1,
+        counts=is_warm,
         shows_median=True,
         starts_at_0=True,
     ),

@@ -12,6 +12,8 @@ from typing import Protocol
 from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
+from fastgrpo.health import Preempted
+from fastgrpo.records.closing import closing_words
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.progress import Progress
 from fastgrpo.records.remarks import LOOKS_BACK, remark_on
@@ -48,6 +50,8 @@ class Record:
     metrics: Metrics
     stragglers: Stragglers
     _progress: Progress | None = field(default=None, init=False)
+    # what is said when training is over
+    _closing: list[str] = field(default_factory=list, init=False)
     # the rows that a remark is made of
     _last: list[Mapping[str, float]] = field(default_factory=list, init=False)
 
@@ -60,8 +64,21 @@ class Record:
         self._progress = Progress(
             num_iterations, first=first, max_seconds=max_seconds, num_compilations=num_compilations
         )
-        with self.metrics, self._progress:
-            yield
+        # what an earlier attempt came to is no more true
+        self.directory.summary.unlink(missing_ok=True)
+        try:
+            with self.metrics, self._progress:
+                if first == 0:
+                    self._progress.say("evaluating before training")
+                yield
+        except Preempted:
+            raise
+        except Exception as error:
+            self.metrics.finish(" ".join(f"{type(error).__name__}: {error}".split()))
+            raise
+        finally:
+            # below the live line, which is there no more
+            print(*self._closing, sep="\n", end="\n" * bool(self._closing), flush=True)
 
     def row(self, iteration: int, values: Mapping[str, float]) -> None:
         assert self._progress is not None
@@ -75,12 +92,14 @@ class Record:
             self.stragglers.add(iteration, seconds, waited_R)
 
     def evaluation(self, iteration: int, result: EvaluationResult) -> None:
-        self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified)
+        self.metrics.scores(iteration, result.scores)
+        totals = self.metrics.totals_of(result.scores, len(result.images))
+        self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified, totals)
 
     def finish(self) -> None:
-        self.metrics.finish()
-        if table := self.stragglers.table():
-            print(table)
+        summary = self.metrics.finish()
+        table = self.stragglers.table()
+        self._closing = [*([table] if table else []), *closing_words(summary, self.directory)]
 
 
 class NoRecord:
