@@ -6,24 +6,30 @@ independent.  Letters: P prompts, G images of each.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.noise import Starts, plain_starts
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
 from fastgrpo.evaluate import EvaluationResult
 from fastgrpo.files.whole import write_whole
+from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
+from fastgrpo.records.before_after import Shown, write_before_after
+from fastgrpo.records.evaluations import differences, means_of_prompts, totals, weights_of
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.summary import commit, hardware, versions
 from fastgrpo.sampler import Sampler
@@ -42,18 +48,29 @@ def evaluate(config: DictConfig) -> None:
     rewards, _ = build_rewards(config, prompts=texts)
     proposal = wanted_proposal(config)
     directory = new_directory(config.output)
-    model, origin = load_model(config)
-    starts, noise = starts_of(proposal, config, model, texts[0])
-    evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts, starts=starts)
-    spent = None
-    if search is None:
-        result = evaluation()
-    else:
+
+    def evaluated(model: FlowModel, starts: Starts = plain_starts) -> tuple[EvaluationResult, dict[str, Any] | None]:
+        runtime = read_runtime(config)
+        evaluation = build_evaluation(evaluating, runtime, model, rewards, algorithm, prompts, starts=starts)
+        if search is None:
+            return evaluation(), None
         sampler = Sampler(model=model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
         num_images = len(texts) * evaluating.images_per_prompt
         with begun_search(search, config, sampler, rewards, algorithm, num_images) as begun:
-            result = replace(evaluation, search=begun)()
-        spent = account(begun, result.cost, num_images)
+            found = replace(evaluation, search=begun)()
+        return found, account(begun, found.cost, num_images)
+
+    of_base: list[EvaluationResult] = []
+
+    def evaluate_base(model: FlowModel) -> None:
+        if config.base:
+            print("evaluating the model that the run began from", flush=True)
+            of_base.append(evaluated(model)[0])
+
+    model, origin = load_model(config, evaluate_base)
+    starts, noise = starts_of(proposal, config, model, texts[0])
+    print(f"evaluating {origin}", flush=True)
+    result, spent = evaluated(model, starts)
     report = {
         "model": origin,
         "start_noise": noise or "plain",
@@ -62,6 +79,9 @@ def evaluate(config: DictConfig) -> None:
         "num_steps": evaluating.num_steps,
         "search": spent,
         "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
+        "base": {name: _statistics(scores_PG) for base in of_base for name, scores_PG in base.scores.items()},
+        # of the run from the base, prompt by prompt
+        "differences": differences([means_of_prompts(0, one.scores) for one in (*of_base, result)]),
         "kinds": _by_kind(texts, result),
         "hardware": hardware(),
         "versions": versions(),
@@ -70,8 +90,20 @@ def evaluate(config: DictConfig) -> None:
     write_whole(directory / "evaluation.json", (json.dumps(report, indent=2) + "\n").encode())
     pixels = [to_uint8(image_CHW) for image_CHW in result.images]
     write_whole(directory / "grid.png", png(draw_grid(pixels, result.texts, result.verified)))
+    for base in of_base:
+        _draw_both(directory, base, result, weights_of({"reward": OmegaConf.to_container(config.reward)}))
     _print(report)
     print(f"written to {directory / 'evaluation.json'} and {directory / 'grid.png'}")
+
+
+def _draw_both(directory: Path, base: EvaluationResult, result: EvaluationResult, weights: Mapping[str, float]) -> None:
+    """The images of both beside each other: those that gained most, and all."""
+    for one in (base, result):
+        shown = len(one.images)
+        scores = {name: scores_PG[:shown, 0].tolist() for name, scores_PG in one.scores.items()}
+        images = [to_uint8(image_CHW) for image_CHW in one.images]
+        write_before_after(directory, Shown(images, one.texts, totals(scores, weights), one.verified))
+    (directory / ".first.npz").unlink()
 
 
 def _statistics(scores_PG: Tensor) -> dict[str, float | None]:
@@ -97,6 +129,14 @@ def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
 def _print(report: dict[str, Any]) -> None:
     search = report["search"]
     print(f"{report['images']} images of {report['model']}" + (f", {in_words(search)}" if search else ""))
+    if report["base"]:
+        both = Table("", "base", "run", "difference", "prompts up, down")
+        for name, found in report["differences"].items():
+            means = [f"{report[which][name]['mean']:.4f}" for which in ("base", "rewards")]
+            error = found["standard_error"]
+            change = f"{found['difference']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+            both.add_row(name, *means, change, f"{found['rose']}, {found['fell']}")
+        Console().print(both)
     table = Table("", "prompts", *report["rewards"])
     for name, part in report["kinds"].items():
         table.add_row(name, str(part["prompts"]), *[_cell(value) for value in part["rewards"].values()])
