@@ -55,6 +55,7 @@ COMMANDS = {
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60",
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
+            "fastgrpo train hardware=24gb prompts.path=train.txt prompts.held_out=test.txt",
         ),
     ),
     "runs": Command(
@@ -85,7 +86,7 @@ COMMANDS = {
         "evaluations. lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
-            "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
+            "fastgrpo sample prompt='three green triangles' run=outputs/nft output=triangles",
             "fastgrpo sample prompt='a red kite' model=sd35_medium lora=lora.safetensors",
             "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true budget=160 output=searched",
         ),
@@ -99,10 +100,10 @@ COMMANDS = {
         "judge them without having been searched for.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
-            "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",
-            "fastgrpo evaluate run=outputs/run/checkpoints/step_000100 evaluate.images_per_prompt=16",
-            "fastgrpo evaluate lora=outputs/run/lora output=outputs/lora_evaluation",
-            "fastgrpo evaluate run=outputs/run search=true budget=40 output=outputs/searched",
+            "fastgrpo evaluate run=outputs/nft output=outputs/nft_evaluation",
+            "fastgrpo evaluate run=outputs/nft/checkpoints/step_000100 evaluate.images_per_prompt=16",
+            "fastgrpo evaluate lora=outputs/nft/lora output=outputs/lora_evaluation",
+            "fastgrpo evaluate run=outputs/nft search=true budget=40 output=outputs/searched",
         ),
     ),
     "export": Command(
@@ -112,8 +113,8 @@ COMMANDS = {
         "with merged=true, merged/ for from_pretrained of the model's pipeline. lora= in place of run= writes the "
         "pipeline of a LoRA that was made elsewhere.",
         examples=(
-            "fastgrpo export run=outputs/run output=exported",
-            "fastgrpo export run=outputs/run output=exported merged=true",
+            "fastgrpo export run=outputs/nft output=exported",
+            "fastgrpo export run=outputs/nft output=exported merged=true",
             "fastgrpo export lora=lora.safetensors model=sd35_medium output=exported merged=true",
         ),
     ),
@@ -144,10 +145,12 @@ COMMANDS = {
         summary="check that this machine computes right",
         details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
         "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
-        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there.",
+        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there; recommend= "
+        "plans all models for one, and prints the commands that train those that fit.",
         examples=(
             "fastgrpo doctor",
             "fastgrpo doctor memory=80GiB model=sd35_medium model.weights=random num_prompts=8 group_size=24",
+            "fastgrpo doctor recommend=24GiB",
             "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
             "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
         ),

@@ -12,6 +12,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 _CONFIGS = "fastgrpo_configs"
+# groups whose keys are of the whole config
+_OF_ALL = ("experiment", "hardware")
 _COMMENT, _KEY = re.compile(r"\s*# ?(.*)"), re.compile(r"( *)([\w.-]+):(?: |$)")
 
 
@@ -37,8 +39,7 @@ def meanings(name: str, choices: Mapping[str, str]) -> tuple[dict[str, str], dic
         package = package.removeprefix("_global_.") or where.replace("/", ".")
         found = _with_below(top, f"{where}/{option}")
         headings[group] = found.heading
-        # an experiment's keys are of the whole config
-        prefix = "" if where == "experiment" else f"{package}."
+        prefix = "" if where in _OF_ALL else f"{package}."
         of_keys |= {f"{prefix}{key}": text for key, text in found.keys.items()}
     return of_keys, headings
 

@@ -25,7 +25,12 @@ def key_of(override: str) -> str:
 
 
 def checked(overrides: Sequence[str], command: str) -> list[str]:
-    """The words of a command line, each a setting; ValueError for one that is none."""
+    """The words of a command line, each a setting; ValueError for one that is none.
+
+    ``doctor recommend`` is for the GPU of this machine.
+    """
+    if command == "doctor":
+        overrides = ["recommend=here" if override == "recommend" else override for override in overrides]
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             example = override.lstrip("-").split("=")[0] or "key"
