@@ -35,7 +35,8 @@ def take_judgement(own: DictConfig, saved: DictConfig, source: Path, overrides: 
         own.reward = reward
     if not judges:
         return
-    for group in [group for group in _PLAIN if group in own and group not in named]:
+    chosen = set(map(key_of, overrides))
+    for group in [group for group in _PLAIN if group in own and group not in chosen]:
         for key, value in _plain(saved, group, source).items():
             if key in own[group] and f"{group}.{key}" not in line:
                 own[group][key] = value
