@@ -100,7 +100,7 @@ def _first(directory: Path, now: Shown) -> Shown:
     file = io.BytesIO()
     about = {key: value for key, value in asdict(now).items() if key != "images"}
     encoded = np.frombuffer(json.dumps(about, default=list).encode(), dtype=np.uint8)
-    np.savez(file, *now.images, **{_ABOUT: encoded})
+    np.savez(file, *now.images, about=encoded)
     write_whole(directory / ".first.npz", file.getvalue())
     # of a run that an earlier version began
     (directory / ".first.json").unlink(missing_ok=True)

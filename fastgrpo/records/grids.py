@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastgrpo.records.labels import LINE_PIXELS, lines_of, num_lines, plain_font
@@ -26,6 +26,7 @@ _INK = (30, 30, 30)
 _AROUND = (226, 226, 226)
 _YES, _NO = ("✓", (20, 130, 60)), ("✗", (190, 40, 40))
 
+Font = ImageFont.FreeTypeFont
 Marks = Sequence[bool] | None
 Scores = Sequence[float] | None
 
@@ -155,7 +156,7 @@ def _num_columns(num_cells: int, cell_width: int) -> int:
     return max(1, min(square, _MAX_PAGE_PIXELS // (cell_width + MARGIN)))
 
 
-def _write(canvas: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], font: object) -> None:
+def _write(canvas: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], font: Font) -> None:
     x, y = corner
     for line, text in enumerate(lines):
         canvas.text((x, y + line * LINE_PIXELS), text, fill=_INK, font=font)

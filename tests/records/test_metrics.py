@@ -21,6 +21,8 @@ from fastgrpo.records.grids import cell_origin, enlargement
 from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.metrics import METRICS, Metrics
 from fastgrpo.records.progress import Progress
+from fastgrpo.records.record import Record
+from fastgrpo.records.stragglers import Stragglers
 
 PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle", "ü"]
 
@@ -343,6 +345,66 @@ def test_a_run_with_a_time_limit_counts_down_to_it(capsys: pytest.CaptureFixture
         for iteration, seconds in ((1, 8.0), (2, 16.0), (3, 61.0)):
             progress.update(iteration, {"seconds": seconds})
     assert capsys.readouterr().out.splitlines() == ["0:52 left  iteration 1/1000", "0:00 left  iteration 3/1000"]
+
+
+def test_a_line_fits_a_terminal_of_80_columns_and_begins_with_the_time_left() -> None:
+    values = {"reward/total": 0.5, "images_per_second": 12.3}
+    values |= {f"eval/{name}": 0.25 for name in ("pick_score", "image_reward", "shapes_strict")}
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    with Progress(120, console=console, clock=clock_of([0.0, 4.0])) as progress:
+        progress.update(1, values)
+    shown = next(line for line in screen.getvalue().splitlines() if "iteration" in line)
+    shown = shown[shown.index("7:56") :].rstrip("━╸╺ ")
+    # what is watched comes first, and what does not fit is left out whole
+    assert shown == "7:56 left  iteration 1/120  reward 0.500  eval/shapes_strict 0.250"
+    assert len(shown) < 80
+
+
+def test_what_is_done_before_the_first_iteration_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(5, clock=clock_of([0.0])) as progress:
+        progress.say("evaluating before training")
+    assert capsys.readouterr().out.splitlines() == ["iteration 0/5  evaluating before training"]
+
+
+def test_tensorboard_has_the_config(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(run, config={"train": {"group_size": 16}, "name": "ü"}) as metrics:
+        # as a run does before it begins, which hides what was written before
+        metrics.truncate_to(-1)
+        metrics.log(0, {"loss": 1.0})
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("config")]
+    text = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+    assert text == "    train:\n      group_size: 16\n    name: ü"
+
+
+def test_a_run_that_fails_says_so_in_its_summary_and_one_that_goes_on_no_more(run: RunDirectory) -> None:
+    def record() -> Record:
+        metrics = Metrics(run, tensorboard=False, config={"train": {"iterations": 1, "max_minutes": 9.0}})
+        return Record(directory=run, metrics=metrics, stragglers=Stragglers(path=run.ranks, hosts=["here"]))
+
+    with pytest.raises(RuntimeError), record().open(1, 0, 9.0):
+        raise RuntimeError("the disk\nis full")
+    assert json.loads(run.summary.read_text())["error"] == "RuntimeError: the disk is full"
+    assert json.loads(run.summary.read_text())["state"] == "failed"
+    again = record()
+    with again.open(1, 0, 9.0):
+        assert not run.summary.exists()
+        again.row(1, {"seconds": 2.0, "loss": 1.0})
+        again.finish()
+    summary = json.loads(run.summary.read_text())
+    assert (summary["state"], summary["error"]) == ("finished", None)
+
+
+def test_scores_of_prompts_are_kept_and_forgotten_with_the_iterations_they_are_of(
+    run: RunDirectory, metrics: Metrics
+) -> None:
+    for iteration in (0, 2, 4):
+        metrics.scores(iteration, {"a": torch.full((2, 3), float(iteration))})
+    metrics.truncate_to(3)
+    assert read_rows(run.evaluations) == [{"iteration": n, "means": {"a": [float(n)] * 2}} for n in (0, 2)]
 
 
 def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:

@@ -37,7 +37,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
 
 def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     """What is drawn under each label; ends of a line across are in shares of the width."""
-    return {str(line.get_label()): [tuple(map(float, xy)) for xy in line.get_xydata()] for line in axes.get_lines()}
+    found = {}
+    for line in axes.get_lines():
+        at, values = (np.asarray(line.get_data()[side], dtype=float).tolist() for side in (0, 1))
+        found[str(line.get_label())] = list(zip(at, values, strict=True))
+    return found
 
 
 def test_what_was_measured_has_a_panel_and_the_evaluation_comes_first(tmp_path: Path, drawn: list[Axes]) -> None:
@@ -85,8 +89,9 @@ def test_text_can_be_read_in_a_picture_8_cm_wide(tmp_path: Path, drawn: list[Axe
     shrunk = 8 / 2.54 / drawn[0].get_figure(root=True).get_figwidth()  # type: ignore[union-attr]
     for axes in drawn:
         texts = [axes.title, axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
-        texts += axes.get_legend().get_texts() if axes.get_legend() else []
-        assert min(text.get_fontsize() for text in texts) * shrunk >= 4.5
+        legend = axes.get_legend()
+        texts += legend.get_texts() if legend else []
+        assert min(float(text.get_fontsize()) for text in texts) * shrunk >= 4.5
         # nothing stands over the edge
         left, right = (axes.title.get_window_extent().x0, axes.title.get_window_extent().x1)
         assert left >= 0

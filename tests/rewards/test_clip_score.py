@@ -14,6 +14,7 @@ from fastgrpo.compile.networks import Eager
 from fastgrpo.config import load_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.networks.preprocess import Preprocess
+from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 from tests.rewards.miniatures import save_clip, to_images
@@ -91,7 +92,7 @@ def test_a_preprocessor_that_does_something_else_is_refused(change: dict) -> Non
 
 
 def test_the_embedded_scorer_refuses_prompts_that_it_was_never_shown() -> None:
-    terms = {"clip": clip_score(path="shapes", backend=Eager())}
+    terms: dict[str, Reward] = {"clip": clip_score(path="shapes", backend=Eager())}
     rewards = Rewards(terms=terms, weights={"clip": 1.0}, scoring=Scoring())
     rewards.check_prompts(["a red circle left of a blue square", "three green triangles"])
     with pytest.raises(ValueError, match=r"reward 'clip' cannot judge the prompt 'a red kite'.*use reward=clip_score"):
