@@ -4,7 +4,6 @@ Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for one that a signa
 interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -12,11 +11,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastgrpo.known_warnings import hide_known_warnings
 
 # all else that takes more than a moment to import is imported inside main, which says in a line what went wrong
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        run="fastgrpo.train.train",
+        run="fastgrpo.training.train",
         summary="train a model on a reward",
         details="Writes everything about the run into output, checkpoints and the trained LoRA included; with "
         "resume=true it goes on from the newest complete checkpoint.",
@@ -146,11 +146,13 @@ COMMANDS = {
         details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
         "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
         "fails. With memory= it plans the batches of training instead, for a GPU that need not be there; recommend= "
-        "plans all models for one, and prints the commands that train those that fit.",
+        "plans all models for one, and prints the commands that train those that fit. With prompts=FILE it shows what "
+        "it reads of a prompt file instead, and loads no model.",
         examples=(
             "fastgrpo doctor",
             "fastgrpo doctor memory=80GiB model=sd35_medium model.weights=random num_prompts=8 group_size=24",
             "fastgrpo doctor recommend=24GiB",
+            "fastgrpo doctor prompts=PartiPrompts.tsv",
             "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
             "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
         ),
@@ -179,16 +181,22 @@ def _main(words: list[str]) -> int:
         return BAD_INPUT
     try:
         command = _find_command(words[0])
-        overrides = [word for word in words[1:] if word not in (*_HELP, _DRY_RUN)]
-        if len(overrides) < len(words[1:]) and any(word in _HELP for word in words[1:]):
+        flags = [word for word in words[1:] if word in (*_HELP, _DRY_RUN)]
+        overrides = [word for word in words[1:] if word not in flags]
+        if words[0] == "doctor":
+            # for the GPU of this machine
+            overrides = ["recommend=here" if word == "recommend" else word for word in overrides]
+        if {*flags} & {*_HELP}:
             return _show(_explanation(words[0], command, overrides))
-        _hide_known_warnings()
-        is_dry = len(overrides) < len(words[1:])
-        if command.loads and not is_dry and os.environ.get("RANK", "0") == "0":
+        hide_known_warnings()
+        if command.loads and not flags and os.environ.get("RANK", "0") == "0":
             # importing torch and diffusers alone takes seconds
             print(f"fastgrpo {words[0]}: loading", flush=True)
-        config = _load(words[0], overrides)
-        if is_dry:
+        # it imports Hydra
+        from fastgrpo.commands.line import config_of
+
+        config = config_of(words[0], overrides)
+        if flags:
             from fastgrpo.commands.dry_run import dry_run
 
             return _show(dry_run(words[0], config))
@@ -242,18 +250,6 @@ def _find_command(name: str) -> Command:
     return COMMANDS[name]
 
 
-def _load(name: str, overrides: Sequence[str]) -> "DictConfig":
-    from fastgrpo.config import load_config
-    from fastgrpo.overrides import checked
-
-    config = load_config(name, checked(overrides, name))
-    if "run" not in config:
-        return config
-    from fastgrpo.commands.trained import with_run
-
-    return with_run(config, overrides)
-
-
 def _show(text: str) -> int:
     try:
         print(text, flush=True)
@@ -279,20 +275,6 @@ def _tell_launcher(error: Exception) -> None:
         get_error_handler().record_exception(error)
 
 
-def _hide_known_warnings() -> None:
-    """Two remarks that libraries make on every start and that mean nothing here; all their others still show."""
-    for logger, remark in (
-        ("transformers.utils.import_utils", "requires torchvision"),
-        # a pipeline without T5 has no third text encoder to save
-        ("diffusers.pipelines.pipeline_utils", "cannot be saved"),
-    ):
-        logging.getLogger(logger).addFilter(partial(_lacks, remark))
-
-
-def _lacks(remark: str, record: logging.LogRecord) -> bool:
-    return remark not in record.getMessage()
-
-
 def _overview() -> str:
     from fastgrpo.help import overview
 
@@ -300,10 +282,11 @@ def _overview() -> str:
 
 
 def _explanation(name: str, command: Command, overrides: Sequence[str]) -> str:
+    from fastgrpo.commands.line import check_words
     from fastgrpo.help import explanation
-    from fastgrpo.overrides import checked
 
-    return explanation(name, command, checked(overrides, name), "algorithm" if name in _DRAW_NOTHING else "")
+    check_words(name, overrides)
+    return explanation(name, command, overrides, "algorithm" if name in _DRAW_NOTHING else "")
 
 
 if __name__ == "__main__":

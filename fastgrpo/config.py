@@ -6,26 +6,30 @@ names the key, before anything is built.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgrpo.files.locations import resolve_path
-from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, quoted, switched, value_of
+from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, of_file, quoted, switched, value_of
 from fastgrpo.own_code.begun import settings_of
 from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
 _CONFIGS = "fastgrpo_configs"
+_composing = Lock()
 _RESUMING = ("train", "submit")
 # groups of which a model chooses another option, as its size wants it; its time grid is another
 _BROUGHT = {"compile", "runtime", "adaptation"}
@@ -42,6 +46,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """
     groups = config_groups(name)
     overrides = [switched(quoted(override), groups) for override in overrides]
+    overrides = [meant for override in overrides for meant in of_file(override, name, groups)]
     try:
         default = _resolved(name, [override for override in overrides if key_of(override) in groups])
         begun = _begun(name, overrides, groups) if name in _RESUMING else None
@@ -83,7 +88,7 @@ def explained_config(name: str, overrides: Sequence[str]) -> tuple[DictConfig, d
 @lru_cache(maxsize=16)
 def _composed(name: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     """The config, and the option of each group."""
-    with initialize_config_module(_CONFIGS, version_base="1.3"):
+    with _hydra_of_its_own(), initialize_config_module(_CONFIGS, version_base="1.3"):
         config = compose(name, overrides=list(overrides), return_hydra_config=True)
     choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     chosen = {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
@@ -92,6 +97,18 @@ def _composed(name: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[s
     if "recipe" in config and config.recipe is None:
         config.recipe = chosen.get("experiment") or chosen["algorithm"]
     return config, chosen
+
+
+@contextmanager
+def _hydra_of_its_own() -> Iterator[None]:
+    """Hydra is one object of the process, which may be a program of Hydra's, and load configs in several threads."""
+    with _composing:
+        others = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = others
 
 
 def config_groups(name: str) -> dict[str, list[str]]:
@@ -129,6 +146,15 @@ def _expand_home(node: Any, key: str = "") -> None:
             _expand_home(value, name)
         elif isinstance(value, str) and value.startswith("~") and name not in (*TEXT_KEYS, *_CACHES):
             node[child] = resolve_path(value)
+
+
+def goes_on(name: str, overrides: Sequence[str]) -> bool:
+    """Whether the overrides go on with a run that has begun, which keeps its config; they need not be right."""
+    groups = config_groups(name)
+    try:
+        return _begun(name, [switched(quoted(override), groups) for override in overrides], groups) is not None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, name)) from error
 
 
 def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig | None:

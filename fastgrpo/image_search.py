@@ -16,6 +16,7 @@ from fastgrpo.algorithm.image_search import planned
 from fastgrpo.algorithm.making import Plan, Search
 from fastgrpo.algorithm.noise import START_STREAM, NoiseDraw, Starts, plain_starts
 from fastgrpo.algorithm.slots import Slots
+from fastgrpo.models.adapter import encoded
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler, handed_to_nobody
 from fastgrpo.search_portion import Cost, Portion, watched_by_nobody
@@ -111,7 +112,7 @@ def _plain(
     stream: int = START_STREAM,
     hand_on: Callable[[Tensor], None] = handed_to_nobody,
 ) -> Searched:
-    conditions = sampler.model.encode(samples.texts)
+    conditions = encoded(sampler.model, samples.asked)
     images_BCHW = sampler(samples, conditions, starts(draw, stream, conditions), hand_on)
     evaluations = len(samples) * sampler.num_steps * _evaluations_per_velocity(sampler)
     return Searched(images_BCHW, torch.full((len(samples),), torch.nan), Cost(evaluations))

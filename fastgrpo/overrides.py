@@ -24,20 +24,6 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
-def checked(overrides: Sequence[str], command: str) -> list[str]:
-    """The words of a command line, each a setting; ValueError for one that is none.
-
-    ``doctor recommend`` is for the GPU of this machine.
-    """
-    if command == "doctor":
-        overrides = ["recommend=here" if override == "recommend" else override for override in overrides]
-    for override in overrides:
-        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
-            example = override.lstrip("-").split("=")[0] or "key"
-            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {command} --help")
-    return list(overrides)
-
-
 def is_plain(override: str) -> bool:
     """Whether it sets a value, rather than choosing a group's option, adding or removing a key."""
     return override[:1] not in ("+", "~") and "/" not in override.split("=")[0] and "@" not in override.split("=")[0]
@@ -85,6 +71,20 @@ def switched(override: str, groups: Mapping[str, Sequence[str]]) -> str:
             f"{key} must be true, false or one of {options}, got {text}; {key}=true is {key}={_SWITCHED[key][True]}"
         )
     return override
+
+
+def of_file(override: str, name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """What ``prompts=FILE`` means to doctor, which shows that file; ValueError for another command's, with its key."""
+    key, equals, text = override.partition("=")
+    if key != "prompts" or "prompts" not in groups or not equals:
+        return [override]
+    value = str(value_of(override))
+    if value in groups["prompts"] or not ("." in value or "/" in value):
+        return [override]
+    if name == "doctor":
+        return [f"prompts.path={text}", "show_prompts=true"]
+    option = "held_out" if name == "evaluate" else "path"
+    raise ValueError(f"prompts is one of {', '.join(groups['prompts'])}; give a file as prompts.{option}={text}")
 
 
 def quoted(override: str) -> str:

@@ -20,7 +20,7 @@ from fastgrpo.resolution import places_by_resolution
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.search_portion import Cost, watched_by_nobody
-from fastgrpo.types import Prompt, Prompts, Samples
+from fastgrpo.types import Prompt, Prompts, Samples, as_prompts
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def search_images(
     """
     if images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
-    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    asked = as_prompts(prompts)
     sampler = Sampler(
         model=model, grid=algorithm.evaluation_grid(num_steps), batch_sizes=batch_sizes or BatchSizes.of(16)
     )
@@ -102,7 +102,7 @@ class PromptImages:
         for resolution, places in places_by_resolution(prompt.resolution for prompt in prompts).items():
             for first in range(0, len(places), at_once):
                 ids = places[first : first + at_once]
-                part = Prompts([prompts[place].text for place in ids], ids, resolution)
+                part = Prompts([prompts[place] for place in ids], ids, resolution)
                 samples = Samples.all_of(part, self.images_per_prompt)
                 model = self.sampler.model
                 shape = model.latent_shape_of(resolution)

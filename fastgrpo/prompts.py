@@ -8,19 +8,26 @@ An iteration visits one bucket: its images are of one shape.  In a round of iter
 proportion to its N, at even distances from a random beginning: as often as its share of any number of iterations, and
 all but one visit or so.  A bucket with N < P repeats its prompts.  Where no row asks for a resolution there is one
 bucket, and iteration = visit.
-So a resumed run, and one on any number of GPUs, sees the same prompts.  Letters: N prompts in all, P in an iteration.
+So a resumed run, and one on any number of GPUs, sees the same prompts.
+
+What a row says beside its text is part of its ``Prompt``, the one thing that travels, from the file to the rewards: a
+list of metadata beside the texts would have to be kept in step by everybody who takes, repeats or spreads them.  Texts
+alone do for whoever has nothing else to say.
+Letters: N prompts in all, P in an iteration.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fastgrpo.prompt_files import PromptFile, Row, read_prompt_file
 from fastgrpo.resolution import MAX_RESOLUTIONS, Resolution, places_by_resolution
 from fastgrpo.types import Prompt, Prompts
 
@@ -51,10 +58,10 @@ class PromptSource:
         if iteration < 0:
             raise ValueError(f"iterations count from 0, got {iteration}")
         bucket, visit = self._visit(iteration)
-        resolution, texts = self._buckets[bucket]
+        resolution, prompts = self._buckets[bucket]
         places = range(self.prompts_per_iteration)
         return Prompts(
-            texts=[self._text(bucket, texts, visit * self.prompts_per_iteration + p) for p in places],
+            [self._prompt(bucket, prompts, visit * self.prompts_per_iteration + p) for p in places],
             ids=[iteration * self.prompts_per_iteration + p for p in places],
             resolution=resolution,
         )
@@ -65,22 +72,22 @@ class PromptSource:
 
     def _visit(self, iteration: int) -> tuple[int, int]:
         """The bucket of an iteration, and how often it was visited before."""
-        sizes = [len(texts) for _, texts in self._buckets]
+        sizes = [len(prompts) for _, prompts in self._buckets]
         visits = tuple(size // math.gcd(*sizes) for size in sizes)
         round_, place = divmod(iteration, sum(visits))
         buckets = _round(self.seed, round_, visits)
         bucket = int(buckets[place])
         return bucket, round_ * visits[bucket] + int((buckets[:place] == bucket).sum())
 
-    def _text(self, bucket: int, texts: list[str], occurrence: int) -> str:
-        epoch, position = divmod(occurrence, len(texts))
-        return texts[_order(self.seed, epoch, bucket, len(texts))[position]]
+    def _prompt(self, bucket: int, prompts: list[Prompt], occurrence: int) -> Prompt:
+        epoch, position = divmod(occurrence, len(prompts))
+        return prompts[_order(self.seed, epoch, bucket, len(prompts))[position]]
 
     @cached_property
-    def _buckets(self) -> list[tuple[Resolution | None, list[str]]]:
-        """Resolutions in the order in which the file has them, and their texts."""
+    def _buckets(self) -> list[tuple[Resolution | None, list[Prompt]]]:
+        """Resolutions in the order in which the file has them, and their prompts."""
         places = places_by_resolution(prompt.resolution for prompt in self.prompts)
-        return [(resolution, [self.prompts[place].text for place in found]) for resolution, found in places.items()]
+        return [(resolution, [self.prompts[place] for place in found]) for resolution, found in places.items()]
 
 
 @lru_cache(maxsize=4)
@@ -98,8 +105,8 @@ def _order(seed: int, epoch: int, bucket: int, num_prompts: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(num_prompts)
 
 
-# what a model makes of a resolution: None where it is its own; ValueError where it cannot draw it
-Fit = Callable[[Resolution], Resolution | None]
+# what a model makes of a prompt, whose resolution may be its own; ValueError for one that it cannot draw
+Fit = Callable[[Prompt], Prompt]
 
 
 def num_bytes(text: str) -> int:
@@ -107,30 +114,32 @@ def num_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def load_prompts(path: str | Path, key: str = "prompts.path", fit: Fit = lambda resolution: resolution) -> list[Prompt]:
-    """Prompts of a text file, one a line, or of a ``.jsonl`` file, one ``{"prompt": ...}`` object a line.
+def texts_to_encode(prompts: Iterable[Prompt]) -> list[str]:
+    """The different texts that a model is given for them, of both branches of guidance."""
+    both = ((prompt.text, prompt.negative) for prompt in prompts)
+    return list(dict.fromkeys(text for texts in both for text in texts if text is not None))
 
-    Such an object may have a ``"resolution"``, a whole number or [height, width], which ``fit`` may refuse.
-    Raises ValueError, with the file, the line and the remedy, for anything that is not a usable prompt.  ``key`` is the
-    config's key that ``path`` came from.
+
+def longest(prompts: Sequence[Prompt]) -> Prompt:
+    """The one that takes most memory, with the longest negative text of any."""
+    negatives = [prompt.negative for prompt in prompts if prompt.negative is not None]
+    return replace(
+        max(prompts, key=lambda prompt: num_bytes(prompt.text)),
+        negative=max(negatives, key=num_bytes) if negatives else None,
+    )
+
+
+def load_prompts(
+    path: str | Path, key: str = "prompts.path", fit: Fit = lambda prompt: prompt, column: str = ""
+) -> list[Prompt]:
+    """Prompts of a file of one of the formats of ``prompt_files``, whose texts are in ``column``; '' finds it by name.
+
+    A row may have a ``resolution``, a whole number or [height, width], and a ``negative_prompt``, which ``fit`` may
+    refuse; all else is metadata.  Raises ValueError, with the file, the line and the remedy, for anything that is not a
+    usable prompt.  ``key`` is the config's key that ``path`` came from.
     """
-    if not str(path):
-        raise ValueError(f"{key} is empty; give the path of a prompt file")
-    path = Path(path).expanduser()
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        looked_for = "" if path.is_absolute() else f" (it was looked for as {path.absolute()})"
-        raise ValueError(f"prompt file {path} does not exist; check {key}{looked_for}") from error
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{key}={path} cannot be read ({why}); give a readable text file") from error
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{key}={path} is empty; write one prompt a line")
-    prompts = [_prompt(line, f"{key}: {path}:{number}", path.suffix, fit) for number, line in enumerate(lines, start=1)]
+    file = load_prompt_file(path, key, column)
+    prompts = [_prompt(row, fit) for row in file.rows]
     if (number := len({prompt.resolution for prompt in prompts})) > MAX_RESOLUTIONS:
         raise ValueError(
             f"{key}={path} has {number} resolutions; use at most {MAX_RESOLUTIONS}, since kernels are compiled for each"
@@ -138,43 +147,51 @@ def load_prompts(path: str | Path, key: str = "prompts.path", fit: Fit = lambda 
     return prompts
 
 
-def _prompt(line: bytes, place: str, suffix: str, fit: Fit) -> Prompt:
-    try:
-        text = line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        remedy = "save the file as UTF-8"
-        raise ValueError(f"{place}: byte {error.start + 1} of this line is not UTF-8; {remedy}") from error
-    resolution = None
-    if text and suffix == ".jsonl":
-        row = _object(text, place)
-        text, resolution = row["prompt"].strip(), _resolution(row, place, fit)
+def load_prompt_file(path: str | Path, key: str = "prompts.path", column: str = "") -> PromptFile:
+    """The same rows, as the file has them."""
+    if not str(path):
+        raise ValueError(f"{key} is empty; give the path of a prompt file")
+    return read_prompt_file(Path(path).expanduser(), key, column)
+
+
+def _prompt(row: Row, fit: Fit) -> Prompt:
+    others = dict(row.others)
+    resolution = _resolution(others.pop("resolution"), row.place) if "resolution" in others else None
+    negatives = [others.pop(name) for name in list(others) if _is_negative(name)]
+    if len(negatives) > 1:
+        raise ValueError(f"{row.place}: several negative prompts; leave one")
+    negative = _text(negatives[0], f"{row.place}: negative_prompt") if any(negatives) else ""
+    text = _text(row.text, row.place)
     if not text:
-        raise ValueError(f"{place}: blank prompt; remove the line or write a prompt")
+        raise ValueError(f"{row.place}: blank prompt; remove the line or write a prompt")
+    try:
+        return fit(Prompt(text, resolution, others, negative or None))
+    except ValueError as error:
+        raise ValueError(f"{row.place}: {error}") from error
+
+
+def _is_negative(name: str) -> bool:
+    return re.sub(r"[\s-]+", "_", name.strip().lower()) == "negative_prompt"
+
+
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {value!r}; write a string, or leave it out")
+    text = value.strip()
     if "\0" in text:
         raise ValueError(f"{place}: holds a NUL character, is this a text file? remove it")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{place}: prompt of {len(text)} characters; shorten it to at most {MAX_CHARACTERS}")
-    return Prompt(text, resolution)
-
-
-def _object(text: str, place: str) -> dict[str, Any]:
-    remedy = 'write one {"prompt": "..."} object a line'
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise ValueError(f'{place}: no "prompt" string in this line; {remedy}')
-    if any("\ud800" <= character <= "\udfff" for character in value["prompt"]):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{place}: half of a surrogate pair (\\ud800 ... \\udfff); write the character itself")
-    return value
+    return text
 
 
-def _resolution(row: dict[str, Any], place: str, fit: Fit) -> Resolution | None:
-    if "resolution" not in row:
+def _resolution(value: object, place: str) -> Resolution | None:
+    if isinstance(value, str) and not value.strip():
+        # a table has the column in every row
         return None
-    resolution = Resolution.read(row["resolution"], f"{place}: resolution")
-    try:
-        return fit(resolution)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return Resolution.read(value, f"{place}: resolution")

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
+from fastgrpo.models.adapter import encoded
 from fastgrpo.on_device import on_device
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
@@ -82,10 +83,9 @@ class Retry:
         rows = tuple(retries.row(row, group_size, attempt) for row in own or rows_SG[:1])
         again = Samples(samples.prompts, group_size * (retries.tries + 1), rows, self._filled(found.most, spread.most))
         noise = self.start_noise.again(again, iteration, groups, attempt)
-        scores = self.rewards.begin(again.texts)
-        trajectories = self.rollout(
-            again, self.start_noise.sampler.model.encode(again.texts), noise, iteration, scores.add
-        )
+        scores = self.rewards.begin(again.asked)
+        conditions = encoded(self.start_noise.sampler.model, again.asked)
+        trajectories = self.rollout(again, conditions, noise, iteration, scores.add)
         new_bR = self.world.gather(lambda: scores.collect()[: len(own)], found, num_rewards, "rewards of another try")
 
         device = made.rewards_BR.device

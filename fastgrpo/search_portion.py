@@ -16,7 +16,7 @@ from fastgrpo.algorithm.making import Found
 from fastgrpo.algorithm.ranking import best_first
 from fastgrpo.algorithm.slots import Slots
 from fastgrpo.memory.batches import Batch, in_batches
-from fastgrpo.models.adapter import estimate_decoding
+from fastgrpo.models.adapter import encoded, estimate_decoding
 from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -62,7 +62,7 @@ class Portion:
 
     @cached_property
     def conditions(self) -> Conditions:
-        return self.sampler.model.encode(self.samples.texts)
+        return encoded(self.sampler.model, self.samples.asked)
 
     def estimates(self, noise_SKCHW: Tensor, num_steps: int) -> Tensor:
         sampler = replace(self.sampler, grid=self.estimate_grid(num_steps), estimates=True)
@@ -159,8 +159,8 @@ class _Part:
         return self.portion.samples.most * self.x_SKCHW.shape[1]
 
     def _scores(self) -> Scores[Tensor]:
-        texts = [text for text in self.portion.samples.texts for _ in range(self.x_SKCHW.shape[1])]
-        return self.portion.rewards.begin_search(texts)
+        asked = [prompt for prompt in self.portion.samples.asked for _ in range(self.x_SKCHW.shape[1])]
+        return self.portion.rewards.begin_search(asked)
 
     def _collected(self, scores: Scores[Tensor]) -> Tensor:
         scores_B = scores.collect()

@@ -17,6 +17,7 @@ from fastgrpo.algorithm.noise import Candidates, NoiseDraw, NoiseProposal
 from fastgrpo.algorithm.retries import Retries
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
+from fastgrpo.models.adapter import encoded
 from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
@@ -50,7 +51,8 @@ class StartNoise:
         prompts, model = samples.prompts, self.sampler.model
 
         def moments(places: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-            return self.proposal.moments(model.encode([prompts.texts[place] for place in places]), latent_shape)
+            texts = prompts.texts
+            return self.proposal.moments(model.encode([texts[place] for place in places]), latent_shape)
 
         draw = NoiseDraw(
             seed=self.seed,
@@ -70,8 +72,8 @@ class StartNoise:
                 # both are re-entrant: held from the first round to the last, and not where nothing is searched
                 rounds.enter_context(model.gathered())
                 rounds.enter_context(model.sampling(lossy=True))
-                texts = [prompts.texts[place] for place in candidates.prompts]
-                searched = Prompts(texts, candidates.prompt_ids, prompts.resolution)
+                asked = [prompts.asked[place] for place in candidates.prompts]
+                searched = Prompts(asked, candidates.prompt_ids, prompts.resolution)
                 return self._scores(searched, candidates, estimate_steps)
 
             return propose(draw, score)
@@ -85,8 +87,8 @@ class StartNoise:
         estimate = replace(self.sampler, grid=self.algorithm.estimate_grid(estimate_steps), estimates=True)
 
         def rewards() -> Tensor:
-            scores = self.rewards.begin_search(samples.texts)
-            conditions = self.sampler.model.encode(samples.texts)
+            scores = self.rewards.begin_search(samples.asked)
+            conditions = encoded(self.sampler.model, samples.asked)
             noise_BCHW = candidates.rows(samples.rows)
             estimate.handed_on(noise_BCHW, conditions, range(estimate_steps), scores.add, samples.most)
             return scores.collect()[: len(own), None]

@@ -80,8 +80,8 @@ class _Estimate:
         mean_BCHW = coefficients.mean(x_BCHW, sampler.model.velocity(x_BCHW, grid[self.step], conditions))
         z_BMCHW = mean_BCHW[:, None] + coefficients.std * self.candidates.at(rows)
         times = self.of.algorithm.estimate_grid(self.estimate_steps, start=grid[self.step + 1])
-        texts = self.samples.texts
-        scores = self.of.rewards.begin_search([texts[row] for row in rows for _ in range(self.candidates.num)])
+        asked = self.samples.asked
+        scores = self.of.rewards.begin_search([asked[row] for row in rows for _ in range(self.candidates.num)])
         replace(sampler, grid=times, estimates=True).handed_on(
             z_BMCHW.flatten(0, 1), conditions.repeat(self.candidates.num), range(self.estimate_steps), scores.add, 0
         )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from signal import SIGINT
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from fastgrpo.distributed.signals import StopRequest
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import RankFailure, World
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.memory.plan import MemoryPlan
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, encoded
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.on_device import on_device
 from fastgrpo.profiling.profile import Step, unprofiled
@@ -51,7 +52,7 @@ TOLD = ("iteration", *STAGES, *(WAIT + stage for stage in STAGES))
 class Trainer:
     """One run: from its first iteration, or from its last checkpoint, to ``num_iterations`` or ``max_seconds``.
 
-    plan: of its memory, where batches were planned.
+    plan: of its memory, where batches were planned.  is_stopped: asked after each iteration, as a signal would stop it.
     """
 
     prompts: PromptSource
@@ -78,6 +79,7 @@ class Trainer:
     proposal: Learner = field(default_factory=NothingLearned)
     plan: MemoryPlan | None = None
     profile: Callable[[Step], dict[str, float]] = unprofiled
+    is_stopped: Callable[[], bool] = lambda: False
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     # the largest weighted sum of an evaluation's scores so far, and after which iteration
@@ -97,11 +99,11 @@ class Trainer:
             shares = self.update.shares(len(prompts) * self.group_size, self.iteration)
             spread = Spread.of_shares(shares, self.world.size)
             samples = Samples(prompts, self.group_size, spread.rows[self.world.rank], spread.most)
-            conditions = self.model.encode(samples.texts)
+            conditions = encoded(self.model, samples.asked)
         with timer("search"):
             noise = self.start_noise(samples, self.iteration)
         with timer("rollout"), self.old_policy.applied():
-            scores = self.rewards.begin(samples.texts)
+            scores = self.rewards.begin(samples.asked)
             num_differentiated = self.update.num_differentiated(shares)
             trajectories = self.rollout(
                 samples, conditions, noise, self.iteration, scores.add, num_differentiated=num_differentiated
@@ -227,7 +229,7 @@ class Trainer:
 
     def _agree(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
         """Tell the other ranks how long this one took, and whether it was asked to stop; the first one's seconds."""
-        told = [*(seconds.get(name, 0.0) for name in TOLD), self._stop_request.number]
+        told = [*(seconds.get(name, 0.0) for name in TOLD), self._stop_request.number or SIGINT * self.is_stopped()]
         table = self.world.table(torch.tensor(told, device=self.world.device, dtype=torch.float64), "seconds")
         *seconds_R, signals_R = table.T.tolist()
         of = dict(zip(TOLD, seconds_R, strict=True))

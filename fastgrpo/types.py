@@ -9,9 +9,9 @@ Letters, used in names throughout the package:
     L text tokens (C is then the width of an embedding)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,29 +25,51 @@ Time = float | Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of a prompt file.  ``resolution`` is that of its images; None is the model's own."""
+    """A row of a prompt file.  ``resolution`` is that of its images; None is the model's own.
+
+    metadata: what else its row says, as JSON has it: rewards that ask for it are given it, and nobody else reads it.
+    negative: the text of the other branch of guidance; None is the empty one.
+    """
 
     text: str
     resolution: Resolution | None = None
+    # a mapping has no hash; rows that differ in it alone are different rows
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    negative: str | None = None
+
+
+def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
+    """Of texts and rows; a text alone has no metadata."""
+    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def prompts_of(texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+    """Of texts and as many metadata, or none."""
+    return [Prompt(text, metadata=its) for text, its in zip(texts, metadata or [{}] * len(texts), strict=True)]
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The P prompts of one iteration, whose images are of one ``resolution``; None is the model's own.
 
-    ``ids`` count prompt occurrences (iteration * P + p); noise is drawn by them.
+    ``asked`` may be given as texts.  ``ids`` count prompt occurrences (iteration * P + p); noise is drawn by them.
     """
 
-    texts: list[str]
+    asked: Sequence[Prompt | str]
     ids: list[int]
     resolution: Resolution | None = None
 
     def __post_init__(self) -> None:
-        if len(self.texts) != len(self.ids):
-            raise ValueError(f"{len(self.texts)} texts but {len(self.ids)} ids; give every prompt one id")
+        if len(self.asked) != len(self.ids):
+            raise ValueError(f"{len(self.asked)} prompts but {len(self.ids)} ids; give every prompt one id")
+        object.__setattr__(self, "asked", as_prompts(self.asked))
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in as_prompts(self.asked)]
 
 
 @dataclass(frozen=True)
@@ -71,8 +93,14 @@ class Samples:
         return len(self.rows)
 
     @property
+    def asked(self) -> list[Prompt]:
+        """The prompt of each sample."""
+        of_prompts = as_prompts(self.prompts.asked)
+        return [of_prompts[row // self.group_size] for row in self.rows]
+
+    @property
     def texts(self) -> list[str]:
-        return [self.prompts.texts[row // self.group_size] for row in self.rows]
+        return [prompt.text for prompt in self.asked]
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -89,13 +117,15 @@ class Conditions:
     """Encoded text, one row a prompt or a sample.  Rows of equal text have equal ``keys``, where these are known.
 
     Only the first ``lengths_B`` tokens of a row are its text, the rest fills it up; where nothing fills, all are.  A
-    text without a pooled embedding has one of width 0.
+    text without a pooled embedding has one of width 0.  ``negative`` are those of the other branch of guidance, row by
+    row; None is the empty text in all rows.
     """
 
     embeds_BLC: Tensor
     pooled_BC: Tensor
     keys: tuple[int, ...] = ()
     lengths_B: Tensor = field(kw_only=True, default=None)  # type: ignore[assignment]
+    negative: "Conditions | None" = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         if self.lengths_B is None:
@@ -107,17 +137,25 @@ class Conditions:
         return len(self.embeds_BLC)
 
     def __getitem__(self, rows: slice) -> "Conditions":
-        return Conditions(self.embeds_BLC[rows], self.pooled_BC[rows], self.keys[rows], lengths_B=self.lengths_B[rows])
+        return Conditions(
+            self.embeds_BLC[rows],
+            self.pooled_BC[rows],
+            self.keys[rows],
+            lengths_B=self.lengths_B[rows],
+            negative=None if self.negative is None else self.negative[rows],
+        )
 
     def cat(self, *others: "Conditions") -> "Conditions":
-        """The rows of all, those with fewer tokens filled up with zeros."""
+        """The rows of all, those with fewer tokens filled up with zeros; ``negative`` where all have it."""
         parts = (self, *others)
         longest = max(part.embeds_BLC.shape[1] for part in parts)
+        negatives = [part.negative for part in parts if part.negative is not None]
         return Conditions(
             torch.cat([_filled(part.embeds_BLC, longest) for part in parts]),
             torch.cat([part.pooled_BC for part in parts]),
             tuple(key for part in parts for key in part.keys) if all(part.keys for part in parts) else (),
             lengths_B=torch.cat([part.lengths_B for part in parts]),
+            negative=negatives[0].cat(*negatives[1:]) if len(negatives) == len(parts) else None,
         )
 
     def take(self, rows: Sequence[int]) -> "Conditions":
@@ -132,19 +170,22 @@ class Conditions:
             self.pooled_BC.repeat_interleave(group_size, dim=0),
             tuple(key for key in self.keys for _ in range(group_size)),
             lengths_B=self.lengths_B.repeat_interleave(group_size),
+            negative=None if self.negative is None else self.negative.repeat(group_size),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditions":
         """A function of each tensor."""
         embeds_BLC, pooled_BC, lengths_B = map(function, (self.embeds_BLC, self.pooled_BC, self.lengths_B))
-        return Conditions(embeds_BLC, pooled_BC, self.keys, lengths_B=lengths_B)
+        negative = None if self.negative is None else self.negative.map(function)
+        return Conditions(embeds_BLC, pooled_BC, self.keys, lengths_B=lengths_B, negative=negative)
 
     def to(self, device: torch.device | str) -> "Conditions":
         return self.map(lambda part: part.to(device))
 
     @property
     def num_bytes(self) -> int:
-        return self.embeds_BLC.nbytes + self.pooled_BC.nbytes + self.lengths_B.nbytes
+        of_negative = 0 if self.negative is None else self.negative.num_bytes
+        return self.embeds_BLC.nbytes + self.pooled_BC.nbytes + self.lengths_B.nbytes + of_negative
 
 
 def _filled(embeds_BLC: Tensor, num_tokens: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Conditions of unlike lengths in one batch: what fills them up, what is cut, and what stays a row's own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from fastgrpo.types import Conditions
 
 
 def row(num_tokens: int, key: int, length: int | None = None) -> Conditions:
-    lengths = {} if length is None else {"lengths_B": torch.tensor([length], dtype=torch.int32)}
-    return Conditions(torch.full((1, num_tokens, 2), float(key)), torch.full((1, 1), float(key)), (key,), **lengths)
+    conditions = Conditions(torch.full((1, num_tokens, 2), float(key)), torch.full((1, 1), float(key)), (key,))
+    return conditions if length is None else replace(conditions, lengths_B=torch.tensor([length], dtype=torch.int32))
 
 
 def test_without_lengths_all_tokens_count() -> None:

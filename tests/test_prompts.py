@@ -1,6 +1,7 @@
 """Prompt order is a function of the seed alone; a bad prompt file is refused with its line and the remedy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_rows_may_ask_for_a_resolution(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load_prompts(path) == [Prompt("a"), Prompt("b", Resolution(64, 64)), Prompt("c", WIDE)]
     # as a model whose own resolution it is has it
-    fitted = load_prompts(path, fit=lambda resolution: None if resolution == WIDE else resolution)
+    fitted = load_prompts(path, fit=lambda prompt: replace(prompt, resolution=None) if "c" in prompt.text else prompt)
     assert [prompt.resolution for prompt in fitted] == [None, Resolution(64, 64), None]
 
 
@@ -180,15 +181,19 @@ def test_jsonl_files_give_the_prompt_of_each_object(tmp_path: Path) -> None:
     [
         ("p.txt", b"", "is empty; write one prompt a line"),
         ("p.txt", b"good\n\nthird\n", r"p\.txt:2: blank prompt; remove the line"),
-        ("p.txt", b"good\n  \t\n", r"p\.txt:2: blank prompt"),
+        ("p.txt", b"good\n  \t\nthird", r"p\.txt:2: blank prompt"),
         ("p.txt", b"good\nb\xff\n", r"p\.txt:2: byte 2 of this line is not UTF-8; save the file as UTF-8"),
         ("p.txt", b"a\0b\n", r"p\.txt:1: holds a NUL"),
         ("p.txt", b"a\n" + b"x" * (MAX_CHARACTERS + 1), rf"p\.txt:2: .* shorten it to at most {MAX_CHARACTERS}"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', r"p\.jsonl:2: not valid JSON .* write one"),
         ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: not valid JSON"),
-        ("p.jsonl", b'{"text": "a"}\n', r'p\.jsonl:1: no "prompt" string'),
-        ("p.jsonl", b'{"prompt": 3}\n', r'p\.jsonl:1: no "prompt" string'),
-        ("p.jsonl", b'["a"]\n', r'p\.jsonl:1: no "prompt" string'),
+        (
+            "p.jsonl",
+            b'{"name": "a"}\n',
+            r"p\.jsonl has no column named prompt, text or caption; its columns are 'name'",
+        ),
+        ("p.jsonl", b'{"prompt": 3}\n', r"p\.jsonl:1: 'prompt' is a number; give every row its prompt as a string"),
+        ("p.jsonl", b'["a"]\n', r"p\.jsonl:1: a list; write one"),
         ("p.jsonl", b'{"prompt": " "}\n', r"p\.jsonl:1: blank prompt"),
         ("p.jsonl", b'{"prompt": "\\ud800"}\n', r"p\.jsonl:1: half of a surrogate pair"),
         *(
@@ -197,7 +202,7 @@ def test_jsonl_files_give_the_prompt_of_each_object(tmp_path: Path) -> None:
                 b'{"prompt": "a"}\n{"prompt": "b", "resolution": %s}\n' % value.encode(),
                 r"p\.jsonl:2: resolution must be a whole number or \[height, width\], got",
             )
-            for value in ("null", '"64"', "64.0", "true", "[64]", "[64, 64, 64]", '["64", 64]', "{}")
+            for value in ("null", '"64 x 64"', "64.0", "true", "[64]", "[64, 64, 64]", '["64", 64]', "{}")
         ),
     ],
 )
@@ -217,7 +222,8 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("none.txt", None), ("empty.txt", b""), ("blank.txt", b"good\n\n"), ("", None), (".", None)]
+    ("name", "content"),
+    [("none.txt", None), ("empty.txt", b""), ("blank.txt", b"good\n\nthird"), ("", None), (".", None)],
 )
 def test_what_is_wrong_with_a_file_is_told_by_the_key_it_came_from(
     name: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

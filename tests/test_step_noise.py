@@ -21,9 +21,9 @@ from fastgrpo.parts import RunParts
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.step_noise import StepNoise
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import ChosenNoise, Samples, TrainedSteps, Trajectories
+from fastgrpo.training import build_trainer
+from fastgrpo.types import ChosenNoise, Prompt, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from fastgrpo_kernels import combined, philox_normal
 from tests.distributed.training import make_config, train
@@ -109,9 +109,9 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
 
     begin_search, judged = Rewards.begin_search, []
 
-    def overhear(self, texts: list[str]):
-        judged.append(texts)
-        return begin_search(self, texts)
+    def overhear(self, prompts: list[Prompt]):
+        judged.append(prompts)
+        return begin_search(self, prompts)
 
     with monkeypatch.context() as patch:
         patch.setattr(PipelineModel, "_run", spy)
@@ -119,7 +119,7 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         samples, trajectories = roll(trainer)
     # four samples at a time, the last two filled up
     rows = [[0, 1, 2, 3], [4, 5, 0, 1]]
-    assert judged == [[samples.texts[row] for row in part for _ in range(4)] for part in rows]
+    assert judged == [[samples.asked[row] for row in part for _ in range(4)] for part in rows]
     trained, chosen, grid = trajectories.trained, trajectories.chosen, trainer.algorithm.grid
     assert chosen is not None
     step = trained.steps[0]

@@ -49,6 +49,9 @@ _NULL_IS_NONE = ("model",)
 # sizes of fastgrpo's own, of this version or an earlier one; an own model's may be anything
 _ARCHITECTURES = "fastgrpo.models.architectures."
 _SHOWN = 3
+_COLUMN = "prompts.column"
+# prompt files that are read as they were before there was a column to choose; all others were text, a prompt a line
+_READ_ALIKE = (".txt", ".jsonl")
 _ABSENT = "absent"
 
 
@@ -66,7 +69,11 @@ class Change:
 
 def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: object) -> tuple[Change, ...]:
     """What ``wanted`` does otherwise than the config a run began with; ValueError for what may not change."""
+    _refuse_other_reading(begun, directory)
     before, after = dict(_leaves(_read(begun))), dict(_leaves(_read(wanted)))
+    if "prompts" in begun:
+        # what a run of an earlier version has
+        before.setdefault(_COLUMN, "")
     found = [
         Change(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
         for key in dict.fromkeys((*before, *after))
@@ -84,6 +91,19 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
             "name=NEW model.weights=EXPORT/merged with your settings"
         )
     return tuple(found)
+
+
+def _refuse_other_reading(begun: Mapping[str, Any], directory: object) -> None:
+    """ValueError for a run of an earlier version, to which a file that is now read by its format was lines of text."""
+    prompts = begun.get("prompts", {})
+    for key in ("path", "held_out"):
+        path = str(prompts.get(key, ""))
+        if "column" not in prompts and path and not path.endswith(_READ_ALIKE):
+            raise ValueError(
+                f"the run in {directory} was begun by a version that took each line of prompts.{key}={path} for a "
+                "prompt; go on with it by that version, or begin another: fastgrpo doctor prompts=FILE shows how a "
+                "file is read now"
+            )
 
 
 def _read(config: Mapping[str, Any]) -> Mapping[str, Any]:

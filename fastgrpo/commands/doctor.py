@@ -16,12 +16,13 @@ from rich.table import Table
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
+from fastgrpo.commands.prompts import prompts_table
 from fastgrpo.commands.recommend import recommend
 from fastgrpo.commands.toolchain import what_triton_needs
 from fastgrpo.health import TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, encoded
 from fastgrpo.models.attention import BACKENDS, why_not
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
@@ -29,7 +30,8 @@ from fastgrpo.parts import build_model, read_prompts, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.prompts import PromptSource
 from fastgrpo.records.summary import commit, hardware, versions
-from fastgrpo.rewards.self_test import compare, golden_scores, record, recorded
+from fastgrpo.rewards.self_test import GoldenScores, compare, golden_scores, record, recorded
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.signals import make_replay, make_rollout
 from fastgrpo.types import Noise, Samples
@@ -58,9 +60,12 @@ def doctor(config: DictConfig) -> None:
         return recommend(config, console)
     if config.memory:
         return show_plan(config, console)
+    if config.show_prompts:
+        return console.print(prompts_table(config))
     set_numerics(deterministic=config.runtime.deterministic)
     console.print(_machine())
     console.print(_backends())
+    console.print(prompts_table(config))
     console.print(_golden_scores(config))
     stats = replayed(config)
     limit = config.max_deviation
@@ -90,7 +95,7 @@ def replayed(config: DictConfig) -> UpdateStats:
     sampler = Sampler(model=model, grid=algorithm.grid, batch_sizes=batch_sizes, solver=build(config.solver))
     prompts = PromptSource(rows, config.num_prompts, config.seed).at(0)
     samples = Samples.all_of(prompts, config.group_size)
-    conditions = model.encode(samples.texts)
+    conditions = encoded(model, samples.asked)
     draw = NoiseDraw(
         seed=config.seed,
         prompt_ids=prompts.ids,
@@ -161,7 +166,7 @@ def _backends() -> Table:
 def _golden_scores(config: DictConfig) -> Table:
     """Each reward on its golden pairs, compared with its record or put on it; RewardError if it fails."""
     table = Table("reward", "golden scores", "on record", title="rewards")
-    for name, golden in golden_scores(build(config.reward), device_of(read_runtime(config))).items():
+    for name, golden in _scored(config).items():
         on_record = recorded(golden.identity)
         if config.record:
             note = f"written to {record(golden)}"
@@ -171,6 +176,11 @@ def _golden_scores(config: DictConfig) -> Table:
             note = f"differ by {compare(name, golden, *on_record):.2g} of the spread, limit {golden.tolerance:g}"
         table.add_row(name, " ".join(f"{score:.4g}" for score in golden.scores), note)
     return table
+
+
+def _scored(config: DictConfig) -> dict[str, GoldenScores]:
+    rewards: Rewards = build(config.reward)
+    return golden_scores(rewards, device_of(read_runtime(config)), read_prompts(config, "path"))
 
 
 def _yes(value: bool) -> str:

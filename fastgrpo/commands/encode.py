@@ -9,7 +9,7 @@ from fastgrpo.files.locations import resolve_path
 from fastgrpo.models.condition_cache import ConditionCache
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.parts import build_model
-from fastgrpo.prompts import load_prompts
+from fastgrpo.prompts import load_prompts, texts_to_encode
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Encoded:
 
 def encode(config: DictConfig) -> None:
     """Run a checked ``encode`` config and print what it did; a second run goes on where a first one stopped."""
-    texts = [prompt.text for prompt in load_prompts(resolve_path(config.prompts.path))]
+    prompts = load_prompts(resolve_path(config.prompts.path), column=config.prompts.column)
     if config.model.get("weights") == "random":
         raise ValueError("conditions of model.weights=random are drawn, not encoded; give the weights of a model")
     if config.model.get("condition_cache") is None:
@@ -36,16 +36,16 @@ def encode(config: DictConfig) -> None:
     model = build_model(config)
     if not isinstance(model, PipelineModel):
         raise ValueError(f"model._target_ is {config.model._target_}, which has no text encoders of its own")
-    done = prepare(model.conditions, texts)
+    done = prepare(model.conditions, texts_to_encode(prompts))
     print(
         f"{done.num_texts} prompts: {done.num_known} were there, {done.num_texts - done.num_known} encoded, "
         f"{done.num_bytes / 1e6:.1f} MB written to {model.conditions.directory}"
     )
 
 
-def prepare(cache: ConditionCache, prompts: list[str]) -> Encoded:
-    """Put what lacks of the prompts, and of the empty one that guidance asks for, into the cache."""
-    texts = list(dict.fromkeys([*prompts, ""]))
+def prepare(cache: ConditionCache, texts: list[str]) -> Encoded:
+    """Put what lacks of the texts, and of the empty one that guidance asks for, into the cache."""
+    texts = list(dict.fromkeys([*texts, ""]))
     lacking = [text for text in texts if cache.lacks(text)]
     written = sum(track(cache.prepare(lacking), "encoding", total=len(lacking)))
     return Encoded(len(texts), len(texts) - len(lacking), written)

@@ -18,7 +18,7 @@ from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.parts import build_rewards, read_model, read_prompts
 from fastgrpo.pieces import build
-from fastgrpo.prompts import num_bytes
+from fastgrpo.prompts import longest
 from fastgrpo.signals import rehearsal
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
@@ -58,7 +58,7 @@ def words_of_training(config: DictConfig) -> str:
 
 def measured_plan(config: DictConfig) -> MemoryPlan:
     """The plan for this machine's device, rewards included."""
-    texts = [prompt.text for prompt in read_prompts(config, "path")]
+    prompts = read_prompts(config, "path")
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
         algorithm=algorithm,
@@ -66,8 +66,8 @@ def measured_plan(config: DictConfig) -> MemoryPlan:
         samples=config.num_prompts * config.group_size,
         optimizer_steps=config.optimizer_steps,
         updates=config.updates or algorithm.usual_updates,
-        rewards=build_rewards(config, texts)[0],
-        prompt=max(texts, key=num_bytes),
+        rewards=build_rewards(config, prompts)[0],
+        prompt=longest(prompts),
     )
     return plan_device(read_model(config, lossy=build(config.lossy)), planner)[1]
 

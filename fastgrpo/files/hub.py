@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, model_info, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 # no part starts with a dot or a slash, so that none can lead out of the hub's cache
 _ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?", flags=re.ASCII)
@@ -33,6 +33,13 @@ class HubId:
     def download(self, patterns: Sequence[str]) -> Path:
         """The directory of those of its files that match a pattern; OSError or ValueError where it fails."""
         return Path(snapshot_download(self.repository, revision=self.revision, allow_patterns=list(patterns)))
+
+    def on_disk(self) -> Path | None:
+        """The directory of what is there of it, if anything is; the hub is not asked."""
+        try:
+            return Path(snapshot_download(self.repository, revision=self.revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError):
+            return None
 
     def why_not(self, error: Exception, option: str, files: Sequence[str] = ()) -> str:
         """Why it could not be downloaded, and what to do; ``option`` is the config's key that asks for it."""

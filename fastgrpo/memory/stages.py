@@ -31,10 +31,10 @@ from fastgrpo.memory.plan import (
     measure,
     plan_memory,
 )
-from fastgrpo.models.adapter import FlowModel, estimate_decoding
+from fastgrpo.models.adapter import FlowModel, encoded, estimate_decoding
 from fastgrpo.out_of_memory import is_out_of_memory, release
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.types import Conditions
+from fastgrpo.types import Conditions, Prompt
 
 # kernels count the elements of a tensor in 32 bits, or take slower ways
 _MOST_ELEMENTS = 2**31 - 1
@@ -58,9 +58,9 @@ class MemoryPlanner:
     """(build, meter, memory) -> the built model and the plan for it.
 
     samples, optimizer_steps, updates: of an iteration.  make_replay: of a model.  rewards: None leaves them out of the
-    plan.  prompt: one that they judge.  reweights: whether the rollout takes the gradients of single samples, which are
-    kept until the update.  lags: whether the old policy is another than the policy.  keeps_sampling: whether what a
-    batch of sampling takes stays in use, as by CUDA graphs.
+    plan.  prompt: one that they judge, as long as any.  reweights: whether the rollout takes the gradients of single
+    samples, which are kept until the update.  lags: whether the old policy is another than the policy.  keeps_sampling:
+    whether what a batch of sampling takes stays in use, as by CUDA graphs.
     """
 
     algorithm: Algorithm
@@ -69,7 +69,7 @@ class MemoryPlanner:
     optimizer_steps: int
     updates: int = 1
     rewards: Rewards | None = None
-    prompt: str = ""
+    prompt: Prompt | str = ""
     reweights: bool = False
     lags: bool = False
     keeps_sampling: bool = False
@@ -152,7 +152,7 @@ class MemoryPlanner:
         return stages
 
     def _conditions(self, model: FlowModel, num_samples: int) -> Conditions:
-        return model.encode([self.prompt]).repeat(num_samples)
+        return encoded(model, [self.prompt]).repeat(num_samples)
 
     def _held(self, model: FlowModel) -> int:
         """Bytes that an iteration keeps beside its stages."""

@@ -5,6 +5,7 @@ Letters: B samples, C H W latent channels, height and width.  Images are float32
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastgrpo.resolution import Resolution
-from fastgrpo.types import Conditions, Time
+from fastgrpo.types import Conditions, Prompt, Time, as_prompts
 from fastgrpo_kernels import GuidedVelocity
 
 
@@ -63,7 +64,8 @@ class FlowModel(Protocol):
     ) -> Tensor | GuidedVelocity:
         """Velocity of the policy, with guidance both branches; only the conditional one has a gradient.
 
-        ``unconditional`` is the other branch, where it is known.
+        ``unconditional`` is the other branch, where it is known.  Its text is empty, or where the class says
+        ``takes_negative_prompts = True``, as PipelineModel does, that of ``conditions.negative``.
         """
 
     def velocity_and_reference(
@@ -121,6 +123,20 @@ class FlowModel(Protocol):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Images of latents at t = 0."""
+
+
+def encoded(model: FlowModel, prompts: Sequence[Prompt | str]) -> Conditions:
+    """Conditions of the prompts, of both branches of guidance where one of them has a negative text.
+
+    ValueError for a model that has no use for that.
+    """
+    asked = as_prompts(prompts)
+    conditions = model.encode([prompt.text for prompt in asked])
+    if all(prompt.negative is None for prompt in asked):
+        return conditions
+    if not (model.has_two_branches and getattr(model, "takes_negative_prompts", False)):
+        raise ValueError(f"{type(model).__name__} has no branch of guidance for a negative prompt; leave it out")
+    return replace(conditions, negative=model.encode([prompt.negative or "" for prompt in asked]))
 
 
 def estimate_decoding(model: FlowModel) -> Callable[[Tensor], Tensor]:

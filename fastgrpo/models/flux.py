@@ -118,6 +118,7 @@ class Flux(PipelineModel):
     network_class = FluxNetwork
     text_encoders = ("text_encoder", "text_encoder_2")
     t5 = ("text_encoder_2", "tokenizer_2")
+    takes_negative_prompts = False
 
     @property
     def has_two_branches(self) -> bool:

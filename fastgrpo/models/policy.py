@@ -68,6 +68,9 @@ class Policy(ABC):
     guidance_scale: of classifier-free guidance, with a branch that knows no text; 1 turns it off.
     """
 
+    # whether the other branch of guidance reads a text, which is the empty one where none is given
+    takes_negative_prompts = True
+
     def __init__(
         self,
         *,
@@ -158,11 +161,13 @@ class Policy(ABC):
         if not self.has_two_branches:
             return self._conditional(x_BCHW, t, conditions)
         if self._is_sampling and unconditional is None:
-            v_BCHW = self._run(self.adaptation.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW)))
+            v_BCHW = self._run(
+                self.adaptation.transformer, t, *join((x_BCHW, conditions), self._without_text(x_BCHW, conditions))
+            )
             return self.guided(*v_BCHW.chunk(2))
         if unconditional is None:
             with torch.no_grad():
-                unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW))
+                unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW, conditions))
         return self.guided(self._conditional(x_BCHW, t, conditions), unconditional)
 
     def velocity_and_reference(
@@ -175,7 +180,7 @@ class Policy(ABC):
             with torch.no_grad():
                 _, reference = self.adaptation.policy_and_reference(run, None, (x_BCHW, conditions))
             return self._conditional(x_BCHW, t, conditions), reference
-        without_text = self._without_text(x_BCHW)
+        without_text = self._without_text(x_BCHW, conditions)
         with torch.no_grad():
             v_BCHW, reference = self.adaptation.policy_and_reference(
                 run, without_text if unconditional is None else None, join((x_BCHW, conditions), without_text)
@@ -200,7 +205,10 @@ class Policy(ABC):
         """Of both branches [B, C, H, W], of which the first alone has a gradient."""
         return GuidedVelocity(conditional, unconditional, self.guidance_scale)
 
-    def _without_text(self, x_BCHW: Tensor) -> Inputs:
+    def _without_text(self, x_BCHW: Tensor, conditions: Conditions) -> Inputs:
+        """What the other branch of guidance is given: no text, or the negative one."""
+        if conditions.negative is not None:
+            return x_BCHW, conditions.negative
         count = len(x_BCHW)
         # the same in every step: neither looked up nor copied again
         if count not in self._empty:

@@ -111,7 +111,7 @@ class QwenImage(PipelineModel):
         if self.has_two_branches and unconditional is None:
             # a batch of its own, as in a rollout, which has no branch of it to hand on: in another it rounds otherwise
             with torch.no_grad():
-                unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW))
+                unconditional = self._run(self.adaptation.transformer, t, *self._without_text(x_BCHW, conditions))
         return super().velocity_and_reference(x_BCHW, t, conditions, unconditional)
 
     def guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """A reward of the user's own, by dotted path: ``reward=custom reward.path=my_rewards.redness``.
 
 ``my_rewards.py`` lies in the working directory (or anywhere Python imports from).  ``redness`` is a function of
-(images [B, 3, H, W] in [0, 1], list of B prompts) that returns B numbers, or a class whose objects are called so.
+(images [B, 3, H, W] in [0, 1], list of B prompts) that returns B numbers, or a class whose objects are called so.  One
+that takes a third, ``metadata``, is given what the row of each prompt says beside the text, a mapping an image.
+A program gives such a function itself, ``fastgrpo.train(reward=redness)``, which need not be importable.
 """
 
 import inspect
@@ -9,7 +11,7 @@ from typing import Any
 
 from fastgrpo.own_code.found import find
 from fastgrpo.own_code.raised_at import raised_at
-from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.reward import Reward, arguments_of
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 
@@ -22,6 +24,7 @@ def from_path(path: str) -> Reward:
 def with_custom(
     *,
     path: str,
+    function: Reward | None = None,
     terms: dict[str, Reward],
     weights: dict[str, float],
     watch: dict[str, Reward],
@@ -29,9 +32,13 @@ def with_custom(
     golden: bool,
     scoring: Scoring,
 ) -> Rewards:
-    """The weighted sum of ``terms`` and of the reward at ``path``, which is named ``custom``."""
+    """The weighted sum of ``terms`` and of the reward at ``path``, which is named ``custom``.
+
+    A ``function`` that a program gives is not looked for there.
+    """
+    own = _reward_at(path, "reward.path") if function is None else _checked(function, f"reward={path}")
     return Rewards(
-        terms={"custom": _reward_at(path, "reward.path"), **terms},
+        terms={"custom": own, **terms},
         weights=weights,
         watch=watch,
         normalize=normalize,
@@ -42,7 +49,11 @@ def with_custom(
 
 def _reward_at(path: str, key: str) -> Reward:
     """``key`` is the config's key that ``path`` came from."""
-    found, place = find(path, key, "my_rewards.redness"), f"{key}={path}"
+    return _checked(find(path, key, "my_rewards.redness"), f"{key}={path}")
+
+
+def _checked(found: Any, place: str) -> Reward:
+    """``found``, or an object of it where it is a class; ``place`` is where it comes from."""
     reward = _construct(found, place) if inspect.isclass(found) else found
     if not callable(reward):
         raise ValueError(
@@ -71,8 +82,10 @@ def _check_signature(reward: Reward, place: str) -> None:
         # what is written in C does not always tell
         return
     try:
-        signature.bind("images", "prompts")
+        places, names = arguments_of(reward, "images", "prompts", metadata=[])
+        signature.bind(*places, **names)
     except TypeError as error:
         raise ValueError(
-            f"{place} takes {signature}, but a reward is called as reward(images, prompts); give it these two"
+            f"{place} takes {signature}, but a reward is called as reward(images, prompts), or as reward(images, "
+            "prompts, metadata) if it takes a third; give it these"
         ) from error

@@ -3,7 +3,8 @@
 A line is a gloo group of the two ranks alone: questions come from threads, beside the collectives of training, and NCCL
 may deadlock on two communicators in flight on one GPU.  No pickles:
     greeting  [bytes], JSON: the scoring rank's host, what failed while it built its rewards, its golden scores
-    question  [bytes, B, C, H, W], JSON: the reward and B texts, then images float32 [B, C, H, W]; zeros for a goodbye
+    question  [bytes, B, C, H, W], JSON: the reward, B texts and metadata, then images float32 [B, C, H, W]; or
+              zeros for a goodbye
     answer    [bytes, B], what was raised, or scores float32 [B]
 Numbers in brackets are int64.  Letters: B images, C H W of an image.
 """
@@ -58,7 +59,7 @@ class Line:
         self.send_numbers(0, 0, 0, 0, 0, timeout=timedelta(seconds=GOODBYE_SECONDS))
 
     def next_question(self) -> tuple[dict[str, Any], Tensor] | None:
-        """Reward and texts, and images on the host; None for a goodbye."""
+        """What is asked, and images on the host; None for a goodbye."""
         num_bytes, *shape = self.receive_numbers(5)
         if num_bytes == 0:
             return None

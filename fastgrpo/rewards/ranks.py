@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -34,6 +34,7 @@ from fastgrpo.rewards.rank_line import GOODBYE_SECONDS, Line
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.types import Prompt, prompts_of
 
 _log = logging.getLogger(__name__)
 
@@ -124,10 +125,13 @@ class RankedReward:
     name: str
     scorer: Line
 
-    def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-        """RewardError for what is raised there, with its traceback, and for a scoring rank that is gone or silent."""
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        """Whether the reward there asks for metadata is known there alone.
+
+        RewardError for what is raised there, with its traceback, and for a scoring rank that is gone or silent."""
         with self.scorer.free, _reported(f"reward {self.name!r}: scoring rank {self.scorer.other}"):
-            self.scorer.ask({"reward": self.name, "texts": prompts}, images_BCHW)
+            about = {"reward": self.name, "texts": prompts, "metadata": list(metadata)}
+            self.scorer.ask(about, images_BCHW)
             num_bytes, num_scores = self.scorer.receive_numbers(2, self.scorer.timeout)
             if num_bytes:
                 raise RewardError(self.scorer.receive_text(num_bytes))
@@ -183,7 +187,8 @@ class ScoringRank:
             line.greet(greeting)
             while question := line.next_question():
                 about, images_BCHW = question
-                answer = partial(self._answer, rewards, about["reward"], about["texts"], images_BCHW)
+                asked = prompts_of(about["texts"], about["metadata"])
+                answer = partial(self._answer, rewards, about["reward"], asked, images_BCHW)
                 if getattr(rewards.all[about["reward"]], "in_thread", False):
                     with slots:
                         line.reply(answer())
@@ -193,12 +198,12 @@ class ScoringRank:
         except Exception as error:
             self._to_do.put(_End(line.other, error))
 
-    def _answer(self, rewards: Rewards, name: str, texts: list[str], images_BCHW: Tensor) -> Tensor | str:
+    def _answer(self, rewards: Rewards, name: str, asked: list[Prompt], images_BCHW: Tensor) -> Tensor | str:
         """Scores [B] on the host, or what was raised."""
         reward: Reward = rewards.all[name]
         try:
             own = images_BCHW if getattr(reward, "in_thread", False) else images_BCHW.to(self.device)
-            return rewards.scoring(name, reward, own, texts).cpu()
+            return rewards.scoring(name, reward, own, asked).cpu()
         except Exception as error:
             where = f"scoring rank {self.rank} on {socket.gethostname()}"
             return f"{error} (raised on {where})\n{traceback.format_exc()}"

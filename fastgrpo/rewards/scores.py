@@ -5,7 +5,7 @@ On a GPU, rewards that compute there run on a side stream, and all others in thr
 Letters: B images, C H W of an image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache, partial
 from threading import Semaphore, Thread
@@ -18,21 +18,23 @@ from fastgrpo.on_device import on_device
 from fastgrpo.rewards.answers import check_finite
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.types import Prompt, as_prompts
 
 Collected = TypeVar("Collected")
 
 
 class Scores(Generic[Collected]):
-    """``add`` images in the order of their ``texts``, one text an image, each of one size, then ``collect``."""
+    """``add`` images in the order of their ``prompts``, one an image, each of one size, then ``collect``."""
 
     def __init__(
         self,
         scoring: Scoring,
         rewards: Mapping[str, Reward],
-        texts: list[str],
+        prompts: Sequence[Prompt | str],
         finish: Callable[[dict[str, Tensor]], Collected],
     ) -> None:
-        self._scoring, self._rewards, self._texts, self._finish = scoring, rewards, texts, finish
+        self._scoring, self._rewards, self._finish = scoring, rewards, finish
+        self._asked = as_prompts(prompts)
         self._waiting: list[Tensor] = []
         self._num_begun = 0
         self._answers: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in rewards}
@@ -51,16 +53,16 @@ class Scores(Generic[Collected]):
     def collect(self) -> Collected:
         """What ``finish`` makes of every reward [B], which lie where the images do.
 
-        ValueError if there are not as many images as texts; RewardError, naming the reward, for one that failed.
+        ValueError if there are not as many images as prompts; RewardError, naming the reward, for one that failed.
         """
         num_images = self._num_begun + sum(map(len, self._waiting))
-        if num_images != len(self._texts):
-            raise ValueError(f"{num_images} images but {len(self._texts)} texts; give every image one text")
+        if num_images != len(self._asked):
+            raise ValueError(f"{num_images} images but {len(self._asked)} prompts; give every image one")
         self._begin_waiting()
         rewards = {name: torch.cat([answer() for answer in parts]) for name, parts in self._answers.items()}
         for name, reward_B in rewards.items():
             # the one moment at which a GPU is waited for
-            check_finite(name, reward_B, self._texts)
+            check_finite(name, reward_B, [prompt.text for prompt in self._asked])
         return self._finish(rewards)
 
     def _begin_waiting(self) -> None:
@@ -69,18 +71,18 @@ class Scores(Generic[Collected]):
         self._waiting = []
 
     def _begin(self, images_BCHW: Tensor) -> None:
-        texts = self._texts[self._num_begun : self._num_begun + len(images_BCHW)]
+        asked = self._asked[self._num_begun : self._num_begun + len(images_BCHW)]
         self._num_begun += len(images_BCHW)
         # one copy for all rewards that want the images on the CPU, and none if there is no such reward
         on_host = cache(partial(_on_host, images_BCHW))
         for name, reward in self._rewards.items():
             ask = partial(self._scoring, name, reward)
             if getattr(reward, "in_thread", False):
-                answer = self._in_thread(partial(_ask_on_host, ask, on_host(), texts), images_BCHW.device)
+                answer = self._in_thread(partial(_ask_on_host, ask, on_host(), asked), images_BCHW.device)
             elif images_BCHW.is_cuda:
-                answer = _on_side_stream(partial(ask, images_BCHW, texts), images_BCHW)
+                answer = _on_side_stream(partial(ask, images_BCHW, asked), images_BCHW)
             else:
-                answer = partial(ask, images_BCHW, texts)
+                answer = partial(ask, images_BCHW, asked)
             self._answers[name].append(answer)
 
     def _in_thread(self, work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -99,8 +101,10 @@ class Scores(Generic[Collected]):
         return lambda: on_device(future.result(), device)
 
 
-def _ask_on_host(ask: Callable[[Tensor, list[str]], Tensor], images: Callable[[], Tensor], texts: list[str]) -> Tensor:
-    return ask(images(), texts)
+def _ask_on_host(
+    ask: Callable[[Tensor, list[Prompt]], Tensor], images: Callable[[], Tensor], asked: list[Prompt]
+) -> Tensor:
+    return ask(images(), asked)
 
 
 @cache

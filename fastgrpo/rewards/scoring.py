@@ -13,6 +13,7 @@ Letters: B images, C H W of an image.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
@@ -23,7 +24,8 @@ from fastgrpo.device_error import is_device_error
 from fastgrpo.out_of_memory import is_out_of_memory, release
 from fastgrpo.own_code.raised_at import raised_at
 from fastgrpo.rewards.answers import as_rewards
-from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable
+from fastgrpo.rewards.reward import Reward, RewardError, RewardUnavailable, answer_of
+from fastgrpo.types import Prompt, as_prompts
 
 _MAY_PASS = (OSError, HTTPException, RewardUnavailable)
 _KEY = "reward.scoring"
@@ -50,34 +52,35 @@ class Scoring:
                 raise ValueError(f"{_KEY}.{key} must be at least {least}, got {getattr(self, key)}")
 
     @torch.no_grad()
-    def __call__(self, name: str, reward: Reward, images_BCHW: Tensor, texts: list[str]) -> Tensor:
+    def __call__(self, name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """The reward's answer as float32 [B] where the images are.  RewardError if there is none to train on.
 
         A failure of the GPU comes through as it was raised.
         """
-        size = self._fitting.get(name, self.micro_batch)
-        parts = [slice(first, first + size) for first in range(0, len(texts), size)]
+        size, asked = self._fitting.get(name, self.micro_batch), as_prompts(prompts)
+        parts = [slice(first, first + size) for first in range(0, len(asked), size)]
         try:
-            return torch.cat([self._ask(name, reward, images_BCHW[part], texts[part]) for part in parts])
+            return torch.cat([self._ask(name, reward, images_BCHW[part], asked[part]) for part in parts])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise RewardError(f"reward {name!r} ran out of memory with one image: {error}") from error
             release(error)
-            self._fitting[name] = max(1, min(size, len(texts)) // 2)
+            self._fitting[name] = max(1, min(size, len(asked)) // 2)
         _log.warning("reward %r ran out of memory; from now it gets %d images at a time", name, self._fitting[name])
-        return self(name, reward, images_BCHW, texts)
+        return self(name, reward, images_BCHW, asked)
 
-    def _ask(self, name: str, reward: Reward, images_BCHW: Tensor, texts: list[str]) -> Tensor:
+    def _ask(self, name: str, reward: Reward, images_BCHW: Tensor, asked: list[Prompt]) -> Tensor:
         for attempt in range(self.retries + 1):
             try:
-                return as_rewards(name, reward(images_BCHW, texts), len(texts), images_BCHW.device)
+                answer = answer_of(reward, images_BCHW, asked)
+                return as_rewards(name, answer, len(asked), images_BCHW.device)
             except _MAY_PASS as error:
                 if attempt == self.retries:
                     raise RewardError(
                         f"reward {name!r} raised {type(error).__name__}: {error}, {attempt + 1} times on the same "
-                        f"{len(texts)} images; make it answer, or raise {_KEY}.retries if it only needs time"
+                        f"{len(asked)} images; make it answer, or raise {_KEY}.retries if it only needs time"
                     ) from error
                 seconds = self.retry_seconds * 2**attempt
                 _log.warning("reward %r raised %s: %s; again in %g s", name, type(error).__name__, error, seconds)

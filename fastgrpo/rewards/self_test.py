@@ -5,21 +5,25 @@ from recorded ones by more than the reward's ``golden_tolerance`` times their sp
     the rewards of this package, in golden_set/scores.json,
     weights that ``fastgrpo doctor reward=... record=true`` was run with, in the user's cache,
     and those of a run in its own golden.json, which a resumed run is held to.
+A reward that asks for metadata is tried with rows of the run's own prompts unless it has golden pairs of its own: it
+must answer with numbers, which are neither recorded nor have to differ, since the images are of other prompts.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import FunctionType
 
 import torch
 
-from fastgrpo.rewards.golden import GoldenSet, golden_set
-from fastgrpo.rewards.reward import Reward, RewardError
+from fastgrpo.rewards.golden import GoldenSet, golden_set, with_prompts
+from fastgrpo.rewards.reward import Reward, RewardError, asks_for_metadata
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.types import Prompt
 
 SHIPPED = Path(__file__).parent / "golden_set" / "scores.json"
 DEFAULT_TOLERANCE = 0.02
@@ -38,28 +42,38 @@ class GoldenScores:
         return max(self.scores) - min(self.scores)
 
 
-def self_test(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenScores]:
-    """Score golden pairs on ``device``; RewardError for a reward that should not be trained on."""
-    tested = golden_scores(rewards, device)
+def self_test(
+    rewards: Rewards, device: torch.device | str, prompts: Sequence[Prompt | str] = ()
+) -> dict[str, GoldenScores]:
+    """Score golden pairs on ``device``; RewardError for a reward that should not be trained on.
+
+    ``prompts`` are the run's, for rewards that are tried with these.
+    """
+    tested = golden_scores(rewards, device, prompts)
     for name, golden in tested.items():
         if (on_record := recorded(golden.identity)) is not None:
             compare(name, golden, *on_record)
     return tested
 
 
-def golden_scores(rewards: Rewards, device: torch.device | str) -> dict[str, GoldenScores]:
+def golden_scores(
+    rewards: Rewards, device: torch.device | str, prompts: Sequence[Prompt | str] = ()
+) -> dict[str, GoldenScores]:
     """What each reward scores its golden pairs; RewardError if that is no score, or the same for all of them."""
     rewards.greet()
     tested = {}
     for name, reward in rewards.all.items():
-        golden = _golden_set_of(name, reward)
+        golden = _golden_set_of(name, reward, prompts)
         if golden is None:
             continue
-        scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.prompts, dict)
+        scores: Scores[dict[str, torch.Tensor]] = Scores(rewards.scoring, {name: reward}, golden.asked, dict)
         scores.add(golden.images_BCHW.to(device))
+        answered = scores.collect()[name].tolist()
+        if not golden.is_known:
+            continue
         tested[name] = GoldenScores(
             identity=identity(reward),
-            scores=scores.collect()[name].tolist(),
+            scores=answered,
             tolerance=getattr(reward, "golden_tolerance", DEFAULT_TOLERANCE),
         )
         if tested[name].spread == 0:
@@ -114,12 +128,14 @@ def identity(reward: Reward) -> str:
     return f"{type(reward).__module__}.{settings}"
 
 
-def _golden_set_of(name: str, reward: Reward) -> GoldenSet | None:
-    chosen = getattr(reward, "golden_set", "scenes")
+def _golden_set_of(name: str, reward: Reward, prompts: Sequence[Prompt | str]) -> GoldenSet | None:
+    chosen = getattr(reward, "golden_set", "prompts" if asks_for_metadata(reward) else "scenes")
     if isinstance(chosen, GoldenSet):
         return chosen
     if chosen == "none":
         return None
+    if chosen == "prompts":
+        return with_prompts(prompts)
     try:
         return golden_set(chosen)
     except ValueError as error:

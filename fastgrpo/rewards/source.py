@@ -1,6 +1,6 @@
 """Where a run's rewards come from: loaded by this process and tried on golden pairs, or asked of a scoring rank."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rewards.self_test import GoldenScores, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
+from fastgrpo.types import Prompt
 
 Loaded = tuple[Rewards, dict[str, GoldenScores]]
 
@@ -24,12 +25,12 @@ class RewardSource:
     make_around: Callable[..., Rewards]
     names: Mapping[str, Sequence[str]]
 
-    def load(self, prompts: Iterable[str], device: torch.device | str) -> Loaded:
+    def load(self, prompts: Sequence[Prompt | str], device: torch.device | str) -> Loaded:
         """The rewards, which can judge ``prompts``, and their golden scores unless ``reward.golden`` is false."""
         rewards = self.make()
         rewards.check_prompts(prompts)
         if rewards.golden:
-            return rewards, self_test(rewards, device)
+            return rewards, self_test(rewards, device, prompts)
         # without golden pairs nothing has asked the other machines yet
         rewards.greet()
         return rewards, {}

@@ -10,7 +10,7 @@ Letters: P prompts, G samples of a prompt, B = P * G images, prompt-major.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fastgrpo import types
 from fastgrpo.own_code.raised_at import raised_at
-from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.reward import Reward, check_prompt_of
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.types import Prompt, as_prompts
 from fastgrpo_kernels import group_advantage
 
 _EPS = 1e-4
@@ -73,20 +74,19 @@ class Rewards:
         """Terms and watched rewards by name."""
         return self.terms | self.watch
 
-    def check_prompts(self, prompts: Iterable[str]) -> None:
+    def check_prompts(self, prompts: Iterable[Prompt | str]) -> None:
         """ValueError, naming reward and prompt, for the first prompt that a reward cannot judge."""
-        checks = {name: getattr(reward, "check_prompt", None) for name, reward in self.all.items()}
-        for prompt in prompts:
-            for name, check in checks.items():
+        for prompt in as_prompts(prompts):
+            for name, reward in self.all.items():
                 try:
-                    if check is not None:
-                        check(prompt)
+                    check_prompt_of(reward, prompt)
                 except ValueError as error:
-                    raise ValueError(f"reward {name!r} cannot judge the prompt {prompt!r}: {error}") from error
+                    raise ValueError(f"reward {name!r} cannot judge the prompt {prompt.text!r}: {error}") from error
                 except Exception as error:
                     where = f", at {line}; correct it there" if (line := raised_at(error)) else ""
                     raise ValueError(
-                        f"check_prompt of reward {name!r} raised {type(error).__name__} for {prompt!r}: {error}{where}"
+                        f"check_prompt of reward {name!r} raised {type(error).__name__} for {prompt.text!r}: "
+                        f"{error}{where}"
                     ) from error
 
     def greet(self) -> None:
@@ -95,9 +95,9 @@ class Rewards:
             if (greet := getattr(reward, "greet", None)) is not None:
                 greet()
 
-    def begin(self, texts: list[str]) -> Scores[Tensor]:
-        """Every reward of images to come, one text an image: [B, R], a column for each of ``all``."""
-        return Scores(self.scoring, self.all, texts, lambda named_B: torch.stack(list(named_B.values()), dim=1))
+    def begin(self, prompts: Sequence[Prompt | str]) -> Scores[Tensor]:
+        """Every reward of images to come, one prompt an image: [B, R], a column for each of ``all``."""
+        return Scores(self.scoring, self.all, prompts, lambda named_B: torch.stack(list(named_B.values()), dim=1))
 
     def of_groups(self, rewards_BR: Tensor, group_size: int) -> types.Rewards:
         """What advantages are made of: the columns that ``begin`` collects, of all B = P * G images."""
@@ -110,27 +110,27 @@ class Rewards:
             learned_PG = self._total({name: _normalized(named_PG[name]) for name in self.terms})
         return types.Rewards(named=named_PG, total_PG=total_PG, learned_PG=learned_PG)
 
-    def begin_search(self, texts: list[str]) -> Scores[Tensor]:
-        """The total [B] alone, one text an image: what a noise search asks for.
+    def begin_search(self, prompts: Sequence[Prompt | str]) -> Scores[Tensor]:
+        """The total [B] alone, one prompt an image: what a noise search asks for.
 
         It is the plain sum also with ``normalize``, as a search compares images of several rounds.
         """
-        return Scores(self.scoring, self.terms, texts, self._total)
+        return Scores(self.scoring, self.terms, prompts, self._total)
 
-    def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> types.Rewards:
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt | str]) -> types.Rewards:
         """Every reward of the images of P prompts, B a multiple of P, each prompt's images in a row."""
         if not prompts or len(images_BCHW) % len(prompts):
             raise ValueError(
                 f"{len(images_BCHW)} images are not a whole number of images for each of {len(prompts)} prompts"
             )
         group_size = len(images_BCHW) // len(prompts)
-        scores = self.begin([text for text in prompts for _ in range(group_size)])
+        scores = self.begin([prompt for prompt in prompts for _ in range(group_size)])
         scores.add(images_BCHW)
         return self.of_groups(scores.collect(), group_size)
 
-    def score(self, images_BCHW: Tensor, texts: list[str]) -> Tensor:
-        """The total [B] alone, one text an image."""
-        scores = self.begin_search(texts)
+    def score(self, images_BCHW: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
+        """The total [B] alone, one prompt an image."""
+        scores = self.begin_search(prompts)
         scores.add(images_BCHW)
         return scores.collect()
 

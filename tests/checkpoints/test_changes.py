@@ -116,3 +116,25 @@ def test_many_differences_are_counted() -> None:
     wanted = BEGUN | {"algorithm": {"a": 1, "b": 2}}
     with pytest.raises(ValueError, match=r"; 2 more keys differ\. "):
         changes(BEGUN, wanted, Path("r"))
+
+
+PROMPTS = {"path": "a.jsonl", "held_out": "b.txt"}
+
+
+@pytest.mark.parametrize("begun", [PROMPTS, PROMPTS | {"column": ""}])
+def test_a_column_that_was_not_chosen_may_not_be_later(begun: dict[str, str]) -> None:
+    old = BEGUN | {"prompts": begun}
+    assert changes(old, BEGUN | {"prompts": PROMPTS | {"column": ""}}, Path("r")) == ()
+    with pytest.raises(ValueError, match=r"prompts\.column was  and would be tag\. "):
+        changes(old, BEGUN | {"prompts": PROMPTS | {"column": "tag"}}, Path("r"))
+
+
+@pytest.mark.parametrize("key", ["path", "held_out"])
+@pytest.mark.parametrize("name", ["p.tsv", "p.csv", "p.json", "p.ndjson", "p.JSONL", "p"])
+def test_a_run_whose_file_was_read_as_lines_of_text_does_not_go_on_with_other_prompts(key: str, name: str) -> None:
+    old, today = PROMPTS | {key: name}, PROMPTS | {key: name, "column": ""}
+    with pytest.raises(
+        ValueError, match=rf"the run in r was begun by a version that took each line of prompts\.{key}="
+    ):
+        changes(BEGUN | {"prompts": old}, BEGUN | {"prompts": today}, Path("r"))
+    assert changes(BEGUN | {"prompts": today}, BEGUN | {"prompts": today}, Path("r")) == ()

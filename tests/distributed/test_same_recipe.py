@@ -265,7 +265,7 @@ def test_where_one_ranks_reward_fails_all_save_and_stop(tiny_weights: Path, tmp_
     first, second = on_ranks(2, fail, make_config(tiny_weights), tmp_path / "run")
     assert first == second
     assert first[0] == "RewardError"
-    assert re.match(r"rank 1 on \S+: ValueError: 7 images but 8 texts", first[1]), first[1]
+    assert re.match(r"rank 1 on \S+: ValueError: 7 images but 8 prompts", first[1]), first[1]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
 
 

@@ -21,7 +21,7 @@ from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.qwen_families import FAMILIES, GUIDANCE, QWEN_IMAGE, QWEN_IMAGE_21, TEXTS, Family
 from tests.ranks import Ranks, ranks_of_module
@@ -77,7 +77,7 @@ def test_guidance_is_differentiated_by_the_branch_with_text_alone(qwen_image: Qw
     assert torch.autograd.gradcheck(lambda c: qwen_image.guided(c, unconditional), conditional)
     with torch.no_grad():
         x, conditions = QWEN_IMAGE.make_start(), qwen_image.encode(TEXTS)
-        unconditional = qwen_image._run(qwen_image.transformer, T, *qwen_image._without_text(x))
+        unconditional = qwen_image._run(qwen_image.transformer, T, *qwen_image._without_text(x, conditions))
     v, known = (qwen_image.velocity(x, T, conditions, u) for u in (None, unconditional))
     assert isinstance(v, Tensor)
     assert isinstance(known, Tensor)

@@ -24,7 +24,8 @@ from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.train import train
+from fastgrpo.training import train
+from fastgrpo.types import Prompt
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config
 
@@ -90,6 +91,29 @@ def score_own(world: World, num_scoring: int) -> tuple[int, int, Tensor] | None:
         # the policy ranks are a world of their own
         part.world.sum_([total := torch.ones(1)], "policy ranks")
         return part.world.size, int(total), rewards_BR
+
+
+def from_metadata(images_BCHW: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([10.0 * row["of"] + row["n"][0] for row in metadata])
+
+
+def score_by_metadata(world: World) -> Tensor | None:
+    rewards = Rewards(terms={"mine": from_metadata}, weights={"mine": 1.0}, watch={"plain": network})
+    part = take_part("cpu", 30, 1)
+    if isinstance(part, ScoringRank):
+        part.serve(lambda: (rewards, {}))
+        return None
+    with part:
+        part.golden_scores()
+        asked = replace(rewards, terms=part.rewards(rewards.terms), watch=part.rewards(rewards.watch))
+        rows = [Prompt("a circle", metadata={"of": part.world.rank, "n": [n]}) for n in range(3)]
+        return asked(torch.zeros(6, 3, 8, 8), rows).named["mine"]
+
+
+def test_metadata_reaches_a_reward_on_another_rank(on_ranks: Ranks) -> None:
+    first, second, _ = on_ranks(3, score_by_metadata)
+    assert first.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert second.tolist() == [[10, 10], [11, 11], [12, 12]]
 
 
 @pytest.mark.parametrize(("num_policy", "num_scoring"), [(3, 1), (2, 2)])

@@ -149,10 +149,10 @@ def test_a_run_that_ends_does_not_wait_for_a_judge_that_hangs() -> None:
 def test_too_few_and_too_many_images_are_refused() -> None:
     scores = begin({"light": light})
     scores.add(IMAGES[:10])
-    with pytest.raises(ValueError, match="10 images but 11 texts"):
+    with pytest.raises(ValueError, match="10 images but 11 prompts"):
         scores.collect()
     scores.add(IMAGES[:2])
-    with pytest.raises(ValueError, match="12 images but 11 texts"):
+    with pytest.raises(ValueError, match="12 images but 11 prompts"):
         scores.collect()
 
 

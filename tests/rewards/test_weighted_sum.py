@@ -158,7 +158,7 @@ def test_images_that_prompts_do_not_divide_are_refused() -> None:
     rewards = Rewards(terms={"bright": brightness}, weights={"bright": 1.0})
     with pytest.raises(ValueError, match="6 images are not a whole number"):
         rewards(IMAGES, ["a", "b", "c", "d"])
-    with pytest.raises(ValueError, match="give every image one text"):
+    with pytest.raises(ValueError, match="1 prompts; give every image one"):
         rewards.score(IMAGES, ["a"])
 
 

@@ -4,7 +4,7 @@ Letters: B images, C H W of an image.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from fastgrpo.rewards.remote.connection import Connection
 from fastgrpo.rewards.remote.endpoints import Endpoints
 from fastgrpo.rewards.remote.errors import KEY, AskAgain, ServerFailed
 from fastgrpo.rewards.remote.wire import read_scores, to_pixels, to_png, write_request
+from fastgrpo.types import Prompt, prompts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class HttpReward:
     Up to ``concurrency`` requests are under way; one that fails is asked again for ``patience_seconds``, of the server
     that is least busy, and for ``startup_patience_seconds`` until any has answered.  ``token_env`` names the variable
     of the environment with the bearer token; '' sends none.  ``golden_set`` are the pairs that it is tried on before a
-    run: ``scenes``, or ``texts`` for a reward that reads.
+    run: ``scenes``, ``texts`` for a reward that reads, ``prompts``, the run's own, for one that needs their metadata,
+    or ``none``.  Metadata is sent where a prompt has any: whether the server asks for it is its own affair.
 
     Scores of one call come all or not at all.  RemoteError, naming the endpoint and the cause, if they do not come.
     """
@@ -51,7 +53,7 @@ class HttpReward:
             raise ValueError(f"{KEY}.name has letters, digits, _ . and -, as the server has it, got {self.name!r}")
         if self.batch < 1:
             raise ValueError(f"{KEY}.batch must be at least 1 image, got {self.batch}")
-        if self.golden_set not in (choices := [*golden_sets(), "none"]):
+        if self.golden_set not in (choices := [*golden_sets(), "prompts", "none"]):
             raise ValueError(f"{KEY}.golden_set must be one of {', '.join(choices)}, got {self.golden_set!r}")
         endpoints = Endpoints(
             reward=self.name,
@@ -69,12 +71,13 @@ class HttpReward:
         """RemoteError unless one of the servers is there."""
         self._endpoints.greet("/health")
 
-    def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         if len(prompts) != len(images_BCHW):
             raise ValueError(f"{len(images_BCHW)} images but {len(prompts)} prompts; give every image one")
         pixels_BHWC = to_pixels(images_BCHW)
         parts = [slice(first, first + self.batch) for first in range(0, len(prompts), self.batch)]
-        questions = [_Batch(pixels_BHWC[part], prompts[part]) for part in parts]
+        asked = prompts_of(prompts, metadata)
+        questions = [_Batch(pixels_BHWC[part], asked[part]) for part in parts]
         self._endpoints.ask(f"/v1/rewards/{self.name}/score", questions)
         return torch.tensor([score for question in questions for score in question.scores], dtype=torch.float32)
 
@@ -82,13 +85,13 @@ class HttpReward:
 class _Batch:
     """The images of one request, and their scores as they come; what was answered is not asked again."""
 
-    def __init__(self, pixels_BHWC: np.ndarray, prompts: list[str]) -> None:
-        self.scores: list[float | None] = [None] * len(prompts)
-        self._pixels_BHWC, self._prompts = pixels_BHWC, prompts
+    def __init__(self, pixels_BHWC: np.ndarray, asked: list[Prompt]) -> None:
+        self.scores: list[float | None] = [None] * len(asked)
+        self._pixels_BHWC, self._asked = pixels_BHWC, asked
 
     def body(self) -> bytes:
         rows = self._missing()
-        return write_request([to_png(self._pixels_BHWC[row]) for row in rows], [self._prompts[row] for row in rows])
+        return write_request([to_png(self._pixels_BHWC[row]) for row in rows], [self._asked[row] for row in rows])
 
     def take(self, answer: Any) -> None:
         rows = self._missing()
@@ -100,7 +103,7 @@ class _Batch:
             self.scores[row] = score
         if missing := self._missing():
             raise AskAgain(
-                f"no score for {len(missing)} of {len(rows)} images, the first of {self._prompts[missing[0]]!r}"
+                f"no score for {len(missing)} of {len(rows)} images, the first of {self._asked[missing[0]].text!r}"
             )
 
     def _missing(self) -> list[int]:

@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from PIL import Image
 
+from fastgrpo.types import Prompt, prompts_of
+
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER = struct.Struct(">8sI4sIIBB")
 _RGB = 2
@@ -42,8 +44,8 @@ class Limits:
             if not value > 0:
                 raise ValueError(f"limits.{name} must be positive, got {value}")
 
-    def read_request(self, body: bytes) -> tuple[np.ndarray, list[str]]:
-        """Pixels [B, H, W, 3] in bytes and prompts.  TooLarge, or ValueError for what is not a request."""
+    def read_request(self, body: bytes) -> tuple[np.ndarray, list[Prompt]]:
+        """Pixels [B, H, W, 3] in bytes, and prompts.  TooLarge, or ValueError for what is not a request."""
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -55,6 +57,9 @@ class Limits:
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; send as many, and at least one")
         if len(images) > self.max_images:
             raise TooLarge(f"{len(images)} images are more than max_images={self.max_images}")
+        metadata = request.get("metadata", [{}] * len(prompts))
+        if not _are_objects(metadata) or len(metadata) != len(prompts):
+            raise ValueError(f"metadata, if there is any, must be {len(prompts)} objects, one a prompt")
         if max(map(len, prompts)) > self.max_prompt:
             raise TooLarge(f"a prompt is longer than max_prompt={self.max_prompt} characters")
         pngs = [_decoded(row, image) for row, image in enumerate(images)]
@@ -62,7 +67,7 @@ class Limits:
         sizes = {self._read_size(row, png) for row, png in enumerate(pngs)}
         if len(sizes) > 1:
             raise ValueError(f"images of one request must be of one size, got {sorted(sizes)}")
-        return np.stack([_unpacked(row, png) for row, png in enumerate(pngs)]), prompts
+        return np.stack([_unpacked(row, png) for row, png in enumerate(pngs)]), prompts_of(prompts, metadata)
 
     def _read_size(self, row: int, png: bytes) -> tuple[int, int]:
         if len(png) < _HEADER.size or not png.startswith(_SIGNATURE):
@@ -77,6 +82,10 @@ class Limits:
 
 def _are_strings(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _are_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
 def _decoded(row: int, image: str) -> bytes:

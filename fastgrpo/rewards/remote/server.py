@@ -23,6 +23,7 @@ from fastgrpo.device_error import is_device_error
 from fastgrpo.rewards.remote.limits import Limits, TooLarge
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.types import Prompt
 
 _log = logging.getLogger(__name__)
 
@@ -70,13 +71,13 @@ class RewardServer:
         try:
             body = await self._read_body(request)
             async with self._unpacked:
-                pixels_BHWC, prompts = await asyncio.to_thread(self.limits.read_request, body)
+                pixels_BHWC, asked = await asyncio.to_thread(self.limits.read_request, body)
                 async with self._turn:
                     if await request.is_disconnected():
                         # it has given up waiting, and asks again
                         raise HTTPException(408, "the client is gone")
                     scores = await asyncio.get_running_loop().run_in_executor(
-                        self._thread, self._ask, name, pixels_BHWC, prompts
+                        self._thread, self._ask, name, pixels_BHWC, asked
                     )
         except TooLarge as error:
             raise HTTPException(413, str(error)) from error
@@ -115,13 +116,13 @@ class RewardServer:
             raise HTTPException(400, "the body broke off") from error
         return bytes(body)
 
-    def _ask(self, name: str, pixels_BHWC: np.ndarray, prompts: list[str]) -> list[float | None]:
+    def _ask(self, name: str, pixels_BHWC: np.ndarray, asked: list[Prompt]) -> list[float | None]:
         """In the reward's thread: scores, null where they are not finite; 500 without details if it raises."""
         try:
             images_BCHW = (
                 torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2).float().div(255).contiguous()
             )
-            scores = self.scoring(name, self.rewards[name], images_BCHW, prompts).tolist()
+            scores = self.scoring(name, self.rewards[name], images_BCHW, asked).tolist()
         except Exception as error:
             _log.exception("reward %r failed", name)
             if is_device_error(error):

@@ -4,13 +4,17 @@
     Content-Type: application/json
     Authorization: Bearer TOKEN                 only if the server wants one
 
-    {"images": ["iVBORw0KGgo...", ...], "prompts": ["a red circle", ...]}
+    {"images": ["iVBORw0KGgo...", ...], "prompts": ["a red circle", ...], "metadata": [{"tag": "colors"}, ...]}
 
     200 {"scores": [0.25, null, ...]}
 
 Request: UTF-8 JSON.  ``images`` are PNGs of 8-bit RGB (color type 2) in base64 (RFC 4648, section 4, no line breaks),
 all of one size; ``prompts`` are as many strings.  A pixel is round(255 * value) of an image in [0, 1], half to even, so
 a score is that of an image which differs by up to 1/510 from the one that was generated.
+
+``metadata`` is there only where one of the prompts has any: as many objects, each of what the row of its prompt says in
+its file beside the text, {} for nothing.  GenEval's evaluator takes a row of its own file again as ``{**metadata[i],
+"prompt": prompts[i]}``.  A server that needs none need not know of it, nor keep to a list of keys.
 
 Answer: as many ``scores`` as images, in their order; more is better.  Each is a finite number, or null: this image
 could not be scored now.  Images with null are asked about again, alone.  Nothing else may stand for a failure, 0 least
@@ -44,6 +48,7 @@ from torch import Tensor
 
 from fastgrpo.rewards.pixels import to_bytes
 from fastgrpo.rewards.reward import RewardError
+from fastgrpo.types import Prompt, as_prompts
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -67,10 +72,16 @@ def to_png(pixels_HWC: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_request(pngs: Sequence[bytes], prompts: Sequence[str]) -> bytes:
+def write_request(pngs: Sequence[bytes], prompts: Sequence[Prompt | str]) -> bytes:
     """The body of a POST."""
-    images = [base64.b64encode(png).decode("ascii") for png in pngs]
-    return json.dumps({"images": images, "prompts": list(prompts)}).encode()
+    asked = as_prompts(prompts)
+    request: dict[str, Any] = {
+        "images": [base64.b64encode(png).decode("ascii") for png in pngs],
+        "prompts": [prompt.text for prompt in asked],
+    }
+    if any(prompt.metadata for prompt in asked):
+        request["metadata"] = [prompt.metadata for prompt in asked]
+    return json.dumps(request).encode()
 
 
 def read_scores(answer: Any, num_images: int) -> list[float | None]:

@@ -449,7 +449,10 @@ def test_an_address_that_is_none_is_refused(endpoint: str, says: str) -> None:
         ({"patience_seconds": -1.0}, "reward.terms.NAME.patience_seconds must be at least 0, got -1.0"),
         ({"patience_seconds": math.nan}, "reward.terms.NAME.patience_seconds must be at least 0, got nan"),
         ({"startup_patience_seconds": -1.0}, "reward.terms.NAME.startup_patience_seconds must be at least 0, got -1"),
-        ({"golden_set": "scens"}, "reward.terms.NAME.golden_set must be one of scenes, texts, none, got 'scens'"),
+        (
+            {"golden_set": "scens"},
+            "reward.terms.NAME.golden_set must be one of scenes, texts, prompts, none, got 'scens'",
+        ),
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ def test_a_request_is_read_as_it_was_written() -> None:
     prompts = ["a", 'quotes " and \u00fc', "\U0001f600"]
     read, texts = Limits().read_request(write_request([to_png(pixels_HWC) for pixels_HWC in pixels_BHWC], prompts))
     assert (read == pixels_BHWC).all()
-    assert texts == prompts
+    assert [prompt.text for prompt in texts] == prompts
     assert redness_of_png(base64.b64encode(to_png(pixels_BHWC[0])).decode()) == pytest.approx(
         pixels_BHWC[0, :, :, 0].mean() / 255
     )

@@ -104,7 +104,7 @@ class Evaluation:
         sampler = Sampler(model=self.model, grid=self.grid, batch_sizes=self.batch_sizes)
         make = plain(sampler, self.starts) if self.search is None else self.search
         own, made = self._spread()
-        awaited = self.rewards.begin([text for rows in made for text in self._samples(rows, len(rows)).texts])
+        awaited = self.rewards.begin([prompt for rows in made for prompt in self._samples(rows, len(rows)).asked])
         # without what is lossy: an evaluation judges the policy alone
         with self.model.gathered(), self.model.sampling():
             for samples in (samples for rows in made for samples in self._portions(rows)):
@@ -148,5 +148,5 @@ class Evaluation:
     def _samples(self, rows: tuple[int, ...], most: int) -> Samples:
         # all are of one resolution
         resolution = self.prompts[rows[0] // self.images_per_prompt].resolution
-        prompts = Prompts(self.texts, list(range(len(self.prompts))), resolution)
+        prompts = Prompts(self.prompts, list(range(len(self.prompts))), resolution)
         return Samples(prompts, self.images_per_prompt, rows, most)

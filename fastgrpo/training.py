@@ -3,8 +3,7 @@
 import os
 import shlex
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.watch import Watch
 from fastgrpo.distributed.world import RankFailure, World, leave_world
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
+from fastgrpo.given import NOTHING, Given
 from fastgrpo.health import Health, Preempted, TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
@@ -31,7 +31,7 @@ from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
 from fastgrpo.parts import RunParts
 from fastgrpo.profiling.profile import Profile, unprofiled
-from fastgrpo.prompts import PromptSource, num_bytes
+from fastgrpo.prompts import PromptSource, longest, texts_to_encode
 from fastgrpo.proposal.files import save_proposal
 from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
@@ -49,7 +49,7 @@ from fastgrpo.signals import make_replay, make_rollout, rehearsal
 from fastgrpo.start_noise import StartNoise
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
-from fastgrpo.types import Prompt
+from fastgrpo.types import Prompt, as_prompts
 from fastgrpo.update import Update
 
 # prompts that are encoded before a run begins: minutes of a GPU, and 28 GB of disk, 1.7 MB each for SD3.5.  Others are
@@ -57,9 +57,21 @@ from fastgrpo.update import Update
 _MOST_AHEAD = 2**14
 
 
-def train(config: DictConfig) -> Path:
-    """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory."""
-    parts = RunParts.read(config)
+def command_that_goes_on(parts: RunParts) -> str:
+    """What the user may type after a run was stopped."""
+    # what is in a config on disk is imported, or a token sent, only where the line names it
+    words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
+    return f"fastgrpo train {words.strip()}"
+
+
+def train(
+    config: DictConfig, given: Given = NOTHING, what_goes_on: Callable[[RunParts], str] = command_that_goes_on
+) -> Path:
+    """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory.
+
+    ``given`` is what a program gives beside it; ``what_goes_on`` is shown where the run is stopped.
+    """
+    parts = RunParts.read(config, given)
     distribution = parts.distribution
     part = take_part(device_of(parts.runtime), distribution.timeout_seconds, distribution.reward_ranks)
     if isinstance(part, ScoringRank):
@@ -87,9 +99,7 @@ def train(config: DictConfig) -> Path:
         except Preempted:
             _write_weights(trainer, run)
             if world.is_first:
-                # what is in a config on disk is imported, or a token sent, only where the line names it
-                words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
-                print(f"go on with: fastgrpo train {words.strip()}", flush=True)
+                print(f"go on with: {what_goes_on(parts)}", flush=True)
             raise
         _write_weights(trainer, run)
     leave_world()
@@ -145,6 +155,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     ema = EMA(model.trainable, training.ema_decay, training.ema_share)
     evaluation = build_evaluation(parts.evaluating, runtime, model, rewards, algorithm, parts.held_out, world)
     run.claim(golden_scores)
+    world.on_first(lambda: parts.given.keep(run.directory.path), "prompts")
     return Trainer(
         prompts=prompts,
         group_size=training.group_size,
@@ -169,6 +180,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         world=world,
         proposal=proposal,
         plan=on_device.plan,
+        is_stopped=parts.given.is_stopped,
         profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
 
@@ -204,7 +216,7 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
     """
     model, world = trainer.model, trainer.world
     # no text stops a run that has begun
-    model.check_texts(dict.fromkeys(parts.texts + parts.held_out_texts))
+    model.check_texts(texts_to_encode([*parts.prompts, *parts.held_out]))
     texts = _texts_to_come(parts, trainer)
     node = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rank, size in ((world.rank, world.size), node):
@@ -214,12 +226,12 @@ def _encode_ahead(parts: RunParts, trainer: Trainer) -> None:
 
 def _texts_to_come(parts: RunParts, trainer: Trainer) -> list[str]:
     """The different texts of the run in the order in which they come, at most ``_MOST_AHEAD``."""
-    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *parts.held_out_texts])
-    all_of_them = len(texts.keys() | {*parts.texts})
+    texts = dict.fromkeys([*([""] if trainer.model.has_two_branches else []), *texts_to_encode(parts.held_out)])
+    all_of_them = len(texts.keys() | {*texts_to_encode(parts.prompts)})
     for iteration in range(trainer.num_iterations):
         if len(texts) >= min(_MOST_AHEAD, all_of_them):
             break
-        texts |= dict.fromkeys(trainer.prompts.at(iteration).texts)
+        texts |= dict.fromkeys(texts_to_encode(as_prompts(trainer.prompts.at(iteration).asked)))
     return list(texts)[:_MOST_AHEAD]
 
 
@@ -230,7 +242,7 @@ def _find_run(parts: RunParts, world: World) -> SameRun:
 def _load_rewards(parts: RunParts) -> Loaded:
     set_threads(parts.runtime)
     set_numerics(deterministic=parts.runtime.deterministic)
-    return parts.rewards.load(parts.texts + parts.held_out_texts, device_of(parts.runtime))
+    return parts.rewards.load([*parts.prompts, *parts.held_out], device_of(parts.runtime))
 
 
 def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
@@ -242,7 +254,7 @@ def _planner(parts: RunParts, rewards: Rewards, world: World) -> MemoryPlanner:
         updates=parts.training.num_updates,
         rewards=rewards,
         # the longest takes most memory, where texts are as long as they are
-        prompt=max(parts.texts + parts.held_out_texts, key=num_bytes),
+        prompt=longest([*parts.prompts, *parts.held_out]),
         reweights=parts.training.reweights,
         lags=parts.training.old_policy_growth > 0,
     )
@@ -323,10 +335,3 @@ def _write_weights(trainer: Trainer, run: SameRun) -> None:
             trainer.model.save_lora(run.directory.lora)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)
-
-
-if __name__ == "__main__":
-    # as torchrun calls it; errors and exit codes are those of the command
-    from fastgrpo.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
