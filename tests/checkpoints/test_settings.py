@@ -12,7 +12,7 @@ import torch
 
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import TrainState
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.profiling.profile import Step
 from fastgrpo.records.record import NoRecord
 from fastgrpo.trainer import Trainer
