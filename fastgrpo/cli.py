@@ -1,4 +1,4 @@
-"""``fastgrpo COMMAND [key=value ...]``: what each command is called, how it is explained, and how it fails.
+"""``fastgrpo COMMAND [key=value ...]``: what each command is called, and how it fails.
 
 Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for one that a signal stopped and that is saved, 130 for an
 interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
@@ -7,7 +7,6 @@ interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBAC
 import os
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,8 @@ class Command:
     summary: str
     details: str
     examples: tuple[str, ...]
+    # whether it takes seconds until it does anything
+    loads: bool = True
 
     def __call__(self, config: "DictConfig") -> None:
         module, _, name = self.run.rpartition(".")
@@ -55,7 +56,17 @@ COMMANDS = {
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
             "fastgrpo train name=second adaptation.start=outputs/run",
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
+            "fastgrpo train hardware=24gb prompts.path=train.txt prompts.held_out=test.txt",
         ),
+    ),
+    "runs": Command(
+        run="fastgrpo.commands.runs.runs",
+        summary="list runs and how they stand",
+        details="A table of the runs in a directory and all those below it, the newest first: recipe, model, reward, "
+        "evaluation first and last, images a second, and whether each is running, finished, stopped or failed. "
+        "json=true prints it as JSON with everything that is known of each.",
+        examples=("fastgrpo runs", "fastgrpo runs in=/data/outputs", "fastgrpo runs json=true | jq '.[0].state'"),
+        loads=False,
     ),
     "submit": Command(
         run="fastgrpo.commands.submit.submit",
@@ -76,7 +87,7 @@ COMMANDS = {
         "evaluations. lora= takes a LoRA that was made elsewhere.",
         examples=(
             "fastgrpo sample prompt='a red circle left of a blue square'",
-            "fastgrpo sample prompt='three green triangles' run=outputs/run output=triangles",
+            "fastgrpo sample prompt='three green triangles' run=outputs/nft output=triangles",
             "fastgrpo sample prompt='a red kite' model=sd35_medium lora=lora.safetensors",
             "fastgrpo sample prompts.path=prompts.txt images_per_prompt=1 search=true budget=160 output=searched",
         ),
@@ -90,10 +101,10 @@ COMMANDS = {
         "judge them without having been searched for.",
         examples=(
             "fastgrpo evaluate output=outputs/base_evaluation",
-            "fastgrpo evaluate run=outputs/run output=outputs/run_evaluation",
-            "fastgrpo evaluate run=outputs/run/checkpoints/step_000100 evaluate.images_per_prompt=16",
-            "fastgrpo evaluate lora=outputs/run/lora output=outputs/lora_evaluation",
-            "fastgrpo evaluate run=outputs/run search=true budget=40 output=outputs/searched",
+            "fastgrpo evaluate run=outputs/nft output=outputs/nft_evaluation",
+            "fastgrpo evaluate run=outputs/nft/checkpoints/step_000100 evaluate.images_per_prompt=16",
+            "fastgrpo evaluate lora=outputs/nft/lora output=outputs/lora_evaluation",
+            "fastgrpo evaluate run=outputs/nft search=true budget=40 output=outputs/searched",
         ),
     ),
     "report": Command(
@@ -115,8 +126,8 @@ COMMANDS = {
         "generate.py that draws with it, and prints the call. lora= in place of run= writes the pipeline of a LoRA "
         "that was made elsewhere.",
         examples=(
-            "fastgrpo export run=outputs/run output=exported",
-            "fastgrpo export run=outputs/run output=exported merged=true",
+            "fastgrpo export run=outputs/nft output=exported",
+            "fastgrpo export run=outputs/nft output=exported merged=true",
             "fastgrpo export lora=lora.safetensors model=sd35_medium output=exported merged=true",
         ),
     ),
@@ -147,11 +158,13 @@ COMMANDS = {
         summary="check that this machine computes right",
         details="Prints versions and backends, tries the rewards on golden pairs, then samples with the chosen "
         "model and algorithm and replays that under gradient: |ratio - 1| must be 0 in float32. Exit code 1 if a check "
-        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there; with "
-        "prompts=FILE it shows what it reads of a prompt file instead, and loads no model.",
+        "fails. With memory= it plans the batches of training instead, for a GPU that need not be there; recommend= "
+        "plans all models for one, and prints the commands that train those that fit. With prompts=FILE it shows what "
+        "it reads of a prompt file instead, and loads no model.",
         examples=(
             "fastgrpo doctor",
             "fastgrpo doctor memory=80GiB model=sd35_medium model.weights=random num_prompts=8 group_size=24",
+            "fastgrpo doctor recommend=24GiB",
             "fastgrpo doctor prompts=PartiPrompts.tsv",
             "fastgrpo doctor reward=pick_score reward_backend=tensorrt record=true",
             "fastgrpo doctor model=sd35_medium algorithm=flow_grpo_fast",
@@ -160,6 +173,7 @@ COMMANDS = {
 }
 # a model chooses its time grid in these too, and nobody uses it
 _DRAW_NOTHING = ("encode", "export")
+_HELP, _DRY_RUN = ("--help", "-h"), "--dry-run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,31 +194,54 @@ def _main(words: list[str]) -> int:
         return BAD_INPUT
     try:
         command = _find_command(words[0])
-        if any(word in ("--help", "-h") for word in words[1:]):
-            return _show(_explanation(words[0], command))
+        flags = [word for word in words[1:] if word in (*_HELP, _DRY_RUN)]
+        overrides = [word for word in words[1:] if word not in flags]
+        if words[0] == "doctor":
+            # for the GPU of this machine
+            overrides = ["recommend=here" if word == "recommend" else word for word in overrides]
+        if {*flags} & {*_HELP}:
+            return _show(_explanation(words[0], command, overrides))
+        hide_known_warnings()
+        if command.loads and not flags and os.environ.get("RANK", "0") == "0":
+            # importing torch and diffusers alone takes seconds
+            print(f"fastgrpo {words[0]}: loading", flush=True)
         # it imports Hydra
         from fastgrpo.commands.line import config_of
 
-        hide_known_warnings()
-        config = config_of(words[0], words[1:])
+        config = config_of(words[0], overrides)
+        if flags:
+            from fastgrpo.commands.dry_run import dry_run
+
+            return _show(dry_run(words[0], config))
     except ValueError as error:
         return _report(error, BAD_INPUT)
     return _run(command, config)
 
 
 def _run(command: Command, config: "DictConfig") -> int:
-    # by now load_config has imported the pieces that the config names, so these cost nothing
+    try:
+        if command.loads:
+            # by now load_config has imported the pieces that the config names, so this costs nothing
+            from fastgrpo.models.quiet import hide_loading_bars
+
+            hide_loading_bars()
+        command(config)
+    except Exception as error:
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    """The exit code of an error that is expected, which is reported; any other is raised again."""
     from fastgrpo.checkpoints.checkpoint import CheckpointError
     from fastgrpo.distributed.world import RankFailure
     from fastgrpo.health import Preempted, TrainingError
     from fastgrpo.memory.batch_size import DoesNotFit
-    from fastgrpo.models.quiet import hide_loading_bars
     from fastgrpo.out_of_memory import is_out_of_memory
     from fastgrpo.rewards.reward import RewardError
 
-    hide_loading_bars()
     try:
-        command(config)
+        raise error
     except Preempted as error:
         return _report(error, INTERRUPTED if error.signal_number == signal.SIGINT else PREEMPTED)
     except (TrainingError, RewardError, CheckpointError, DoesNotFit, RankFailure) as error:
@@ -216,7 +253,6 @@ def _run(command: Command, config: "DictConfig") -> int:
             return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)
         _tell_launcher(error)
         raise
-    return 0
 
 
 def _find_command(name: str) -> Command:
@@ -253,41 +289,17 @@ def _tell_launcher(error: Exception) -> None:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fastgrpo COMMAND [key=value ...]",
-            "",
-            "Online reinforcement learning of flow-matching image models.",
-            "",
-            *lines,
-            "",
-            "fastgrpo COMMAND --help lists every key of a command, fastgrpo --version says the version.",
-        ]
-    )
+    from fastgrpo.help import overview
+
+    return overview(COMMANDS)
 
 
-def _explanation(name: str, command: Command) -> str:
-    from omegaconf import OmegaConf
+def _explanation(name: str, command: Command, overrides: Sequence[str]) -> str:
+    from fastgrpo.commands.line import check_words
+    from fastgrpo.help import explanation
 
-    from fastgrpo.config import compose_config, config_groups
-
-    config = compose_config(name)
-    groups = config_groups(name)
-    if name in _DRAW_NOTHING:
-        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "algorithm"])
-        groups = {group: options for group, options in groups.items() if not group.startswith("algorithm")}
-    lines = [f"usage: fastgrpo {name} [key=value ...]", "", f"{command.summary.capitalize()}."]
-    lines += [*textwrap.wrap(command.details, 100), "", "examples:"]
-    lines += [f"  {example}" for example in command.examples]
-    if groups:
-        lines += ["", "groups, each chosen by group=option:"]
-    width = max(map(len, groups), default=0)
-    indent = " " * (width + 4)
-    for group, options in groups.items():
-        lines += textwrap.wrap(f"  {group:<{width}}  {', '.join(options)}", 110, subsequent_indent=indent)
-    return "\n".join([*lines, "", "default config, each key set by key=value:", "", OmegaConf.to_yaml(config)])
+    check_words(name, overrides)
+    return explanation(name, command, overrides, "algorithm" if name in _DRAW_NOTHING else "")
 
 
 if __name__ == "__main__":

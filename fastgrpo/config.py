@@ -19,7 +19,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgrpo.files.locations import resolve_path
@@ -67,14 +67,36 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """What Hydra makes of ``configs/<name>.yaml`` and the overrides, unchecked."""
-    return deepcopy(_composed(name, tuple(overrides)))
+    return deepcopy(_composed(name, tuple(overrides))[0])
+
+
+def explained_config(name: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    """The config under a line's overrides, unchecked and unresolved, and the option of each group.
+
+    Options as ``{"algorithm/noise": "retries", "reward/terms@reward.watch.ocr": "ocr", ...}``.  ValueError for what
+    Hydra refuses.
+    """
+    groups = config_groups(name)
+    try:
+        config, chosen = _composed(name, tuple(beside_targets([switched(quoted(o), groups) for o in overrides])))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, name)) from error
+    return deepcopy(config), dict(chosen)
 
 
 # one command composes the same choices several times
 @lru_cache(maxsize=16)
-def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
+def _composed(name: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """The config, and the option of each group."""
     with _hydra_of_its_own(), initialize_config_module(_CONFIGS, version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        config = compose(name, overrides=list(overrides), return_hydra_config=True)
+    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    chosen = {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
+    with open_dict(config):
+        del config["hydra"]
+    if "recipe" in config and config.recipe is None:
+        config.recipe = chosen.get("experiment") or chosen["algorithm"]
+    return config, chosen
 
 
 @contextmanager
@@ -157,6 +179,9 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     default, chosen = _resolved(name, []), _resolved(name, structural)
     # keys that the run's version did not have yet
     config = OmegaConf.merge({key: default[key] for key in default if not _has_target(default[key])}, begun)
+    if "recipe" in default:
+        # what a run of an earlier version was called is not known
+        config.recipe = begun.get("recipe") or ""
     pieces = [OmegaConf.select(one, "adaptation._target_") for one in (default, begun)]
     if pieces[0] == pieces[1] is not None:
         # the run's may have keys that the default one has not

@@ -133,10 +133,11 @@ class Evaluating:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """``checkpoint``: each ``every`` iterations, of which the last ``keep`` stay."""
+    """``checkpoint``: each ``every`` iterations, of which the last ``keep`` stay, and that of the best evaluation."""
 
     every: int
     keep: int
+    keep_best: bool
     asynchronous: bool
 
     def __post_init__(self) -> None:

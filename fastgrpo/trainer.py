@@ -4,6 +4,7 @@ Every rank runs it on samples of its own; rewards and gradients are of all of th
 Letters: P prompts, G samples of a prompt, B samples of this rank, R rewards, C H W of a latent.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from fastgrpo.profiling.profile import Step, unprofiled
 from fastgrpo.profiling.timing import WAIT, StageTimer
 from fastgrpo.prompts import PromptSource
 from fastgrpo.proposal.learner import Learner, NothingLearned
+from fastgrpo.records.evaluations import total
 from fastgrpo.records.record import Recorder
 from fastgrpo.retry import Made, Retry
 from fastgrpo.rewards.reward import RewardError
@@ -67,6 +69,7 @@ class Trainer:
     evaluation: Evaluation
     evaluate_every: int
     checkpoint: Checkpoint
+    keep_best: bool
     health: Health
     record: Recorder
     num_iterations: int
@@ -79,6 +82,8 @@ class Trainer:
     is_stopped: Callable[[], bool] = lambda: False
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
+    # the largest weighted sum of an evaluation's scores so far, and after which iteration
+    _best: tuple[float, int] | None = field(default=None, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
     _stop_request: StopRequest = field(default_factory=StopRequest, init=False)
     # a signal that came to any of the ranks
@@ -141,7 +146,8 @@ class Trainer:
                 # before the checkpoint: one that outlives a kill then never lacks the lines that lead to it
                 self.record.row(self.iteration, self._unrecorded)
                 self._unrecorded = {}
-                if self.iteration % self.checkpoint.every == 0 or self.is_over or self._stop_signal:
+                is_due = self.iteration % self.checkpoint.every == 0 or self._best_iteration == self.iteration
+                if is_due or self.is_over or self._stop_signal:
                     self._save()
                 if self._stop_signal:
                     self.checkpoint.wait()
@@ -164,6 +170,7 @@ class Trainer:
                 "ema_updates": self.ema.num_updates,
                 "skipped_in_a_row": self.health.skipped_in_a_row,
                 "proposal": self.proposal.values,
+                "best": list(self._best) if self._best else [],
                 # as text, since JSON has no NaN
                 "unrecorded": {name: repr(value) for name, value in self._unrecorded.items()},
             },
@@ -189,6 +196,8 @@ class Trainer:
             # update relies on it, and a checkpoint may be older
             group["fused"] = True
         self.health.skipped_in_a_row = state.extra["skipped_in_a_row"]
+        value, iteration = state.extra.get("best") or (-math.inf, 0)
+        self._best = (value, iteration) if value > -math.inf else None
         self._unrecorded = {name: float(value) for name, value in state.extra.get("unrecorded", {}).items()}
         self.record.truncate_to(self.iteration - bool(self._unrecorded), self.iteration)
 
@@ -238,17 +247,26 @@ class Trainer:
         with timer("evaluate"), self.ema.applied():
             result = self.evaluation()
         self.record.evaluation(self.iteration, result)
+        scores = {f"eval/{name}": mean for name, mean in result.means.items()}
+        value = total(scores, self.rewards.weights)
+        if value is not None and (self._best is None or value > self._best[0]):
+            self._best = value, self.iteration
         return {
             "seconds": self.seconds,
-            **{f"eval/{name}": mean for name, mean in result.means.items()},
+            **scores,
             "seconds/evaluate": timer.seconds()["evaluate"],
         }
 
     def _save(self) -> None:
         timer = StageTimer(self.model.device)
         with timer("checkpoint"):
-            self.checkpoint.save(self.state())
+            self.checkpoint.save(self.state(), self._best_iteration)
         self._checkpoint_seconds = timer.seconds()["checkpoint"]
+
+    @property
+    def _best_iteration(self) -> int | None:
+        """After which the best evaluation was, where its checkpoint is to be kept."""
+        return self._best[1] if self._best and self.keep_best else None
 
     def _take_checkpoint_seconds(self) -> float:
         taken, self._checkpoint_seconds = self._checkpoint_seconds, 0.0

@@ -175,6 +175,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
         checkpoint=checkpoint,
+        keep_best=parts.saving.keep_best,
         health=Health(failed_batch=run.directory.failed_batch(world.rank)),
         record=_record(parts, run),
         num_iterations=training.iterations,
@@ -303,7 +304,7 @@ def _record(parts: RunParts, run: SameRun) -> Recorder:
         return NoRecord()
     return Record(
         directory=run.directory,
-        metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None),
+        metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None, config=parts.config),
         stragglers=Stragglers(path=run.directory.ranks, hosts=hosts),
         make_report=_make_report if parts.makes_report else no_report,
     )

@@ -97,16 +97,17 @@ def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: p
     shown = capsys.readouterr().out
     assert f"\n  fastgrpo {name}" in shown
     # every command but these has a model
-    has_model = name not in ("serve-reward", "report")
+    has_model = name not in ("serve-reward", "report", "runs")
     assert ("\n  adaptation" in shown) == has_model
-    assert ("full, lora" in shown) == has_model
+    assert ("full, [lora]" in shown) == has_model
     assert ("smart_grpo_paper" in shown) == (has_model and name not in ("export", "encode"))
-    assert ("\n  resolution: 64\n" in shown) == has_model
+    assert ("\n  model.resolution=64\n      of a square image, or [height, width]\n" in shown) == has_model
 
 
-def test_help_and_a_mistyped_key_do_not_wait_for_torch() -> None:
+def test_help_a_mistyped_key_and_the_table_of_runs_do_not_wait_for_torch() -> None:
     program = (
         "import sys; from fastgrpo import cli; cli.main(['train', '--help']); cli.main(['train', 'sed=1']); "
+        "assert cli.main(['runs', 'in=.']) == 0; "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -117,6 +118,34 @@ def test_help_and_a_mistyped_key_do_not_wait_for_torch() -> None:
 def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: fastgrpo COMMAND" in capsys.readouterr().err
+
+
+def test_help_has_the_keys_of_what_the_line_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "algorithm=flow_grpo", "--help", "algorithm.objective.clip_range=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "keys, with their values under algorithm=flow_grpo algorithm.objective.clip_range=0.5:" in shown
+    assert "algorithm/objective=clipped_surrogate: PPO's clipped surrogate (arXiv:1707.06347)" in shown
+    assert "\n  algorithm.objective.clip_range=0.5\n      how far a ratio may leave 1\n" in shown
+    assert "[clipped_surrogate]," in shown
+    assert "max_advantage" not in shown
+    fails(capsys, ["train", "algorithm=flow_gpro", "-h"], 2, "Could not find 'algorithm/flow_gpro'")
+    fails(capsys, ["train", "seed", "-h"], 2, "'seed' is not a setting")
+
+
+def test_a_dry_run_shows_the_config_and_makes_nothing(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*train_words, f"output={tmp_path / 'run'}", "--dry-run"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert OmegaConf.create(shown).train.group_size == 3
+    assert f"# writes {tmp_path / 'run'}\n" in shown
+    assert "# trains for 3 iterations, each on 2 prompts x 3 images = 6, of 5 prompts" in shown
+    assert "held-out prompts x 2 images = 10 before, every 20 iterations and at the end, by jpeg" in shown
+    assert not (tmp_path / "run").exists()
+    fails(capsys, [*words, "train.group_size=1"], 2, "train.group_size must be at least 2")
+    assert cli.main(["sample", "prompt=a", "--dry-run"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).prompt == "a"
 
 
 # mistakes in the words
@@ -230,7 +259,11 @@ def test_training_writes_the_run_and_a_lora_quietly(
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert f"written to {tmp_path / 'run'}" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == "fastgrpo train: loading"
+    assert lines[2] == "iteration 0/1  evaluating before training"
+    assert lines[-1] == f"written to {tmp_path / 'run'}"
+    assert f"  {tmp_path / 'run/images/before_after.png'}  what changed" in lines
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "lora"} <= written
 
@@ -399,17 +432,23 @@ def test_a_config_that_is_not_one_is_refused(text: str, tmp_path: Path, capsys: 
 # evaluate
 
 
-def test_evaluation_of_a_run_is_the_one_that_training_logged(
-    run: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluation_of_a_run_is_the_one_that_training_logged_beside_that_of_its_base(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["evaluate", REWARD, f"prompts.held_out={prompts}", "evaluate.images_per_prompt=2", "evaluate.num_steps=2"]
-    assert cli.main([*words, "runtime.micro_batch=4", f"run={run}", f"output={tmp_path / 'out'}"]) == 0
+    """By the run's own reward, held-out prompts, number of images and steps, none of which is named."""
+    assert cli.main(["evaluate", "runtime.micro_batch=4", f"run={run}", f"output={tmp_path / 'out'}"]) == 0
     shown = capsys.readouterr().out
     assert "jpeg" in shown
     assert "one object" in shown
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    first, *_, logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert report["rewards"]["jpeg"]["mean"] == pytest.approx(logged["eval/jpeg"], rel=1e-6)
+    assert report["base"]["jpeg"]["mean"] == pytest.approx(first["eval/jpeg"], rel=1e-6)
+    summary = json.loads((run / "summary.json").read_text())
+    assert report["differences"]["jpeg"] == pytest.approx(summary["differences"]["jpeg"], rel=1e-4)
+    assert logged["eval/jpeg"] != first["eval/jpeg"]
+    row = next(line for line in shown.splitlines() if f"{first['eval/jpeg']:.4f}" in line)
+    assert f"{logged['eval/jpeg']:.4f}" in row
     assert report["images"] == 2 * len(PROMPTS)
     assert sum(kind["prompts"] for kind in report["kinds"].values()) == len(PROMPTS)
     weighted = sum(kind["prompts"] * kind["rewards"]["jpeg"]["mean"] for kind in report["kinds"].values())
@@ -417,7 +456,65 @@ def test_evaluation_of_a_run_is_the_one_that_training_logged(
     assert report["rewards"]["jpeg"]["standard_error"] > 0
     assert report["versions"]["torch"] == torch.__version__
     assert {"hardware", "commit"} <= report.keys()
-    assert (tmp_path / "out" / "grid.png").is_file()
+    names = {"evaluation.json", "grid.png", "before_after.png", "before_after_all.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_what_the_line_names_judges_a_run_and_the_base_can_be_left_out(
+    run: Path, prompts: Path, tmp_path: Path
+) -> None:
+    two = tmp_path / "two.txt"
+    two.write_text("\n".join(PROMPTS[:2]))
+    words = [
+        "evaluate",
+        f"run={run}",
+        "runtime.micro_batch=4",
+        "reward=jpeg_compressibility",
+        f"prompts.held_out={two}",
+    ]
+    assert cli.main([*words, "evaluate.images_per_prompt=1", "base=false", f"output={tmp_path / 'out'}"]) == 0
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (report["images"], report["num_steps"], report["base"], report["differences"]) == (2, 2, {}, {})
+    # minus its kilobytes
+    assert report["rewards"]["jpeg"]["mean"] < 0
+
+
+def test_a_reward_of_ones_own_judges_a_run_only_where_the_line_names_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_brightness.py").write_text(
+        "import pathlib\npathlib.Path('imported').touch()\n"
+        "def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(run, tmp_path / "run")
+    config: Any = OmegaConf.load(other / "config.yaml")
+    config.reward.terms = {
+        "custom": {"_target_": "fastgrpo.rewards.custom.from_path", "path": "own_brightness.brightness"}
+    }
+    config.reward.weights = {"custom": 1.0}
+    OmegaConf.save(config, other / "config.yaml")
+    words = ["evaluate", f"run={other}", "runtime.micro_batch=4", "evaluate.images_per_prompt=1", "reward.golden=false"]
+    fails(capsys, words[:-1], 2, f"{other / 'config.yaml'}: the run's reward has code of your own", "reward=custom")
+    assert not (tmp_path / "imported").exists()
+    own = ["reward=custom", "reward.path=own_brightness.brightness", f"output={tmp_path / 'out'}"]
+    assert cli.main([*words, *own]) == 0
+    assert set(json.loads((tmp_path / "out" / "evaluation.json").read_text())["rewards"]) == {"custom"}
+    # sampling asks no reward unless it searches
+    sample = ["sample", "prompt=a", f"run={other}", "num_steps=1", "runtime.micro_batch=4"]
+    assert cli.main([*sample, f"output={tmp_path / 'samples'}"]) == 0
+    fails(capsys, [*sample, "search=true"], 2, "the run's reward has code of your own")
+
+
+def test_default_outputs_are_numbered_and_named_ones_refused(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", f"model.weights={tiny_weights}", *MODEL, "num_steps=1", "images_per_prompt=1", "prompt=a"]
+    for _ in range(3):
+        assert cli.main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["samples", "samples_2", "samples_3"]
+    assert cli.main([*words, "output=outputs/samples_2"]) == 2
 
 
 def test_an_evaluation_of_searched_images_says_what_it_took_and_judges_by_what_is_watched(

@@ -65,6 +65,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overrides": set(),
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
+    "meanings": set(),
+    "help": {"config", "meanings"},
     "given": {"files", "prompts", "rewards", "types"},
     "known_warnings": set(),
     "parts": _CARRIED | {"prompts", "pieces", "given"},
@@ -72,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"files", "records", "config"},
     "training": _RUN | {"parts", "given", "report"},
     "commands": _RUN | _FACE | {"training", "shapes", "report"},
-    "cli": _RUN | _FACE | {"training", "commands", "report"},
+    "cli": _RUN | _FACE | {"training", "commands", "report", "help"},
     "library": _RUN | _FACE | {"training", "commands"},
     "__main__": {"cli"},
 }
@@ -84,6 +86,8 @@ CONFINED = {
     "omegaconf": (
         "fastgrpo/cli.py",
         "fastgrpo/config.py",
+        "fastgrpo/help.py",
+        "fastgrpo/meanings.py",
         "fastgrpo/pieces.py",
         "fastgrpo/parts.py",
         # the config of a run, as a file

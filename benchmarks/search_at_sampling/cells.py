@@ -40,9 +40,10 @@ GUIDED = "halving, guidance 2.5"
 _GUIDED_BUDGETS = (40, 80, 160)
 # of the embedded world: what is searched for, and what judges without having been asked
 _REWARDS = {
-    "verifier": ("reward=shapes", "+reward/terms@reward.watch.clip_score=clip_score"),
+    "verifier": ("reward=shapes", "+reward/terms@reward.watch.clip_score=clip_shapes"),
     "CLIP": (
         "reward=clip_score",
+        "reward.terms.clip_score.path=shapes",
         "+reward/terms@reward.watch.shapes=shapes",
         "+reward/terms@reward.watch.shapes_strict=shapes_strict",
     ),

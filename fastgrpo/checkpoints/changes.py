@@ -41,9 +41,9 @@ MAY_CHANGE = (
     "adaptation.backup",
 )
 # where a run lies and how it is shown, not what it is: a directory may have been moved
-_NOT_COMPARED = ("name", "output", "resume", "job", "history", "report")
+_NOT_COMPARED = ("recipe", "name", "output", "resume", "job", "history", "report")
 # keys of these groups that a run does not have are of a later version, and have their default
-_PLAIN = ("train", "prompts")
+_PLAIN = ("train", "prompts", "checkpoint")
 # null in these groups is what a key means that a run of an earlier version does not have
 _NULL_IS_NONE = ("model", "adaptation")
 # sizes of fastgrpo's own, of this version or an earlier one; an own model's may be anything

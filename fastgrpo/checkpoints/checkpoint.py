@@ -64,7 +64,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Checkpoint:
-    """The checkpoints of one run: saved each ``every`` iterations, the last ``keep`` of them kept.
+    """The checkpoints of one run: saved each ``every`` iterations, the last ``keep`` of them kept, and the best one.
 
     All ranks of ``world`` call its methods together.  What is saved ``asynchronous``ly stands after ``wait``, which
     every other method begins with.
@@ -76,6 +76,8 @@ class Checkpoint:
     world: World = field(default_factory=World)
     asynchronous: bool = False
     _pending: Future[None] | None = field(default=None, init=False, repr=False)
+    # the iteration of one that is kept whatever follows
+    _best: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.directory = Path(self.directory)
@@ -85,13 +87,14 @@ class Checkpoint:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
         self._writers = _beside(self.world)
 
-    def save(self, state: TrainState) -> Path:
-        """Write ``step_<iteration>``, then delete what it makes superfluous.
+    def save(self, state: TrainState, best: int | None = None) -> Path:
+        """Write ``step_<iteration>``, then delete what it makes superfluous, but not that of the iteration ``best``.
 
         Asynchronously, this returns when the state has been copied.  Raises CheckpointError, on all ranks, when this
         checkpoint or a pending one cannot be written; earlier ones are intact then.
         """
         self.wait()
+        self._best = best
         path = self.directory / f"step_{state.iteration:06d}"
         tensors, text = as_named_tensors(state)
         try:
@@ -211,7 +214,7 @@ class Checkpoint:
         return [path for path in self.directory.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
     def _delete_superfluous(self, newest: int) -> None:
-        """Keep ``keep`` up to ``newest``; a later one was left by a run that has since resumed from before it."""
+        """Keep ``keep`` up to ``newest``, and the best; a later one is of a run that resumed from before it."""
         for path in self._outdated(newest):
             try:
                 # renamed first, so that a kill while deleting leaves no half-deleted checkpoint under its name
@@ -225,7 +228,7 @@ class Checkpoint:
         paths = sorted(self._paths(), key=_iteration, reverse=True)
         yield from (path for path in paths if path.name.startswith(REPLACED) or _iteration(path) > newest)
         current = [path for path in paths if not path.name.startswith(REPLACED) and _iteration(path) <= newest]
-        yield from current[self.keep :]
+        yield from (path for path in current[self.keep :] if _iteration(path) != self._best)
 
 
 def _age(path: Path) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise
 from fastgrpo.commands.memory import show_plan
 from fastgrpo.commands.prompts import prompts_table
+from fastgrpo.commands.recommend import recommend
 from fastgrpo.commands.toolchain import what_triton_needs
 from fastgrpo.health import TrainingError
 from fastgrpo.memory.batches import BatchSizes
@@ -55,6 +56,8 @@ _MAX_VELOCITY_DEVIATION = 1e-3
 def doctor(config: DictConfig) -> None:
     """Run a checked ``doctor`` config and print the findings; RewardError or TrainingError if a check fails."""
     console = Console()
+    if config.recommend:
+        return recommend(config, console)
     if config.memory:
         return show_plan(config, console)
     if config.show_prompts:

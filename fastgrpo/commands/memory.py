@@ -35,7 +35,9 @@ def show_plan(config: DictConfig, console: Console) -> None:
             "num_prompts, group_size, optimizer_steps and updates must be at least 1: "
             f"{config.num_prompts}, {config.group_size}, {config.optimizer_steps}, {updates}"
         )
-    plan = measured_plan(config) if config.memory == HERE else counted_plan(config, parse_bytes(config.memory))
+    # on a terminal, where nobody else reads it
+    with console.status("planning: building the model and counting its stages, some 20 to 60 seconds"):
+        plan = measured_plan(config) if config.memory == HERE else counted_plan(config, parse_bytes(config.memory))
     console.print(plan.table())
     how = "measured on this device" if config.memory == HERE else "counted without a device, and without the rewards"
     console.print(
@@ -43,6 +45,15 @@ def show_plan(config: DictConfig, console: Console) -> None:
         f"steps, {how}; runtime.micro_batch=0 plans a run like this",
         highlight=False,
     )
+    console.print(f"for fastgrpo train: {words_of_training(config)}", highlight=False, soft_wrap=True)
+
+
+def words_of_training(config: DictConfig) -> str:
+    """Of a ``doctor`` config, the sizes of training as ``fastgrpo train`` calls them."""
+    words = [f"train.prompts_per_iteration={config.num_prompts}", f"train.group_size={config.group_size}"]
+    words += [f"train.optimizer_steps={config.optimizer_steps}"] * (config.optimizer_steps > 1)
+    words += [f"train.updates={config.updates}"] * (config.updates is not None)
+    return " ".join(words)
 
 
 def measured_plan(config: DictConfig) -> MemoryPlan:

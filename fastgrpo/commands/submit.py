@@ -19,6 +19,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from fastgrpo.commands.job_output import followed, remove_empty
 from fastgrpo.health import Preempted, TrainingError
 from fastgrpo.parts import RunParts
 from fastgrpo.training import train
@@ -46,13 +47,15 @@ def submit(config: DictConfig) -> Path:
     folder = Path(config.job.folder).absolute() / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.masked_copy(config, [str(key) for key in config if key != "job"]), folder / "config.yaml")
-    print(f"what rank R of job J prints is in {folder}/J/J_R_log.out and .err", flush=True)
+    print(f"job and config are in {folder}", flush=True)
     run = hydra.main(version_base="1.3", config_path=str(folder), config_name="config")(run_rank)
     try:
-        with _as_command_line("--multirun", *_settings(config, folder)):
+        with followed(folder), _as_command_line("--multirun", *_settings(config, folder)):
             run()
     except (UncompletedJobError, FailedSubmissionError) as error:
         raise TrainingError(f"the job failed, see {folder}: {error}") from error
+    finally:
+        remove_empty(folder)
     return Path(config.output)
 
 

@@ -5,7 +5,7 @@ one it is the base model, with ``lora`` added to its weights where that is given
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fastgrpo.checkpoints.checkpoint import Checkpoint
+from fastgrpo.commands.judged_as_run import take_judgement
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.models.adapter import FlowModel
 from fastgrpo.overrides import key_of, line_of, quoted
@@ -70,6 +71,7 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)
     _take_grid(own, saved, run.config, overrides)
+    take_judgement(own, saved, run.config, overrides)
     check(own)
     return own
 
@@ -96,8 +98,11 @@ def _refuse_other(key: str, path: str, recorded: object, source: Path) -> None:
         raise ValueError(f"{key}={path}: {source} has {has}; name what it has, or leave this out")
 
 
-def load_model(config: DictConfig) -> tuple[FlowModel, str]:
-    """The model of a config that ``with_run`` returned, and in words where its weights are from."""
+def load_model(config: DictConfig, on_base: Callable[[FlowModel], object] = lambda _: None) -> tuple[FlowModel, str]:
+    """The model of a config that ``with_run`` returned, and in words where its weights are from.
+
+    on_base: called with the model that a run began from, before the run's weights are put into it.
+    """
     if not config.run:
         base = config.model.get("weights", config.model._target_)
         own = "".join(f" with {config.model[key]}" for key in ("transformer", "lora") if config.model.get(key))
@@ -108,6 +113,7 @@ def load_model(config: DictConfig) -> tuple[FlowModel, str]:
     if path is None:
         raise ValueError(f"run {run.path} has no complete checkpoint; let it train to its first, see checkpoint.every")
     model = build_model(config)
+    on_base(model)
     averages = checkpoint.load_averages(path, model.trainable, model.fingerprint)
     with torch.no_grad():
         for name, weight in model.trainable.items():

@@ -1,7 +1,7 @@
 """The directory of one run, and where each thing in it lies.
 
-    config.yaml  golden.json  metrics.jsonl  ranks.jsonl  search.jsonl  tensorboard/  images/  curves.png
-    summary.json  report.html  checkpoints/step_*/  lora/  proposal/
+    config.yaml  golden.json  metrics.jsonl  evaluations.jsonl  ranks.jsonl  search.jsonl  tensorboard/  images/
+    curves.png  summary.json  report.html  checkpoints/step_*/  lora/  proposal/
 
 Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
 holds a lock on it.
@@ -67,6 +67,11 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """The mean scores of each prompt in each evaluation."""
+        return self.path / "evaluations.jsonl"
 
     @property
     def ranks(self) -> Path:

@@ -76,12 +76,14 @@ def evaluate(
     settings: those of ``fastgrpo evaluate``, as ``"evaluate.images_per_prompt=16"`` or ``"reward=pick_score"``.
     run: of ``fastgrpo.train`` or ``fastgrpo.load``, or the path of a run directory or of a ``checkpoints/step_*``.
     prompts: texts, or mappings as a .jsonl file has them; None are those of the setting ``prompts.held_out``.
-    reward: a function, as in ``fastgrpo.train``; a run does not bring its own.
+    reward: a function, as in ``fastgrpo.train``; None is the run's, unless that is a function, which is given again.
 
     ValueError for whatever is wrong with the arguments, RewardError for a reward that fails.  Nothing is written.
     """
     given = Given(reward=reward, held_out=prompts)
     with as_before():
-        config = config_with("evaluate", settings, run=run, given=given, refused=_REFUSED)
+        # each call is one evaluation, unless the settings say otherwise
+        words = ("base=false", *settings)
+        config = config_with("evaluate", words, run=run, given=given, refused=_REFUSED)
         report, result = command.Judging.read(config, given)()
     return Evaluated(report=report, result=result)

@@ -7,36 +7,56 @@ Letters: B images, C = 3 channels, H W pixels.
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastgrpo.records.labels import LINE_PIXELS, lines_of, num_lines, plain_font
+
 MIN_PIXELS = 96
 MARGIN = 10
 HEADER_PIXELS = 24
+# of a label: as many as the longest one takes, within these
+LEAST_LINES, MOST_LINES = 3, 12
 _PAIR_GAP = 4
-_FONT_PIXELS = 12
-_LINE_PIXELS = 15
-_MAX_LINES = 3
+_MARK_PIXELS = 14
 _MAX_PAGE_PIXELS = 1400
 _INK = (30, 30, 30)
 _AROUND = (226, 226, 226)
 _YES, _NO = ("✓", (20, 130, 60)), ("✗", (190, 40, 40))
 
+Font = ImageFont.FreeTypeFont
+Marks = Sequence[bool] | None
+Scores = Sequence[float] | None
+
 
 def draw_grid(
-    images: Sequence[np.ndarray], labels: Sequence[str], verified: Sequence[bool] | None = None
+    images: Sequence[np.ndarray], labels: Sequence[str], verified: Marks = None, scores: Scores = None
 ) -> Image.Image:
-    """One cell an image [H, W, C] (uint8), its label below; ``verified`` puts a check or a cross before the label."""
-    return _draw([images], labels, verified, headers=[])
+    """One cell an image [H, W, C] (uint8), its label below; ``verified`` puts a check or a cross before the label.
+
+    scores: of each image, above its label.
+    """
+    if scores is not None:
+        return _draw([images], labels, [verified], [scores], headers=[])
+    return _draw([images], labels, [verified], [], headers=[])
 
 
-def draw_before_after(before: Sequence[np.ndarray], after: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
-    """One cell a label: the image [H, W, C] before training on the left, after it on the right."""
-    return _draw([before, after], labels, None, headers=["before", "after"])
+def draw_before_after(
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    labels: Sequence[str],
+    verified: tuple[Marks, Marks] = (None, None),
+    scores: tuple[Scores, Scores] = (None, None),
+    caption: str = "",
+) -> Image.Image:
+    """One cell a label: the image [H, W, C] before training on the left, after it on the right.
+
+    Each with its mark and its score below where there are any; the caption stands below all.
+    """
+    given = [one for one in scores if one is not None]
+    return _draw([before, after], labels, verified, given, headers=["before", "after"], caption=caption)
 
 
 def to_uint8(image_CHW: Tensor) -> np.ndarray:
@@ -52,9 +72,14 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def cell_origin(index: int, num_cells: int, num_panels: int, height: int, width: int) -> tuple[int, int]:
-    """(x, y) of the top left pixel of a cell's first image; of use to whoever reads a grid back."""
-    cell_width, cell_height, _ = _cell_size(num_panels, height, width)
+def cell_origin(
+    index: int, num_cells: int, num_panels: int, height: int, width: int, lines: int = LEAST_LINES
+) -> tuple[int, int]:
+    """(x, y) of the top left pixel of a cell's first image; of use to whoever reads a grid back.
+
+    lines: of text below the images, one more than its label's where scores stand above that.
+    """
+    cell_width, cell_height, _ = _cell_size(num_panels, height, width, lines)
     row, column = divmod(index, _num_columns(num_cells, cell_width))
     header = HEADER_PIXELS if num_panels > 1 else 0
     return MARGIN + column * (cell_width + MARGIN), MARGIN + header + row * (cell_height + MARGIN)
@@ -68,8 +93,10 @@ def enlargement(height: int, width: int) -> int:
 def _draw(
     panels: Sequence[Sequence[np.ndarray]],
     labels: Sequence[str],
-    verified: Sequence[bool] | None,
+    verified: Sequence[Marks],
+    scores: Sequence[Sequence[float]],
     headers: Sequence[str],
+    caption: str = "",
 ) -> Image.Image:
     num_cells = len(labels)
     if any(len(panel) != num_cells for panel in panels):
@@ -77,15 +104,24 @@ def _draw(
     if num_cells == 0:
         raise ValueError("no images to draw; give at least one evaluation prompt")
     height, width = (max(pixels.shape[side] for panel in panels for pixels in panel) for side in (0, 1))
-    cell_width, cell_height, scale = _cell_size(len(panels), height, width)
+    scale = enlargement(height, width)
+    # marks of a single image stand before its label, unless its score takes a line of its own
+    in_a_line = bool(scores) or (len(panels) > 1 and any(marks is not None for marks in verified))
+    indent = _MARK_PIXELS if verified[0] is not None and not in_a_line else 0
+    label_width = len(panels) * (width * scale + _PAIR_GAP) - _PAIR_GAP - indent
+    lines = max(LEAST_LINES, in_a_line + num_lines(labels, label_width, MOST_LINES))
+    cell_width, cell_height, _ = _cell_size(len(panels), height, width, lines)
     columns = _num_columns(num_cells, cell_width)
     rows = math.ceil(num_cells / columns)
+    page_width = MARGIN + columns * (cell_width + MARGIN)
+    below, font = lines_of(caption, page_width - 2 * MARGIN, MOST_LINES) if caption else ([], plain_font())
     top = HEADER_PIXELS if headers else 0
-    size = (MARGIN + columns * (cell_width + MARGIN), top + MARGIN + rows * (cell_height + MARGIN))
-    page = Image.new("RGB", size, "white")
+    bottom = top + MARGIN + rows * (cell_height + MARGIN)
+    page = Image.new("RGB", (page_width, bottom + len(below) * LINE_PIXELS + MARGIN * bool(below)), "white")
     canvas = ImageDraw.Draw(page)
     for index, label in enumerate(labels):
-        x, y = cell_origin(index, num_cells, len(panels), height, width)
+        x, y = cell_origin(index, num_cells, len(panels), height, width, lines)
+        under = y + height * scale + 3
         for panel, pixels in enumerate(panels):
             left = x + panel * (width * scale + _PAIR_GAP)
             image = Image.fromarray(pixels[index])
@@ -93,17 +129,24 @@ def _draw(
             canvas.rectangle((left, y, left + width * scale - 1, y + height * scale - 1), fill=_AROUND)
             page.paste(image, (left + (width * scale - image.width) // 2, y + (height * scale - image.height) // 2))
             if headers and index < columns:
-                canvas.text((left, MARGIN), headers[panel], fill=_INK, font=_font())
-        mark = None if verified is None else verified[index]
-        _write_label(canvas, (x, y + height * scale + 3), cell_width, label, mark)
+                canvas.text((left, MARGIN), headers[panel], fill=_INK, font=plain_font())
+            marks = verified[panel]
+            if marks is not None:
+                symbol, color = _YES if marks[index] else _NO
+                canvas.text((left, under), symbol, fill=color, font=plain_font())
+            if scores:
+                indented = left + (_MARK_PIXELS if marks is not None else 0)
+                canvas.text((indented, under), f"{scores[panel][index]:.3g}", fill=_INK, font=plain_font())
+        _write(canvas, (x + indent, under + in_a_line * LINE_PIXELS), *lines_of(label, label_width, MOST_LINES))
+    _write(canvas, (MARGIN, bottom), below, font)
     return page
 
 
-def _cell_size(num_panels: int, height: int, width: int) -> tuple[int, int, int]:
+def _cell_size(num_panels: int, height: int, width: int, lines: int) -> tuple[int, int, int]:
     scale = enlargement(height, width)
     return (
         num_panels * width * scale + (num_panels - 1) * _PAIR_GAP,
-        height * scale + 3 + _MAX_LINES * _LINE_PIXELS,
+        height * scale + 3 + lines * LINE_PIXELS,
         scale,
     )
 
@@ -113,41 +156,7 @@ def _num_columns(num_cells: int, cell_width: int) -> int:
     return max(1, min(square, _MAX_PAGE_PIXELS // (cell_width + MARGIN)))
 
 
-def _write_label(
-    canvas: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, label: str, verified: bool | None
-) -> None:
+def _write(canvas: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], font: Font) -> None:
     x, y = corner
-    indent = 0
-    if verified is not None:
-        symbol, color = _YES if verified else _NO
-        canvas.text((x, y), symbol, fill=color, font=_font())
-        indent = 14
-    for line, text in enumerate(_wrapped(label, width - indent)):
-        canvas.text((x + indent, y + line * _LINE_PIXELS), text, fill=_INK, font=_font())
-
-
-def _wrapped(label: str, width: int) -> list[str]:
-    """At most _MAX_LINES lines that fit the width; an ellipsis ends what was cut."""
-    lines = [""]
-    for word in label.split():
-        if lines[-1] and _font().getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    cut = len(lines) > _MAX_LINES
-    lines = lines[:_MAX_LINES]
-    if cut:
-        lines[-1] += " …"
-    return [_shortened(line, width) for line in lines]
-
-
-def _shortened(line: str, width: int) -> str:
-    if _font().getlength(line) <= width:
-        return line
-    while line and _font().getlength(line + "…") > width:
-        line = line[:-1]
-    return line + "…"
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    # matplotlib ships it, so that a grid looks the same on every machine
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), _FONT_PIXELS)
+    for line, text in enumerate(lines):
+        canvas.text((x, y + line * LINE_PIXELS), text, fill=_INK, font=font)

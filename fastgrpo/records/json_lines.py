@@ -18,9 +18,12 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         raise ValueError(f"cannot write {path} ({error.strerror}); free space, then resume") from error
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows up to the first line that is not whole; none of a file that is not there."""
-    return [row for row, _ in _rows(path)] if path.exists() else []
+def read_rows(path: Path, *, is_growing: bool = False) -> list[dict[str, Any]]:
+    """The rows up to the first line that is not whole; none of a file that is not there.
+
+    is_growing: another process may be writing the last line, which then is nothing to warn of.
+    """
+    return [row for row, _ in _rows(path, is_growing)] if path.exists() else []
 
 
 def truncate_rows(path: Path, iteration: int) -> None:
@@ -36,7 +39,7 @@ def truncate_rows(path: Path, iteration: int) -> None:
         file.truncate(size)
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _rows(path: Path, is_growing: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
     """Each row and the offset of its end in bytes, up to the first line that is not whole."""
     end = 0
     with open(path, "rb") as file:
@@ -47,6 +50,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError:
                 row = None
             if not isinstance(row, dict) or "iteration" not in row or not line.endswith(b"\n"):
-                _log.warning("%s: line ending at byte %d is not whole, it and what follows is dropped", path, end)
+                if not is_growing:
+                    _log.warning("%s: line ending at byte %d is not whole, it and what follows is dropped", path, end)
                 return
             yield row, end

@@ -4,21 +4,22 @@
 Letters: H W pixels.
 """
 
-import io
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 from PIL import Image
 from torch import Tensor
 
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.files.whole import write_whole
-from fastgrpo.records.grids import draw_before_after, draw_grid, png, to_uint8
+from fastgrpo.records.before_after import Shown, write_before_after
+from fastgrpo.records.evaluations import means_of_prompts, totals, weights_of
+from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.json_lines import append_row, read_rows, truncate_rows
 from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.summary import summarize
@@ -76,7 +77,6 @@ METRICS = {
     "are other prompts; where algorithm.noise.mix is above 0",
     "proposal/grad_norm": "norm of the gradient by the weights of the learned start noise's network",
 }
-_log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -87,6 +87,8 @@ class Sink(Protocol):
     def image(self, iteration: int, name: str, image: Image.Image) -> None: ...
 
     def page(self, iteration: int, name: str, path: Path) -> None: ...
+
+    def config(self, config: Mapping[str, Any]) -> None: ...
 
     def truncate_to(self, iteration: int) -> None: ...
 
@@ -112,6 +114,11 @@ class TensorBoard:
 
     def page(self, iteration: int, name: str, path: Path) -> None:
         """TensorBoard shows no pages."""
+
+    def config(self, config: Mapping[str, Any]) -> None:
+        """The config as text, which TensorBoard reads as markdown."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
 
     def truncate_to(self, iteration: int) -> None:
         """TensorBoard hides what earlier files hold of later iterations."""
@@ -146,6 +153,9 @@ class Wandb:
             # as it is: what wandb would put into it is refused by the page's own policy
             self._run.log({name: self._wandb.Html(file, inject=False)}, step=iteration)
 
+    def config(self, config: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(config), allow_val_change=True)
+
     def truncate_to(self, iteration: int) -> None:
         """Nothing to do: wandb keeps the first value of a step, and a resumed run computes the same ones again."""
 
@@ -156,8 +166,16 @@ class Wandb:
 class Metrics:
     """The writer of a run's measurements; use it as a context manager, in one process of the run."""
 
-    def __init__(self, run: RunDirectory, *, tensorboard: bool = True, wandb_project: str | None = None) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._run, self._config = run, config or {}
+        self._weights = weights_of(self._config)
         self._sinks: list[Sink] = [TensorBoard(run.tensorboard)] if tensorboard else []
         if wandb_project is not None:
             self._sinks.append(Wandb(run.path, wandb_project))
@@ -182,23 +200,31 @@ class Metrics:
     def truncate_to(self, iteration: int) -> None:
         """On resume from ``iteration``: drop later lines, and the last one if a kill left half of it."""
         truncate_rows(self._run.metrics, iteration)
+        truncate_rows(self._run.evaluations, iteration)
         for sink in self._sinks:
             sink.truncate_to(iteration)
+            # afterwards: what was written before may be hidden
+            if self._config:
+                sink.config(self._config)
 
     def evaluation_grid(
-        self, iteration: int, images: Iterable[Tensor], prompts: Sequence[str], verified: Sequence[bool] | None = None
+        self,
+        iteration: int,
+        images: Iterable[Tensor],
+        prompts: Sequence[str],
+        verified: Sequence[bool] | None = None,
+        totals: Sequence[float] | None = None,
     ) -> Path:
         """Save images [3, H, W] in [0, 1] as a labelled grid, and beside those of the first evaluation of the run.
 
-        Call it with the same prompts and noise each time, first before training.
+        Call it with the same prompts and noise each time, first before training.  totals: the reward of each image.
         """
         pixels = [to_uint8(image_CHW) for image_CHW in images]
-        grid = draw_grid(pixels, prompts, verified)
+        grid = draw_grid(pixels, prompts, verified, totals)
         path = self._run.images / f"evaluation_{iteration:06d}.png"
         write_whole(path, png(grid))
-        first = self._first_evaluation(pixels, prompts)
-        before_after = draw_before_after(first, pixels, prompts)
-        write_whole(self._run.images / "before_after.png", png(before_after))
+        write_before_after(self._run.images, Shown(pixels, prompts, totals, verified))
+        before_after = Image.open(self._run.images / "before_after.png")
         for sink in self._sinks:
             sink.image(iteration, "evaluation", grid)
             sink.image(iteration, "before_after", before_after)
@@ -209,33 +235,26 @@ class Metrics:
         for sink in self._sinks:
             sink.page(iteration, name, path)
 
-    def finish(self) -> dict[str, Any]:
-        """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``, at any time; returns the summary."""
+    def totals_of(self, scores: Mapping[str, Tensor], num_prompts: int) -> list[float] | None:
+        """The reward of the first image of each of the first prompts, from scores [P, G]; None if it is not known."""
+        return totals({name: of_PG[:num_prompts, 0].tolist() for name, of_PG in scores.items()}, self._weights)
+
+    def scores(self, iteration: int, scores: Mapping[str, Tensor]) -> None:
+        """Append the scores [P, G] of an evaluation to ``evaluations.jsonl``, as the mean of each prompt."""
+        append_row(self._run.evaluations, means_of_prompts(iteration, scores))
+
+    def finish(self, error: str | None = None) -> dict[str, Any]:
+        """Draw ``curves.png`` and write ``summary.json``, at any time; returns the summary.
+
+        error: what ended the run, in a line, if anything went wrong.
+        """
         rows = read_rows(self._run.metrics)
         draw_curves(rows, self._run.curves, title=self._run.path.name)
-        summary = summarize(rows)
+        evaluations = read_rows(self._run.evaluations)
+        summary = summarize(rows, config=self._config, evaluations=evaluations, error=error)
         write_whole(self._run.summary, (json.dumps(summary, indent=2) + "\n").encode())
         return summary
 
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
-
-    def _first_evaluation(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[np.ndarray]:
-        pixels, texts = self._run.images / ".first.npz", self._run.images / ".first.json"
-        # one array, of a run that an earlier version began
-        earlier = pixels.with_suffix(".npy")
-        if texts.exists():
-            if json.loads(texts.read_text(encoding="utf-8")) != list(prompts):
-                _log.warning("evaluation prompts have changed: before_after.png starts anew")
-            elif pixels.exists():
-                with np.load(pixels, allow_pickle=False) as first:
-                    return [first[name] for name in first]
-            elif earlier.exists():
-                return list(np.load(earlier, allow_pickle=False))
-        file = io.BytesIO()
-        np.savez(file, *images)
-        write_whole(pixels, file.getvalue())
-        # written last, it says that the pixels are whole
-        write_whole(texts, json.dumps(list(prompts)).encode())
-        return images

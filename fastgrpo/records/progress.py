@@ -1,9 +1,12 @@
-"""How a run shows where it stands: one live line on a terminal or in a notebook, a plain line now and then in a log."""
+"""How a run shows where it stands: one live line on a terminal or in a notebook, a plain line now and then in a log.
+
+The time left comes first and numbers of less interest last; a terminal shows as many as it is wide for.
+"""
 
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
@@ -15,6 +18,8 @@ from fastgrpo.records.remarks import Remark
 
 # of a log file that says what is being compiled
 _SECONDS_BETWEEN_LINES = 30.0
+# characters; a shorter bar says nothing
+_BAR, _LEAST_BAR = 20, 8
 
 
 class Progress:
@@ -70,10 +75,19 @@ class Progress:
             self._iteration = iteration
             self._num_compiled, self._compiling_since = self._num_compilations(), math.nan
             self._values |= values
-            line = self._line(iteration)
+            parts = self._parts(iteration)
             if self._live:
-                self._draw(line)
+                self._draw(parts)
             elif iteration % self._every == 0 or iteration in (self._first + 1, self._total) or self._seconds_left == 0:
+                self._console.out("  ".join(parts), highlight=False)
+
+    def say(self, doing: str) -> None:
+        """Show what the run does before its first iteration."""
+        with self._lock:
+            line = f"iteration {self._iteration}/{self._total}  {doing}"
+            if self._live:
+                self._draw([line])
+            else:
                 self._console.out(line, highlight=False)
 
     def remark(self, remark: Remark | None) -> None:
@@ -97,7 +111,7 @@ class Progress:
                 f"compiling: {count} graph{'s' * (count > 1)}, {_duration(now - self._compiling_since)}"
             )
             if self._live:
-                self._draw(line)
+                self._draw([line])
             elif now >= self._next_line:
                 self._next_line = now + _SECONDS_BETWEEN_LINES
                 self._console.out(line, highlight=False)
@@ -106,26 +120,39 @@ class Progress:
         while not self._is_over.wait(self._look_every_seconds):
             self.show_compilations()
 
-    def _draw(self, line: str) -> None:
+    def _draw(self, parts: Sequence[str]) -> None:
         assert self._live is not None
-        row = Table.grid(padding=(0, 1))
-        row.add_row(Text(line, no_wrap=True), ProgressBar(self._total, self._iteration, width=20))
+        # a line as wide as the terminal is may be broken
+        room = self._console.width - 1
+        line = parts[0]
+        for part in parts[1:]:
+            if len(line) + 2 + len(part) <= room:
+                line += f"  {part}"
+        row, bar = Table.grid(padding=(0, 1)), min(_BAR, room - len(line) - 1)
+        cells = [Text(line, no_wrap=True, overflow="ellipsis")]
+        if bar >= _LEAST_BAR:
+            row.add_row(*cells, ProgressBar(self._total, self._iteration, width=bar))
+        else:
+            row.add_row(*cells)
         self._live.update(row, refresh=True)
 
-    def _line(self, iteration: int) -> str:
-        parts = [f"iteration {iteration}/{self._total}"]
-        if self._remark:
-            parts.append(self._remark.state)
-        if "images_per_second" in self._values:
-            parts.append(f"{self._values['images_per_second']:.1f} images/s")
-        if "reward/total" in self._values:
-            parts.append(f"reward {self._values['reward/total']:.3f}")
-        parts += [f"{name} {value:.3f}" for name, value in self._values.items() if name.startswith("eval/")]
-        done = iteration - self._first
+    def _parts(self, iteration: int) -> list[str]:
+        """What is to be shown, the most important first."""
+        parts, done = [], iteration - self._first
         if done > 0:
             left = (self._clock() - self._start) / done * (self._total - iteration)
             parts.append(f"{_duration(min(left, self._seconds_left))} left")
-        return "  ".join(parts)
+        parts.append(f"iteration {iteration}/{self._total}")
+        if self._remark:
+            parts.append(self._remark.state)
+        if "reward/total" in self._values:
+            parts.append(f"reward {self._values['reward/total']:.3f}")
+        # the last one named is what is watched, which says more than what is trained on
+        scores = [f"{name} {value:.3f}" for name, value in self._values.items() if name.startswith("eval/")]
+        parts += reversed(scores)
+        if "images_per_second" in self._values:
+            parts.append(f"{self._values['images_per_second']:.1f} images/s")
+        return parts
 
     @property
     def _seconds_left(self) -> float:

@@ -13,7 +13,9 @@ from typing import Protocol
 from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
+from fastgrpo.health import Preempted
 from fastgrpo.records.candidates import search_row
+from fastgrpo.records.closing import closing_words
 from fastgrpo.records.gallery import save_gallery
 from fastgrpo.records.json_lines import append_row, truncate_rows
 from fastgrpo.records.metrics import Metrics
@@ -61,6 +63,8 @@ class Record:
     stragglers: Stragglers
     make_report: Callable[[Path], Path | None] = no_report
     _progress: Progress | None = field(default=None, init=False)
+    # what is said when training is over
+    _closing: list[str] = field(default_factory=list, init=False)
     # the rows that a remark is made of
     _last: list[Mapping[str, float]] = field(default_factory=list, init=False)
 
@@ -74,8 +78,21 @@ class Record:
         self._progress = Progress(
             num_iterations, first=first, max_seconds=max_seconds, num_compilations=num_compilations
         )
-        with self.metrics, self._progress:
-            yield
+        # what an earlier attempt came to is no more true
+        self.directory.summary.unlink(missing_ok=True)
+        try:
+            with self.metrics, self._progress:
+                if first == 0:
+                    self._progress.say("evaluating before training")
+                yield
+        except Preempted:
+            raise
+        except Exception as error:
+            self.metrics.finish(" ".join(f"{type(error).__name__}: {error}".split()))
+            raise
+        finally:
+            # below the live line, which is there no more
+            print(*self._closing, sep="\n", end="\n" * bool(self._closing), flush=True)
 
     def row(self, iteration: int, values: Mapping[str, float]) -> None:
         assert self._progress is not None
@@ -89,7 +106,9 @@ class Record:
             self.stragglers.add(iteration, seconds, waited_R)
 
     def evaluation(self, iteration: int, result: EvaluationResult) -> None:
-        self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified)
+        self.metrics.scores(iteration, result.scores)
+        totals = self.metrics.totals_of(result.scores, len(result.images))
+        self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified, totals)
         save_gallery(self.directory.images, iteration, result)
 
     def search(self, iteration: int, texts: Sequence[str], noise: Noise, rewards: Rewards) -> None:
@@ -99,15 +118,20 @@ class Record:
 
     def finish(self) -> None:
         summary = self.metrics.finish()
-        if table := self.stragglers.table():
-            print(table)
+        table = self.stragglers.table()
+        said = self._report(summary["iterations"])
+        self._closing = [*([table] if table else []), *closing_words(summary, self.directory), *said]
+
+    def _report(self, iteration: int) -> list[str]:
+        """Make the page; what is to be said of it, if anything."""
         try:
             if (page := self.make_report(self.directory.path)) is not None:
-                self.metrics.page(summary["iterations"], "report", page)
+                self.metrics.page(iteration, "report", page)
         except Exception as error:
             # a run does not fail when all is done but its page
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"no report was made ({said}); fastgrpo report run={self.directory.path} tries again", flush=True)
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            return [f"no report was made ({why}); fastgrpo report run={self.directory.path} tries again"]
+        return []
 
 
 class NoRecord:

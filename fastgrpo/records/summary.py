@@ -4,24 +4,43 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastgrpo.records.evaluations import best, differences, evaluated, weights_of
 from fastgrpo.records.remarks import remarks
+from fastgrpo.records.state import reached
 
 _PACKAGES = ("fastgrpo", "torch", "triton", "diffusers", "transformers", "peft", "numpy")
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ``summary.json`` holds, from the rows of ``metrics.jsonl``; a quantity that was never measured is null."""
-    evaluations = [_evaluation(row) for row in rows if any(name.startswith("eval/") for name in row)]
+def summarize(
+    rows: Sequence[dict[str, Any]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    error: str | None = None,
+) -> dict[str, Any]:
+    """What ``summary.json`` holds, from the rows of ``metrics.jsonl``; a quantity that was never measured is null.
+
+    config: the run's, as plain data.  evaluations: the lines of evaluations.jsonl.  error: what ended the run early.
+    """
+    config = config or {}
+    with_scores = evaluated(rows)
+    winner = best(with_scores, weights_of(config))
+    scores = [_evaluation(row) for row in with_scores]
     last = rows[-1] if rows else {}
     speeds = _column(rows, "images_per_second")
     return {
+        "name": config.get("name"),
+        "recipe": config.get("recipe"),
+        "seed": config.get("seed"),
+        "state": "failed" if error else reached(config, rows),
+        "error": error,
         "iterations": last.get("iteration", 0),
         "images": last.get("images"),
         "seconds": last.get("seconds"),
@@ -31,8 +50,12 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "skipped_steps": sum(_column(rows, "skipped_steps")),
         # why some of the iterations taught nothing
         "remarks": remarks(rows),
-        "first_evaluation": evaluations[0] if evaluations else None,
-        "last_evaluation": evaluations[-1] if evaluations else None,
+        "first_evaluation": scores[0] if scores else None,
+        "last_evaluation": scores[-1] if scores else None,
+        # by the weighted sum of the rewards, which is what is maximised
+        "best_evaluation": _evaluation(winner) if winner else None,
+        # of the last evaluation from the first, prompt by prompt
+        "differences": differences(evaluations) if _begin_alike(evaluations, scores) else {},
         "hardware": hardware(),
         "versions": versions(),
         "commit": commit(),
@@ -91,6 +114,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _begin_alike(evaluations: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> bool:
+    # a run of an earlier version kept none at first
+    return bool(evaluations and scores) and evaluations[0]["iteration"] == scores[0]["iteration"]
 
 
 def _evaluation(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from fastgrpo.rewards.networks.clip import ClipImageTower, ClipSimilarity, ClipT
 from fastgrpo.rewards.networks.network_reward import Backend, NetworkReward
 from fastgrpo.rewards.networks.preprocess import Preprocess
 from fastgrpo.rewards.networks.tokens import CLIP_TOKENIZER_FILES, load_clip_tokenizer
+from fastgrpo.shapes.world import parse_caption
 
 _OPTION = "reward.terms.clip_score.path"
 
 
 def clip_score(*, path: str, backend: Backend) -> NetworkReward:
-    """The CLIP at ``path``, a directory or hub id, or ``shapes``: the scorer of the embedded model.
+    """The CLIP at ``path``, a directory or hub id, or ``shapes``: the scorer of the embedded model, for its captions.
 
     The directory is what transformers saves: config.json, model.safetensors, preprocessor_config.json, a tokenizer.
     """
@@ -35,7 +36,18 @@ def clip_score(*, path: str, backend: Backend) -> NetworkReward:
         preprocess=preprocess,
         backend=backend,
         encode=ClipTexts(model=model, tokenizer=tokenizer),
+        check_prompt=_check_caption if path == "shapes" else None,
     )
+
+
+def _check_caption(prompt: str) -> None:
+    """ValueError for what the embedded scorer was never shown: it would score it as if it knew."""
+    try:
+        parse_caption(prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the embedded scorer knows no others: use reward=clip_score for CLIP itself"
+        ) from error
 
 
 def full_size() -> ClipSimilarity:

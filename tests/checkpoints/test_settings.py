@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
+import torch
+
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import TrainState
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.profiling.profile import Step
 from fastgrpo.records.record import NoRecord
 from fastgrpo.trainer import Trainer
@@ -28,13 +32,13 @@ def make_trainer(weights: Path, output: Path, *overrides: str) -> Trainer:
 def test_a_run_saves_every_so_many_iterations_and_at_its_end_and_keeps_so_many(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
-    words = ("train.iterations=7", "checkpoint.every=2", "checkpoint.keep=3")
+    words = ("train.iterations=7", "checkpoint.every=2", "checkpoint.keep=3", "checkpoint.keep_best=false")
     trainer, save = make_trainer(tiny_weights, tmp_path / "run", *words), Checkpoint.save
     saved: list[int] = []
 
-    def save_and_tell(checkpoint: Checkpoint, state: TrainState) -> Path:
+    def save_and_tell(checkpoint: Checkpoint, state: TrainState, best: int | None) -> Path:
         saved.append(state.iteration)
-        return save(checkpoint, state)
+        return save(checkpoint, state, best)
 
     with mock.patch.object(Checkpoint, "save", save_and_tell):
         trainer.run()
@@ -43,12 +47,43 @@ def test_a_run_saves_every_so_many_iterations_and_at_its_end_and_keeps_so_many(
     assert kept == ["step_000004", "step_000006", "step_000007"]
 
 
-def save_and_look(stood: list[bool]) -> Callable[[Checkpoint, TrainState], Path]:
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_checkpoint_of_the_best_evaluation_is_kept_and_known_after_a_resume(
+    keep_best: bool, tiny_weights: Path, tmp_path: Path
+) -> None:
+    words = ["train.iterations=6", "evaluate.every=1", "checkpoint.every=4", "checkpoint.keep=1"]
+    words.append(f"checkpoint.keep_best={str(keep_best).lower()}")
+    trainer, save = make_trainer(tiny_weights, tmp_path / "run", *words), Checkpoint.save
+    (reward,) = trainer.rewards.weights
+    # by iteration; one that is equal to the best is no better
+    totals, saved = [1.0, 2.0, 5.0, float("nan"), 5.0, 3.0, 4.0], list[int]()
+
+    def evaluate() -> EvaluationResult:
+        scores = {reward: torch.full((1, 1), totals[trainer.iteration])}
+        means = {name: score_PG.item() for name, score_PG in scores.items()}
+        return EvaluationResult(scores, means, 1, ["a red circle"], [torch.zeros(3, 32, 32)], None)
+
+    def save_and_tell(checkpoint: Checkpoint, state: TrainState, best: int | None) -> Path:
+        saved.append(state.iteration)
+        return save(checkpoint, state, best)
+
+    trainer.evaluation = evaluate  # type: ignore[assignment]
+    with mock.patch.object(Checkpoint, "save", save_and_tell):
+        trainer.run()
+    assert saved == ([1, 2, 4, 6] if keep_best else [4, 6])
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == (["step_000002", "step_000006"] if keep_best else ["step_000006"])
+    trainer._best = None
+    trainer.resume()
+    assert trainer._best == (5.0, 2)
+
+
+def save_and_look(stood: list[bool]) -> Callable[[Checkpoint, TrainState, int | None], Path]:
     """``Checkpoint.save``, and whether what it saved stands when it returns to training."""
     save = Checkpoint.save
 
-    def run(checkpoint: Checkpoint, state: TrainState) -> Path:
-        path = save(checkpoint, state)
+    def run(checkpoint: Checkpoint, state: TrainState, best: int | None) -> Path:
+        path = save(checkpoint, state, best)
         stood.append(path.exists())
         return path
 

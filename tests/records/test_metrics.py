@@ -20,10 +20,11 @@ from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.grids import cell_origin, enlargement
 from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.metrics import METRICS, Metrics
-from fastgrpo.records.plots import draw_curves
 from fastgrpo.records.progress import Progress
+from fastgrpo.records.record import Record
+from fastgrpo.records.stragglers import Stragglers
 
-PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle and many more words", "ü"]
+PROMPTS = ["a red circle", "three green triangles", "a blue square left of a yellow circle", "ü"]
 
 
 @pytest.fixture
@@ -268,22 +269,6 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_curves_show_what_was_measured(tmp_path: Path) -> None:
-    draw_curves(ROWS, tmp_path / "a.png", title="run")
-    draw_curves(ROWS, tmp_path / "b.png", title="run")
-    draw_curves([], tmp_path / "empty.png", title="run")
-    drawn, empty = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("a.png", "empty.png"))
-    blue = (31, 119, 180)
-    height, width = (size // 2 for size in drawn.shape[:2])
-    panels = [drawn[:height, :width], drawn[:height, width:], drawn[height:, :width], drawn[height:, width:]]
-    # nothing but nulls was logged for kl, the third panel
-    assert [bool((panel == blue).all(axis=-1).any()) for panel in panels] == [True, True, False, True]
-    assert not (empty == blue).all(axis=-1).any()
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with pytest.raises(ValueError, match="x must be one of"):
-        draw_curves(ROWS, tmp_path / "c.png", title="run", x="epochs")
-
-
 def test_the_summary_states_first_and_last_evaluation_speed_and_machine(run: RunDirectory, metrics: Metrics) -> None:
     for row in ROWS:
         values = {name: float("nan") if value is None else value for name, value in row.items() if name != "iteration"}
@@ -356,10 +341,10 @@ def test_a_log_file_gets_the_first_line_every_nth_and_the_last(capsys: pytest.Ca
             progress._clock = lambda: 80.0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "iteration 3/12  23.4 images/s  reward 0.612  1:30 left",
-        "iteration 5/12  23.4 images/s  reward 0.612  eval/strict 0.500  3:07 left",
-        "iteration 10/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:20 left",
-        "iteration 12/12  23.4 images/s  reward 0.612  eval/strict 0.500  0:00 left",
+        "1:30 left  iteration 3/12  reward 0.612  23.4 images/s",
+        "3:07 left  iteration 5/12  reward 0.612  eval/strict 0.500  23.4 images/s",
+        "0:20 left  iteration 10/12  reward 0.612  eval/strict 0.500  23.4 images/s",
+        "0:00 left  iteration 12/12  reward 0.612  eval/strict 0.500  23.4 images/s",
     ]
 
 
@@ -367,7 +352,67 @@ def test_a_run_with_a_time_limit_counts_down_to_it(capsys: pytest.CaptureFixture
     with Progress(1000, max_seconds=60.0, every=100, clock=clock_of([0.0, 10.0, 20.0, 70.0])) as progress:
         for iteration, seconds in ((1, 8.0), (2, 16.0), (3, 61.0)):
             progress.update(iteration, {"seconds": seconds})
-    assert capsys.readouterr().out.splitlines() == ["iteration 1/1000  0:52 left", "iteration 3/1000  0:00 left"]
+    assert capsys.readouterr().out.splitlines() == ["0:52 left  iteration 1/1000", "0:00 left  iteration 3/1000"]
+
+
+def test_a_line_fits_a_terminal_of_80_columns_and_begins_with_the_time_left() -> None:
+    values = {"reward/total": 0.5, "images_per_second": 12.3}
+    values |= {f"eval/{name}": 0.25 for name in ("pick_score", "image_reward", "shapes_strict")}
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    with Progress(120, console=console, clock=clock_of([0.0, 4.0])) as progress:
+        progress.update(1, values)
+    shown = next(line for line in screen.getvalue().splitlines() if "iteration" in line)
+    shown = shown[shown.index("7:56") :].rstrip("━╸╺ ")
+    # what is watched comes first, and what does not fit is left out whole
+    assert shown == "7:56 left  iteration 1/120  reward 0.500  eval/shapes_strict 0.250"
+    assert len(shown) < 80
+
+
+def test_what_is_done_before_the_first_iteration_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(5, clock=clock_of([0.0])) as progress:
+        progress.say("evaluating before training")
+    assert capsys.readouterr().out.splitlines() == ["iteration 0/5  evaluating before training"]
+
+
+def test_tensorboard_has_the_config(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(run, config={"train": {"group_size": 16}, "name": "ü"}) as metrics:
+        # as a run does before it begins, which hides what was written before
+        metrics.truncate_to(-1)
+        metrics.log(0, {"loss": 1.0})
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("config")]
+    text = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+    assert text == "    train:\n      group_size: 16\n    name: ü"
+
+
+def test_a_run_that_fails_says_so_in_its_summary_and_one_that_goes_on_no_more(run: RunDirectory) -> None:
+    def record() -> Record:
+        metrics = Metrics(run, tensorboard=False, config={"train": {"iterations": 1, "max_minutes": 9.0}})
+        return Record(directory=run, metrics=metrics, stragglers=Stragglers(path=run.ranks, hosts=["here"]))
+
+    with pytest.raises(RuntimeError), record().open(1, 0, 9.0):
+        raise RuntimeError("the disk\nis full")
+    assert json.loads(run.summary.read_text())["error"] == "RuntimeError: the disk is full"
+    assert json.loads(run.summary.read_text())["state"] == "failed"
+    again = record()
+    with again.open(1, 0, 9.0):
+        assert not run.summary.exists()
+        again.row(1, {"seconds": 2.0, "loss": 1.0})
+        again.finish()
+    summary = json.loads(run.summary.read_text())
+    assert (summary["state"], summary["error"]) == ("finished", None)
+
+
+def test_scores_of_prompts_are_kept_and_forgotten_with_the_iterations_they_are_of(
+    run: RunDirectory, metrics: Metrics
+) -> None:
+    for iteration in (0, 2, 4):
+        metrics.scores(iteration, {"a": torch.full((2, 3), float(iteration))})
+    metrics.truncate_to(3)
+    assert read_rows(run.evaluations) == [{"iteration": n, "means": {"a": [float(n)] * 2}} for n in (0, 2)]
 
 
 def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
@@ -376,8 +421,8 @@ def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
     with Progress(2, console=console, clock=clock_of([0.0, 4.0, 8.0])) as progress:
         progress.update(1, {"reward/total": 0.25})
         progress.update(2, {"reward/total": 0.75})
-    assert "iteration 1/2  reward 0.250  0:04 left" in screen.getvalue()
-    assert "iteration 2/2  reward 0.750  0:00 left" in screen.getvalue()
+    assert "0:04 left  iteration 1/2  reward 0.250" in screen.getvalue()
+    assert "0:00 left  iteration 2/2  reward 0.750" in screen.getvalue()
     assert screen.getvalue().count("\n") == 1
 
 

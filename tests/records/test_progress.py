@@ -49,7 +49,7 @@ def test_a_log_file_hears_of_compilations_at_once_and_twice_a_minute() -> None:
     assert file.getvalue().splitlines() == [
         "iteration 0/3  compiling: 1 graph, 0:00",
         "iteration 0/3  compiling: 12 graphs, 0:45",
-        "iteration 1/3  1:40 left",
+        "1:40 left  iteration 1/3",
         "iteration 1/3  compiling: 1 graph, 0:00",
     ]
 

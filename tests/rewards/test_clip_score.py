@@ -11,8 +11,12 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastgrpo.compile.networks import Eager
+from fastgrpo.config import load_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.networks.preprocess import Preprocess
+from fastgrpo.rewards.reward import Reward
+from fastgrpo.rewards.scoring import Scoring
+from fastgrpo.rewards.weighted_sum import Rewards
 from tests.rewards.miniatures import save_clip, to_images
 
 
@@ -85,3 +89,24 @@ def test_a_preprocessor_that_does_something_else_is_refused(change: dict) -> Non
     }
     with pytest.raises(ValueError, match="the test"):
         Preprocess.from_config({**config, **change}, "the test")
+
+
+def test_the_embedded_scorer_refuses_prompts_that_it_was_never_shown() -> None:
+    terms: dict[str, Reward] = {"clip": clip_score(path="shapes", backend=Eager())}
+    rewards = Rewards(terms=terms, weights={"clip": 1.0}, scoring=Scoring())
+    rewards.check_prompts(["a red circle left of a blue square", "three green triangles"])
+    with pytest.raises(ValueError, match=r"reward 'clip' cannot judge the prompt 'a red kite'.*use reward=clip_score"):
+        rewards.check_prompts(["two blue circles", "a red kite"])
+
+
+def test_a_clip_of_ones_own_takes_any_prompt(directory: Path) -> None:
+    assert clip_score(path=str(directory), backend=Eager()).check_prompt is None
+
+
+def test_the_default_clip_is_the_official_one_and_the_toy_has_a_name_of_its_own() -> None:
+    paths = {
+        name: load_config("train", [f"reward={name}"]).reward.terms[name].path for name in ("clip_score", "clip_shapes")
+    }
+    assert paths == {"clip_score": "openai/clip-vit-large-patch14", "clip_shapes": "shapes"}
+    sd35 = load_config("train", ["experiment=flow_grpo_sd35", "prompts.path=a", "prompts.held_out=b"])
+    assert sd35.reward.terms.clip_score.path == "openai/clip-vit-large-patch14"

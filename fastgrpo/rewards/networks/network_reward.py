@@ -86,6 +86,8 @@ class NetworkReward:
     preprocess: Preprocess | PadToSquare
     backend: Backend
     encode: TextEncoder = no_texts
+    # of a network that knows certain prompts only
+    check_prompt: Callable[[str], None] | None = None
     _compiled: dict[torch.device, Callable[..., Tensor]] = field(default_factory=dict, init=False, repr=False)
     _rows: OrderedDict[tuple[str, torch.device], tuple[Tensor, ...]] = field(
         default_factory=OrderedDict, init=False, repr=False
