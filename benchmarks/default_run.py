@@ -83,7 +83,7 @@ def main(arguments_of_shell: Sequence[str] | None = None) -> None:
 def train(seed: int, output: Path, overrides: Sequence[str]) -> Run:
     """Run the command, in a process of its own, and read what it wrote."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "fastgrpo.train", f"output={output}", f"seed={seed}", *overrides]
+    command = [sys.executable, "-m", "fastgrpo", "train", f"output={output}", f"seed={seed}", *overrides]
     subprocess.run(command, check=True)
     return read_run(seed, output, time.perf_counter() - start)
 

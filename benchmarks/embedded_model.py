@@ -23,7 +23,7 @@ from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene
-from fastgrpo.train import build_evaluation
+from fastgrpo.training import build_evaluation
 
 NUM_IMAGES = 1024
 

@@ -27,7 +27,7 @@ from fastgrpo.config import load_config
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.prompts import load_prompts
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Prompts, Samples
 
 STEPS = (2, 3, 4, 6)

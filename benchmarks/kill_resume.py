@@ -73,7 +73,7 @@ def main() -> None:
 
 def _start(output: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
     output.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "fastgrpo.train", *SETTINGS, *overrides, f"output={output}", "resume=true"]
+    command = [sys.executable, "-m", "fastgrpo", "train", *SETTINGS, *overrides, f"output={output}", "resume=true"]
     with open(output / "log.txt", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -32,8 +32,8 @@ from fastgrpo.files.whole import write_whole
 from fastgrpo.proposal.files import load_proposal, save_proposal
 from fastgrpo.proposal.learner import ProposalLearner
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Prompt, Prompts, Samples
 
 REWARDS = ("shapes", "shapes_strict")

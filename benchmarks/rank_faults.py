@@ -2,7 +2,7 @@
 
     python -m benchmarks.rank_faults --kills 10
 
-Every job is ``torchrun --max-restarts`` of ``fastgrpo.train`` on four processes of this machine, and nobody touches it
+Every job is ``torchrun --max-restarts`` of ``fastgrpo train`` on four processes of this machine, and nobody touches it
 but to disturb it.  Each disturbance hits a random rank at a random moment of an iteration:
 
     kill    SIGKILL
@@ -55,12 +55,12 @@ _MOST_BYTES = 1 << 20
 
 
 class Job:
-    """A torchrun of ``fastgrpo.train`` into ``output``; what it says is in ``output``.txt."""
+    """A torchrun of ``fastgrpo train`` into ``output``; what it says is in ``output``.txt."""
 
     def __init__(self, output: Path, overrides: Sequence[str], num_ranks: int = NUM_RANKS) -> None:
         self.output, self._log = output, output.with_suffix(".txt")
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "--max-restarts=9"]
-        command = [sys.executable, "-m", *launcher, "-m", "fastgrpo.train", *overrides, f"output={output}"]
+        command = [sys.executable, "-m", *launcher, "-m", "fastgrpo", "train", *overrides, f"output={output}"]
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w") as log:
             # killed as a whole, should this process be interrupted

@@ -23,7 +23,7 @@ from benchmarks.rounding import ALLOWED, WEIGHTS, Run, beyond_rounding, differen
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.config import load_config
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 
 SETTINGS = (
     "train.prompts_per_iteration=3",
@@ -140,7 +140,7 @@ def train(output: Path, overrides: Sequence[str], legs: Sequence[tuple[int, int]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         python = [sys.executable] if ranks == 1 else command
         leg = [f"output={output}", f"train.iterations={iterations}", f"resume={'true' if number else 'false'}"]
-        subprocess.run([*python, "-m", "fastgrpo.train", *settings, *leg], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*python, "-m", "fastgrpo", "train", *settings, *leg], check=True, stdout=subprocess.DEVNULL)
     fresh = build_trainer(load_config("train", [*settings, f"output={output}_fresh"]))
     checkpoints = Checkpoint(output / "checkpoints", every=1, keep=1)
     ended = checkpoints.load(output / f"checkpoints/step_{legs[-1][1]:06d}").weights

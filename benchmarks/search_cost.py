@@ -18,8 +18,8 @@ from benchmarks.decode_drift import timed
 from benchmarks.report import table, write_report
 from fastgrpo.config import load_config
 from fastgrpo.rewards.shapes import ShapesReward
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 
 RECIPES = {
     "smart_grpo, elite search of all prompts": ("algorithm=smart_grpo", "algorithm/noise=elite"),

@@ -4,7 +4,6 @@ Exit codes: 0, 1 for a run that failed, 2 for bad input, 75 for one that a signa
 interruption.  An expected failure is one line on stderr; with FASTGRPO_TRACEBACK=1 its traceback comes first.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -13,11 +12,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastgrpo.known_warnings import hide_known_warnings
 
 # all else that takes more than a moment to import is imported inside main, which says in a line what went wrong
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        run="fastgrpo.train.train",
+        run="fastgrpo.training.train",
         summary="train a model on a reward",
         details="Writes everything about the run into output, checkpoints and the trained LoRA included; with "
         "resume=true it goes on from the newest complete checkpoint.",
@@ -169,8 +169,11 @@ def _main(words: list[str]) -> int:
         command = _find_command(words[0])
         if any(word in ("--help", "-h") for word in words[1:]):
             return _show(_explanation(words[0], command))
-        _hide_known_warnings()
-        config = _load(words[0], words[1:])
+        # it imports Hydra
+        from fastgrpo.commands.line import config_of
+
+        hide_known_warnings()
+        config = config_of(words[0], words[1:])
     except ValueError as error:
         return _report(error, BAD_INPUT)
     return _run(command, config)
@@ -211,21 +214,6 @@ def _find_command(name: str) -> Command:
     return COMMANDS[name]
 
 
-def _load(name: str, overrides: Sequence[str]) -> "DictConfig":
-    from fastgrpo.config import load_config
-
-    for override in overrides:
-        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
-            example = override.lstrip("-").split("=")[0] or "key"
-            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {name} --help")
-    config = load_config(name, overrides)
-    if "run" not in config:
-        return config
-    from fastgrpo.commands.trained import with_run
-
-    return with_run(config, overrides)
-
-
 def _show(text: str) -> int:
     try:
         print(text, flush=True)
@@ -249,20 +237,6 @@ def _tell_launcher(error: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-def _hide_known_warnings() -> None:
-    """Two remarks that libraries make on every start and that mean nothing here; all their others still show."""
-    for logger, remark in (
-        ("transformers.utils.import_utils", "requires torchvision"),
-        # a pipeline without T5 has no third text encoder to save
-        ("diffusers.pipelines.pipeline_utils", "cannot be saved"),
-    ):
-        logging.getLogger(logger).addFilter(partial(_lacks, remark))
-
-
-def _lacks(remark: str, record: logging.LogRecord) -> bool:
-    return remark not in record.getMessage()
 
 
 def _overview() -> str:

@@ -6,15 +6,18 @@ names the key, before anything is built.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +29,7 @@ from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
 _CONFIGS = "fastgrpo_configs"
+_composing = Lock()
 _RESUMING = ("train", "submit")
 # groups of which a model chooses another option, as its size wants it; its time grid is another
 _BROUGHT = {"compile", "runtime", "adaptation"}
@@ -69,8 +73,20 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 # one command composes the same choices several times
 @lru_cache(maxsize=16)
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    with initialize_config_module(_CONFIGS, version_base="1.3"):
+    with _hydra_of_its_own(), initialize_config_module(_CONFIGS, version_base="1.3"):
         return compose(name, overrides=list(overrides))
+
+
+@contextmanager
+def _hydra_of_its_own() -> Iterator[None]:
+    """Hydra is one object of the process, which may be a program of Hydra's, and load configs in several threads."""
+    with _composing:
+        others = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = others
 
 
 def config_groups(name: str) -> dict[str, list[str]]:
@@ -108,6 +124,15 @@ def _expand_home(node: Any, key: str = "") -> None:
             _expand_home(value, name)
         elif isinstance(value, str) and value.startswith("~") and name not in (*TEXT_KEYS, *_CACHES):
             node[child] = resolve_path(value)
+
+
+def goes_on(name: str, overrides: Sequence[str]) -> bool:
+    """Whether the overrides go on with a run that has begun, which keeps its config; they need not be right."""
+    groups = config_groups(name)
+    try:
+        return _begun(name, [switched(quoted(override), groups) for override in overrides], groups) is not None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, name)) from error
 
 
 def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig | None:

@@ -30,7 +30,7 @@ class Preempted(TrainingError):
         super().__init__(
             f"stopped by signal {signal_number} after iteration {iteration}, which is saved; go on with resume=true"
         )
-        self.signal_number = signal_number
+        self.signal_number, self.iteration = signal_number, iteration
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ from fastgrpo.algorithm.retries import Retries
 from fastgrpo.algorithm.solver import CachedGuidance, Solver
 from fastgrpo.algorithm.step_search import StepSearch
 from fastgrpo.files.locations import resolve_path
+from fastgrpo.given import NOTHING, Given
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import ModelSource
 from fastgrpo.models.adapter import FlowModel
@@ -56,18 +57,22 @@ class RunParts:
     model: ModelSource
     dtype: torch.dtype
     rewards: RewardSource
+    given: Given
     config: dict[str, Any]
 
     @classmethod
-    def read(cls, config: DictConfig) -> "RunParts":
-        """Of a checked ``train`` config; ValueError for whatever can be known to fail, before anything is made."""
+    def read(cls, config: DictConfig, given: Given = NOTHING) -> "RunParts":
+        """Of a checked ``train`` config and what a program gives beside it.
+
+        ValueError for whatever can be known to fail, before anything is made.
+        """
         if Path(config.name).name != config.name:
             raise ValueError(f"name must be a word without slashes, got {config.name!r}; output= takes a path")
         check_seed(config.seed)
         training, evaluating, runtime = Training(**config.train), Evaluating(**config.evaluate), read_runtime(config)
         if runtime.profile:
             check_iterations(training.iterations)
-        prompts, held_out = (read_prompts(config, key) for key in ("path", "held_out"))
+        prompts, held_out = (read_prompts(config, key, given) for key in ("path", "held_out"))
         algorithm: Algorithm = build(config.algorithm)
         training = training.for_updates(algorithm.usual_updates)
         algorithm.check(
@@ -116,7 +121,8 @@ class RunParts:
             solver=solver,
             model=read_model(config, lossy=build(config.lossy)),
             dtype=getattr(torch, config.model.get("dtype", "float32")),
-            rewards=read_rewards(config),
+            rewards=read_rewards(config, given),
+            given=given,
             config=plain,
         )
 
@@ -130,10 +136,14 @@ class RunParts:
         return [prompt.text for prompt in self.held_out]
 
 
-def read_prompts(config: DictConfig, key: str) -> list[Prompt]:
-    """Those of the file ``prompts.<key>`` that the model can draw: in the memory planned for its own resolution."""
-    path, column = resolve_path(config.prompts[key]), config.prompts.column
-    return load_prompts(path, f"prompts.{key}", _Drawn(config.model), column)
+def read_prompts(config: DictConfig, key: str, given: Given = NOTHING) -> list[Prompt]:
+    """Those of the file ``prompts.<key>`` that the model can draw: in the memory planned for its own resolution.
+
+    Those that are given take its place.
+    """
+    fit, column = _Drawn(config.model), config.prompts.column
+    rows = given.prompts(key, fit, column)
+    return load_prompts(resolve_path(config.prompts[key]), f"prompts.{key}", fit, column) if rows is None else rows
 
 
 @dataclass(frozen=True)
@@ -200,17 +210,19 @@ def read_model(config: DictConfig, lossy: Lossy | None = None) -> ModelSource:
     )
 
 
-def read_rewards(config: DictConfig) -> RewardSource:
-    """The group ``reward``."""
+def read_rewards(config: DictConfig, given: Given = NOTHING) -> RewardSource:
+    """The group ``reward``; a function that is given is the one that its ``path`` names."""
     asked = ("terms", "watch")
     others = OmegaConf.masked_copy(config.reward, [str(key) for key in config.reward if key not in asked])
 
-    def make_around(**given: Any) -> Rewards:
-        rewards: Rewards = build_partial(others, *asked)(**given)
+    own = {} if given.reward is None else {"function": given.reward}
+
+    def make_around(**parts: Any) -> Rewards:
+        rewards: Rewards = build_partial(others, *asked, *own)(**parts, **own)
         return rewards
 
     return RewardSource(
-        make=partial(build, config.reward),
+        make=(lambda: build_partial(config.reward, *own)(**own)) if own else partial(build, config.reward),
         make_around=make_around,
         names={key: [str(name) for name in config.reward[key]] for key in asked},
     )
@@ -221,9 +233,9 @@ def build_model(config: DictConfig, lossy: Lossy | None = None) -> FlowModel:
     return read_model(config, lossy)()
 
 
-def build_rewards(config: DictConfig, prompts: Sequence[Prompt | str] = ()) -> Loaded:
+def build_rewards(config: DictConfig, prompts: Sequence[Prompt | str] = (), given: Given = NOTHING) -> Loaded:
     """The rewards of a config, which can judge ``prompts``, and their golden scores."""
     runtime = read_runtime(config)
     set_threads(runtime)
     set_numerics(deterministic=runtime.deterministic)
-    return read_rewards(config).load(prompts, device_of(runtime))
+    return read_rewards(config, given).load(prompts, device_of(runtime))

@@ -7,6 +7,7 @@ Letters: P prompts, G samples of a prompt, B samples of this rank, R rewards, C 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from signal import SIGINT
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fastgrpo.distributed.signals import StopRequest
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import RankFailure, World
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.health import Health, Preempted
 from fastgrpo.memory.device import peak_bytes
 from fastgrpo.memory.plan import MemoryPlan
@@ -49,7 +50,7 @@ TOLD = ("iteration", *STAGES, *(WAIT + stage for stage in STAGES))
 class Trainer:
     """One run: from its first iteration, or from its last checkpoint, to ``num_iterations`` or ``max_seconds``.
 
-    plan: of its memory, where batches were planned.
+    plan: of its memory, where batches were planned.  is_stopped: asked after each iteration, as a signal would stop it.
     """
 
     prompts: PromptSource
@@ -75,6 +76,7 @@ class Trainer:
     proposal: Learner = field(default_factory=NothingLearned)
     plan: MemoryPlan | None = None
     profile: Callable[[Step], dict[str, float]] = unprofiled
+    is_stopped: Callable[[], bool] = lambda: False
     iteration: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
@@ -218,7 +220,7 @@ class Trainer:
 
     def _agree(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
         """Tell the other ranks how long this one took, and whether it was asked to stop; the first one's seconds."""
-        told = [*(seconds.get(name, 0.0) for name in TOLD), self._stop_request.number]
+        told = [*(seconds.get(name, 0.0) for name in TOLD), self._stop_request.number or SIGINT * self.is_stopped()]
         table = self.world.table(torch.tensor(told, device=self.world.device, dtype=torch.float64), "seconds")
         *seconds_R, signals_R = table.T.tolist()
         of = dict(zip(TOLD, seconds_R, strict=True))

@@ -101,7 +101,7 @@ class _Team:
     def __init__(self, num_ranks: int, device: str, joined: bool, prepare: Callable[[], None] | None) -> None:
         context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
         # heeded by the first that starts the server
-        context.set_forkserver_preload(["tests.ranks", "fastgrpo.train"])
+        context.set_forkserver_preload(["tests.ranks", "fastgrpo.training"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes = []

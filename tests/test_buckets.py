@@ -19,8 +19,8 @@ from fastgrpo.parts import RunParts
 from fastgrpo.records.grids import cell_origin
 from fastgrpo.resolution import Resolution
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import build_trainer
-from fastgrpo.train import train as train_run
+from fastgrpo.training import build_trainer
+from fastgrpo.training import train as train_run
 from fastgrpo.types import Prompts, Samples
 from fastgrpo_kernels import philox_normal
 from tests.checkpoints.test_resume import final_state, lasting_metrics

@@ -207,7 +207,7 @@ def test_torchrun_is_told_what_nobody_expected(
 ) -> None:
     told = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
-    monkeypatch.setattr("fastgrpo.train.assemble", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastgrpo.training.assemble", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main([*train_words, f"output={tmp_path / 'run'}"])
     assert "ZeroDivisionError: division by zero" in json.loads(told.read_text())["message"]["extraInfo"]["py_callstack"]

@@ -15,12 +15,12 @@ from fastgrpo.algorithm.making import Search
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.algorithm.schedule import LinearSchedule
 from fastgrpo.distributed.world import World
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.image_search import ImageSearch
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Prompt, Prompts, Samples
 from fastgrpo_kernels import philox_normal
 from tests.distributed import training

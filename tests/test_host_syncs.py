@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from fastgrpo.config import config_groups
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 

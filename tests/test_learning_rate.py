@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.learning_rate import LearningRate
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 

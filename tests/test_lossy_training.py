@@ -7,8 +7,8 @@ import torch
 
 from fastgrpo.models.fp8 import Fp8Linear
 from fastgrpo.rollout import StepRollout
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from tests.tiny_config import make_config

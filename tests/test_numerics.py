@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastgrpo.config import load_config
 from fastgrpo.numerics import set_numerics
 from fastgrpo.parts import build_model, build_rewards
-from fastgrpo.train import train
+from fastgrpo.training import train
 from tests.tiny_config import make_config
 
 pytestmark = pytest.mark.usefixtures("numerics_are_restored")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastgrpo.old_policy import OldPolicy
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 IMAGES = ("algorithm=nft", "algorithm.schedule.num_steps=3", "train.learning_rate=1e-1")

@@ -1,5 +1,7 @@
 """The wheel holds the code, the kernels, the configs and the embedded model, and nothing else."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "fastgrpo", "kernels", "configs")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fastgrpo", "kernels", "configs")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,27 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_the_kernels_alone_are_a_distribution_that_needs_nothing_of_fastgrpo(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="building without isolation needs setuptools>=77")
+    tree, installed = tmp_path / "tree", tmp_path / "installed"
+    shutil.copytree(ROOT / "kernels", tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    build = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(tree)], cwd=tree, capture_output=True, check=True)
+    (wheel,) = tree.glob("fastgrpo_kernels-*-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    # the line by which the README has an installation tried
+    (command,) = re.findall(r'^python -c "(.*)"$', (ROOT / "kernels/README.md").read_text(), flags=re.MULTILINE)
+    program = f"{command}\nimport sys; print(fastgrpo_kernels.__file__, *sorted(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    *noise, last = done.stdout.splitlines()
+    file, *modules = last.split()
+    assert "tensor([[[" in noise[0]
+    assert file == str(installed / "fastgrpo_kernels/__init__.py")
+    assert not {"fastgrpo", "diffusers", "transformers", "hydra"} & {module.partition(".")[0] for module in modules}
+
+
 def _files(directory: str, installed: str, pattern: str) -> set[str]:
     top = ROOT / directory
     return {f"{installed}/{path.relative_to(top)}" for path in top.rglob(pattern) if path.is_file()}
@@ -39,6 +62,7 @@ def test_wheel_holds_every_module_config_and_checkpoint_file(wheel_names: set[st
     expected = (
         _files("fastgrpo", "fastgrpo", "*.py")
         | _files("kernels/fastgrpo_kernels", "fastgrpo_kernels", "*.py")
+        | _files("fastgrpo", "fastgrpo", "py.typed")
         | _files("kernels/fastgrpo_kernels", "fastgrpo_kernels", "py.typed")
         | _files("configs", "fastgrpo_configs", "*.yaml")
         | _files("fastgrpo/shapes/checkpoint", "fastgrpo/shapes/checkpoint", "*")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastgrpo.models.pipeline_model import PipelineModel
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 

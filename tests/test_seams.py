@@ -21,8 +21,8 @@ from fastgrpo.parts import RunParts, build_rewards
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rollout import ImageRollout, StepRollout
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.train import _planner, assemble, build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import _planner, assemble, build_trainer
 from tests.test_trainer import release
 from tests.tiny_config import make_config
 

@@ -21,8 +21,8 @@ from fastgrpo.parts import RunParts
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.step_noise import StepNoise
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import ChosenNoise, Prompt, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from fastgrpo_kernels import combined, philox_normal

@@ -14,7 +14,7 @@ from fastgrpo.algorithm.objective.flow_dppo import FlowDPPO
 from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo_kernels import philox_normal
 from tests.test_update import (
     ADVANTAGES,

@@ -18,8 +18,8 @@ from fastgrpo.records.record import Record
 from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.train import build_trainer, train
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer, train
 from tests.tiny import make_pipeline
 from tests.tiny_config import make_config
 

@@ -24,7 +24,7 @@ from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update, UpdateStats
 from tests.tiny_config import make_config

@@ -80,7 +80,7 @@ def run(case: Case, directory: Path) -> str:
 def command_of(case: Case, overrides: Sequence[str], output: Path) -> list[str]:
     """What a user would write."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
-    train = ["-m", "fastgrpo.train", f"output={output}", "runtime.device=cuda", *overrides]
+    train = ["-m", "fastgrpo", "train", f"output={output}", "runtime.device=cuda", *overrides]
     return [sys.executable, *(launcher if case.ranks > 1 else []), *train]
 
 

@@ -26,7 +26,7 @@ from benchmarks.rare_success.counts import Counts
 from benchmarks.rare_success.written import write, write_chosen
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.config import load_config
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.parts import build_model, read_runtime
 from fastgrpo.pieces import build

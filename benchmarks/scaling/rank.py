@@ -17,7 +17,7 @@ from fastgrpo.distributed.world import join_world, leave_world
 from fastgrpo.memory.device import device_of
 from fastgrpo.parts import read_runtime
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 
 
 def train_on_ranks(

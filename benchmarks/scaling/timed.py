@@ -25,7 +25,7 @@ from fastgrpo.config import load_config
 from fastgrpo.records.json_lines import read_rows
 
 HEADER = ["scaling", "ranks", "images an iteration", "efficiency", "of the rounds", "waited for others"]
-LAUNCH = "torchrun --standalone --nproc-per-node {ranks} -m fastgrpo.train"
+LAUNCH = "torchrun --standalone --nproc-per-node {ranks} -m fastgrpo train"
 
 
 @dataclass(frozen=True)

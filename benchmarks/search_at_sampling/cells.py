@@ -18,13 +18,13 @@ from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Hal
 from fastgrpo.algorithm.making import Search
 from fastgrpo.commands.trained import load_model, with_run
 from fastgrpo.config import load_config
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
 from fastgrpo.image_search import ImageSearch
 from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
-from fastgrpo.train import build_evaluation
+from fastgrpo.training import build_evaluation
 
 NUM_STEPS = 10
 # of what is searched by CLIP: enough to see where it leads

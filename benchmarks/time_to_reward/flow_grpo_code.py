@@ -20,7 +20,7 @@ from benchmarks.flow_grpo.their_update import TheirUpdate
 from benchmarks.flow_grpo.theirs import sample
 from benchmarks.time_to_reward.embedded import PROMPT_FILE, RESOLUTION, WEIGHTS, Encoder, Groups, load
 from benchmarks.time_to_reward.learner import NUM_IMAGES, Judge, Run, device, our_name
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.models.lora import LoRA
 
 _FULL = Recipe(

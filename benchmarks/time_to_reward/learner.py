@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastgrpo.algorithm.schedule import SD3Schedule
 from fastgrpo.config import load_config
-from fastgrpo.evaluate import Evaluation, EvaluationResult
-from fastgrpo.train import build_trainer
+from fastgrpo.evaluation import Evaluation, EvaluationResult
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 
 PROMPTS = 12
 GROUP = 16

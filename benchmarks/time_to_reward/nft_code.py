@@ -23,7 +23,7 @@ from benchmarks.flow_grpo.recipe import EMA_DECAY, MAX_GRAD_NORM, WEIGHT_DECAY
 from benchmarks.time_to_reward.embedded import RESOLUTION, Encoder, Groups, load
 from benchmarks.time_to_reward.learner import NUM_IMAGES, Judge, Run, device, our_name
 from benchmarks.time_to_reward.nft_checkout import NFTCheckout
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.models.lora import LoRA
 
 

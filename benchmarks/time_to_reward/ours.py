@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from benchmarks.time_to_reward.learner import Run, evaluation_of, our_trainer
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ independent.  Letters: P prompts, G images of each.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,62 +17,110 @@ from rich.table import Table
 from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.algorithm.making import Search
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.files.whole import write_whole
+from fastgrpo.given import NOTHING, Given
 from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
+from fastgrpo.proposal.network import ProposalNetwork
 from fastgrpo.records.grids import draw_grid, png, to_uint8
 from fastgrpo.records.summary import commit, hardware, versions
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.train import build_evaluation
+from fastgrpo.training import build_evaluation
+from fastgrpo.types import Prompt
 
 
 def evaluate(config: DictConfig) -> None:
     """Run a checked ``evaluate`` config, print the table, and write ``evaluation.json`` and ``grid.png``."""
-    evaluating = Evaluating(**config.evaluate)
-    prompts = read_prompts(config, "held_out")
-    texts = [prompt.text for prompt in prompts]
-    algorithm: Algorithm = build(config.algorithm)
-    search = wanted_search(config, evaluating.num_steps)
-    rewards, _ = build_rewards(config, prompts=prompts)
-    proposal = wanted_proposal(config)
+    judging = Judging.read(config)
     directory = new_directory(config.output)
-    model, origin = load_model(config)
-    starts, noise = starts_of(proposal, config, model, texts[0])
-    evaluation = build_evaluation(evaluating, read_runtime(config), model, rewards, algorithm, prompts, starts=starts)
-    spent = None
-    if search is None:
-        result = evaluation()
-    else:
-        sampler = Sampler(model=model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
-        num_images = len(texts) * evaluating.images_per_prompt
-        with begun_search(search, config, sampler, rewards, algorithm, num_images) as begun:
-            result = replace(evaluation, search=begun)()
-        spent = account(begun, result.cost, num_images)
-    report = {
-        "model": origin,
-        "start_noise": noise or "plain",
-        "images": result.num_images,
-        "prompts": len(texts),
-        "num_steps": evaluating.num_steps,
-        "search": spent,
-        "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
-        "kinds": _by_kind(texts, result),
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    write_whole(directory / "evaluation.json", (json.dumps(report, indent=2) + "\n").encode())
-    pixels = [to_uint8(image_CHW) for image_CHW in result.images]
-    write_whole(directory / "grid.png", png(draw_grid(pixels, result.texts, result.verified)))
-    _print(report)
+    report, result = judging()
+    write(directory, report, result)
+    show(report, Console())
     print(f"written to {directory / 'evaluation.json'} and {directory / 'grid.png'}")
+
+
+def write(directory: Path, report: dict[str, Any], result: EvaluationResult) -> None:
+    """The report as ``evaluation.json``, and the images that are shown as ``grid.png``."""
+    write_whole(directory / "evaluation.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(directory / "grid.png", page(result))
+
+
+def page(result: EvaluationResult) -> bytes:
+    """One image of each of the first prompts, as a PNG."""
+    pixels = [to_uint8(image_CHW) for image_CHW in result.images]
+    return png(draw_grid(pixels, result.texts, result.verified))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """What a config asks for, with all read but its model, which is loaded when this is called."""
+
+    config: DictConfig
+    evaluating: Evaluating
+    prompts: list[Prompt]
+    algorithm: Algorithm
+    search: Search | None
+    rewards: Rewards
+    proposal: ProposalNetwork | None
+
+    @classmethod
+    def read(cls, config: DictConfig, given: Given = NOTHING) -> "Judging":
+        """Of a checked ``evaluate`` config and what a program gives beside it."""
+        evaluating = Evaluating(**config.evaluate)
+        prompts = read_prompts(config, "held_out", given)
+        algorithm: Algorithm = build(config.algorithm)
+        search = wanted_search(config, evaluating.num_steps)
+        rewards, _ = build_rewards(config, prompts, given)
+        return cls(
+            config=config,
+            evaluating=evaluating,
+            prompts=prompts,
+            algorithm=algorithm,
+            search=search,
+            rewards=rewards,
+            proposal=wanted_proposal(config),
+        )
+
+    def __call__(self) -> tuple[dict[str, Any], EvaluationResult]:
+        """What ``evaluation.json`` holds, and what it was made of."""
+        config, evaluating, algorithm, rewards = self.config, self.evaluating, self.algorithm, self.rewards
+        texts = [prompt.text for prompt in self.prompts]
+        model, origin = load_model(config)
+        starts, noise = starts_of(self.proposal, config, model, texts[0])
+        runtime = read_runtime(config)
+        evaluation = build_evaluation(evaluating, runtime, model, rewards, algorithm, self.prompts, starts=starts)
+        spent = None
+        if self.search is None:
+            result = evaluation()
+        else:
+            sampler = Sampler(model=model, grid=evaluation.grid, batch_sizes=evaluation.batch_sizes)
+            num_images = len(texts) * evaluating.images_per_prompt
+            with begun_search(self.search, config, sampler, rewards, algorithm, num_images) as begun:
+                result = replace(evaluation, search=begun)()
+            spent = account(begun, result.cost, num_images)
+        report = {
+            "model": origin,
+            "start_noise": noise or "plain",
+            "images": result.num_images,
+            "prompts": len(texts),
+            "num_steps": evaluating.num_steps,
+            "search": spent,
+            "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
+            "kinds": _by_kind(texts, result),
+            "hardware": hardware(),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        return report, result
 
 
 def _statistics(scores_PG: Tensor) -> dict[str, float | None]:
@@ -94,15 +143,17 @@ def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
     return by_kind
 
 
-def _print(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], console: Console) -> None:
+    """What was evaluated, and a table of the means."""
     search = report["search"]
-    print(f"{report['images']} images of {report['model']}" + (f", {in_words(search)}" if search else ""))
+    said = f"{report['images']} images of {report['model']}" + (f", {in_words(search)}" if search else "")
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
     table = Table("", "prompts", *report["rewards"])
     for name, part in report["kinds"].items():
         table.add_row(name, str(part["prompts"]), *[_cell(value) for value in part["rewards"].values()])
     table.add_section()
     table.add_row("all", str(report["prompts"]), *[_cell(value) for value in report["rewards"].values()])
-    Console().print(table)
+    console.print(table)
 
 
 def _cell(value: dict[str, float | None]) -> str:

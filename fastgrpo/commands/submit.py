@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.health import Preempted, TrainingError
 from fastgrpo.parts import RunParts
-from fastgrpo.train import train
+from fastgrpo.training import train
 
 _LAUNCHERS = ("submitit_slurm", "submitit_local")
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000

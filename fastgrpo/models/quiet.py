@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 
@@ -17,6 +17,21 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         enable_progress_bars()
+
+
+@contextmanager
+def loading_bars_hidden() -> Iterator[None]:
+    """Inside, these are turned off; afterwards they are as they were."""
+    downloads_shown = not are_progress_bars_disabled()
+    ours = (diffusers_logging, transformers_logging)
+    shown = [module for module in ours if module.is_progress_bar_enabled()]
+    hide_loading_bars()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
+        (enable_progress_bars if downloads_shown else disable_progress_bars)()
 
 
 @contextmanager

@@ -15,11 +15,17 @@ from fastgrpo.own_code.raised_at import raised_at
 
 _OURS = ("fastgrpo", "fastgrpo_kernels")
 _MAX_NAMES = 5
+OF_A_PROGRAM = (
+    "is a function of the program that gave it, not of a module; give it from Python, as reward=FUNCTION of "
+    "fastgrpo.train or fastgrpo.evaluate, or put it into a file of its own and name that"
+)
 
 
 def find(path: str, key: str, example: str) -> Any:
     """What ``path`` leads to in its module; ``key`` is the setting that it stands in, ``example`` a path like it."""
     module_name, _, name = path.rpartition(".")
+    if is_of_a_program(path):
+        raise ValueError(f"{key}={path} {OF_A_PROGRAM}")
     if not is_dotted(path):
         raise ValueError(f"{key} is module.name, as in {example}, got {path!r}")
     place = f"{key}={path}"
@@ -35,6 +41,11 @@ def find(path: str, key: str, example: str) -> Any:
 def is_dotted(path: str) -> bool:
     """Whether it can be the path of something in a module."""
     return "." in path and all(part.isidentifier() for part in path.split("."))
+
+
+def is_of_a_program(path: str) -> bool:
+    """Whether it names what only the program has that made it: in a script, a notebook, a function, or a lambda."""
+    return path.startswith("__main__.") or "<" in path
 
 
 def is_ours(path: str) -> bool:

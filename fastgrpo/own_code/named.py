@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.own_code.found import find, is_dotted, is_ours
+from fastgrpo.own_code.found import OF_A_PROGRAM, find, is_dotted, is_of_a_program, is_ours
 
 TARGET = "_target_"
 _TOKEN = "token_env"
@@ -31,9 +31,12 @@ def check_named(node: Any, source: Path, line: Mapping[str, Any], pieces: tuple[
     """
     unnamed = {}
     for place, path in _code(node, key):
-        if not is_dotted(path):
+        is_named = line.get(place) == path
+        if is_of_a_program(path) and not is_named:
+            raise ValueError(f"{source}: {place}={path} {OF_A_PROGRAM}")
+        if not is_of_a_program(path) and not is_dotted(path):
             raise ValueError(f"{source}: {place} is {path!r}, which names no class; correct it")
-        if line.get(place) == path or _is_piece(path, pieces, f"{source}: {place}"):
+        if is_named or _is_piece(path, pieces, f"{source}: {place}"):
             continue
         if "[" in place:
             # no word of a command line names a part of a list

@@ -1,4 +1,4 @@
-"""How a run shows where it stands: one live line on a terminal, a plain line now and then in a log file."""
+"""How a run shows where it stands: one live line on a terminal or in a notebook, a plain line now and then in a log."""
 
 import math
 import threading
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastgrpo.records.live import live_line
 from fastgrpo.records.remarks import Remark
 
 # of a log file that says what is being compiled
@@ -44,7 +44,7 @@ class Progress:
         self._clock, self._start = clock, clock()
         # the last value of each, since evaluations are rare
         self._values: dict[str, float] = {}
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._live = live_line(self._console)
         self._iteration = first
         self._remark: Remark | None = None
         self._num_compilations, self._look_every_seconds = num_compilations, look_every_seconds

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastgrpo.compile.blocks import num_compilations
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.progress import Progress

@@ -1,4 +1,4 @@
-"""How far a search is: one live bar on a terminal, and nothing elsewhere."""
+"""How far a search is: one live bar on a terminal or in a notebook, and nothing elsewhere."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastgrpo.records.live import NotebookLine
 
 
 @contextmanager
@@ -22,4 +24,13 @@ def search_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield partial(progress.advance, progress.add_task("", total=num_images * evaluations_per_image))
+        advance = partial(progress.advance, progress.add_task("", total=num_images * evaluations_per_image))
+        yield _shown(advance, progress, NotebookLine(console)) if console.is_jupyter else advance
+
+
+def _shown(advance: Callable[[int], None], progress: Progress, line: NotebookLine) -> Callable[[int], None]:
+    def watch(evaluations: int) -> None:
+        advance(evaluations)
+        line.update(progress.get_renderable())
+
+    return watch

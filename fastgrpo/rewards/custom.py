@@ -3,6 +3,7 @@
 ``my_rewards.py`` lies in the working directory (or anywhere Python imports from).  ``redness`` is a function of
 (images [B, 3, H, W] in [0, 1], list of B prompts) that returns B numbers, or a class whose objects are called so.  One
 that takes a third, ``metadata``, is given what the row of each prompt says beside the text, a mapping an image.
+A program gives such a function itself, ``fastgrpo.train(reward=redness)``, which need not be importable.
 """
 
 import inspect
@@ -23,6 +24,7 @@ def from_path(path: str) -> Reward:
 def with_custom(
     *,
     path: str,
+    function: Reward | None = None,
     terms: dict[str, Reward],
     weights: dict[str, float],
     watch: dict[str, Reward],
@@ -30,9 +32,13 @@ def with_custom(
     golden: bool,
     scoring: Scoring,
 ) -> Rewards:
-    """The weighted sum of ``terms`` and of the reward at ``path``, which is named ``custom``."""
+    """The weighted sum of ``terms`` and of the reward at ``path``, which is named ``custom``.
+
+    A ``function`` that a program gives is not looked for there.
+    """
+    own = _reward_at(path, "reward.path") if function is None else _checked(function, f"reward={path}")
     return Rewards(
-        terms={"custom": _reward_at(path, "reward.path"), **terms},
+        terms={"custom": own, **terms},
         weights=weights,
         watch=watch,
         normalize=normalize,
@@ -43,7 +49,11 @@ def with_custom(
 
 def _reward_at(path: str, key: str) -> Reward:
     """``key`` is the config's key that ``path`` came from."""
-    found, place = find(path, key, "my_rewards.redness"), f"{key}={path}"
+    return _checked(find(path, key, "my_rewards.redness"), f"{key}={path}")
+
+
+def _checked(found: Any, place: str) -> Reward:
+    """``found``, or an object of it where it is a class; ``place`` is where it comes from."""
     reward = _construct(found, place) if inspect.isclass(found) else found
     if not callable(reward):
         raise ValueError(

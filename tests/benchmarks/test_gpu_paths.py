@@ -109,7 +109,7 @@ def test_a_package_that_is_not_there_leaves_a_case_out() -> None:
 
 def test_it_runs_what_a_user_would_write() -> None:
     alone, two = (Case(name="x", runs=((),), ranks=ranks) for ranks in (1, 2))
-    words = ["-m", "fastgrpo.train", "output=there/x", "runtime.device=cuda", "algorithm=nft"]
+    words = ["-m", "fastgrpo", "train", "output=there/x", "runtime.device=cuda", "algorithm=nft"]
     assert command.command_of(alone, ["algorithm=nft"], Path("there/x")) == [sys.executable, *words]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert command.command_of(two, ["algorithm=nft"], Path("there/x")) == [sys.executable, *launcher, *words]

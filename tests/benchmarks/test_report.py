@@ -1,7 +1,6 @@
 """What the benchmarks compute from their measurements, and what a result says of its origin."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -85,14 +84,6 @@ def test_runs_are_compared_in_all_metrics_but_time_and_memory(tmp_path: Path) ->
         "iteration of iteration 2",
         "loss of iteration 2",
     ]
-
-
-def test_every_file_that_the_readme_links_exists() -> None:
-    root = Path(__file__).parents[2]
-    links = set(re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text()))
-    files = {link for link in links if "://" not in link}
-    assert len(files) > 40
-    assert {link for link in files if not (root / link).exists()} == set()
 
 
 def test_a_result_goes_where_the_environment_says_and_takes_its_commit_from_there(

@@ -20,7 +20,7 @@ from benchmarks.time_to_reward.learner import NUM_IMAGES, halves
 from benchmarks.time_to_reward.measure import Plan, chosen
 from benchmarks.time_to_reward.results import Results
 from benchmarks.time_to_reward.sides import SIDES
-from fastgrpo.evaluate import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult
 
 
 def curve(*accuracies: float, side: str = "nft", rate: float = 1e-3, every: float = 20, tuning: Any = None) -> Curve:

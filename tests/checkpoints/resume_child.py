@@ -3,7 +3,7 @@
 import sys
 
 from fastgrpo.config import load_config
-from fastgrpo.train import train
+from fastgrpo.training import train
 
 
 def run(overrides: list[str], output: str) -> None:

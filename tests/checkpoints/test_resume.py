@@ -23,8 +23,8 @@ from fastgrpo.cli import PREEMPTED, main
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.train import train
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import train
 from tests.checkpoints import resume_child
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config, make_overrides
@@ -247,7 +247,7 @@ def test_a_process_that_gets_sigterm_saves_and_stops_with_a_message_and_the_run_
     long_undisturbed: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "fastgrpo.train", *make_overrides(tiny_weights, output, *LONG)]
+    command = [sys.executable, "-m", "fastgrpo", "train", *make_overrides(tiny_weights, output, *LONG)]
     # an odd iteration, of which only the signal makes a checkpoint
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_iteration(3, output, process)

@@ -13,7 +13,7 @@ from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.records.record import NoRecord
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_overrides
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrpo import cli
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.train import train
+from fastgrpo.training import train
 from tests.tiny_config import make_config, make_overrides
 
 

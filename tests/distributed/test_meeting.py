@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fastgrpo.distributed.meeting import meet
 from fastgrpo.distributed.world import join_world
-from fastgrpo.train import train
+from fastgrpo.training import train
 from tests.tiny_config import make_config
 
 

@@ -1,7 +1,10 @@
 """The examples of kernels/README.md run as they stand, and its stand-in for flow_grpo's function computes the same."""
 
+import importlib
+import inspect
 import math
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,46 @@ def test_every_example_runs(number: int) -> None:
     exec(compile(EXAMPLES[number], f"{README.name} example {number}", "exec"), {})
 
 
-def test_every_public_name_is_in_the_readme() -> None:
+def first_cells() -> dict[str, tuple[str, str]]:
+    """File and signature of each name, as the tables say them."""
+    found = re.findall(r"^\| \[`(\w+)`\]\(([^)]*)\)(?:<br>`(.*?)`)? \|", README.read_text(), flags=re.MULTILINE)
+    return {name: (file, signature) for name, file, signature in found}
+
+
+def without_types(name: str) -> str:
+    signature = inspect.signature(getattr(fastgrpo_kernels, name))
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return f"{name}{signature.replace(parameters=bare, return_annotation=signature.empty)}"
+
+
+def test_the_tables_have_every_public_name_with_its_file_and_signature() -> None:
+    cells = first_cells()
+    assert sorted(cells) == sorted(fastgrpo_kernels.__all__)
+    # a type of words
+    file, signature = cells.pop("LogProb")
+    assert (file, signature) == ("fastgrpo_kernels/step_mean.py", "")
+    assert "`'gaussian'`, or `'cps'`" in README.read_text()
+    assert typing.get_args(fastgrpo_kernels.LogProb) == ("gaussian", "cps")
+    for name, (file, signature) in cells.items():
+        assert signature == without_types(name)
+        assert file == f"{getattr(fastgrpo_kernels, name).__module__.replace('.', '/')}.py"
+
+
+def first_table() -> list[str]:
     text = README.read_text()
-    types = {"GRPOStats", "LogProb", "MatchingErrors", "SdeStep"}
-    missing = [name for name in fastgrpo_kernels.__all__ if name not in text and name not in types | {"combined"}]
-    assert missing == []
+    return text[text.index("| op |") : text.index("| beside them |")].strip().splitlines()[2:]
+
+
+def test_the_first_table_has_every_operator_with_its_reference_and_its_gradient() -> None:
+    ops = [re.findall(r"<br>`(\w+)\(", row)[0] for row in first_table()]
+    # gradients are operators of their own
+    names = {name for name in dir(torch.ops.fastgrpo) if not name.startswith("_") and not name.endswith("_backward")}
+    assert set(ops) == names & set(fastgrpo_kernels.__all__)
+    for op, row in zip(ops, first_table(), strict=True):
+        module = importlib.import_module(f"fastgrpo_kernels.{Path(first_cells()[op][0]).stem}")
+        assert callable(getattr(module, f"{op}_reference"))
+        has_gradient = getattr(module, f"_{op}")._backward_fn is not None
+        assert has_gradient == ("gradient" in row.split(" | ")[1]), op
 
 
 def scheduler_of_sd3() -> FlowMatchEulerDiscreteScheduler:

@@ -18,7 +18,7 @@ from fastgrpo.parts import build_model, build_rewards
 from fastgrpo.pieces import build
 from fastgrpo.rollout import StepRollout
 from fastgrpo.signals import rehearsal
-from fastgrpo.train import build_trainer, train
+from fastgrpo.training import build_trainer, train
 from tests.tiny_config import make_config, make_overrides
 
 PLENTY = 2**40

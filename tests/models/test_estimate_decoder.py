@@ -23,8 +23,8 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.parts import build_model
-from fastgrpo.train import build_trainer
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples
 from fastgrpo_kernels import combined
 from tests.memory.test_stages import PLENTY, Planned
@@ -203,7 +203,7 @@ def test_a_model_that_cannot_decode_estimates_is_searched_in_full(
 
 
 def test_a_run_keeps_the_choice_and_may_change_it(tiny_weights: Path, small: Path, tmp_path: Path) -> None:
-    from fastgrpo.train import train
+    from fastgrpo.training import train
 
     def run(*words: str) -> Any:
         train(make_config(tiny_weights, tmp_path / "run", "reward.golden=false", "train.iterations=1", *words))

@@ -23,7 +23,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.pieces import build
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides

@@ -18,7 +18,7 @@ from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.flux2 import Flux2Klein
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.models.test_sharding import TOLERANCE, Case, Trained, train
 from tests.ranks import Ranks, ranks_of_module

@@ -24,7 +24,7 @@ from fastgrpo.parts import RunParts
 from fastgrpo.prompt_images import PromptImages
 from fastgrpo.retry import Made
 from fastgrpo.sampler import Sampler
-from fastgrpo.train import _encode_ahead, _load_rewards, _planner, build_trainer
+from fastgrpo.training import _encode_ahead, _load_rewards, _planner, build_trainer
 from fastgrpo.types import Conditions, Prompt, Prompts, Samples, as_prompts
 from fastgrpo_kernels import combined
 from tests.field import Field

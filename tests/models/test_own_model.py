@@ -1,4 +1,4 @@
-"""README's model of one's own: a user types it into a file, and every command works with it."""
+"""The models' guide has a model of one's own: a user types it into a file, and every command works with it."""
 
 import importlib
 import re
@@ -24,7 +24,7 @@ from fastgrpo.types import Prompts, Samples
 from tests.tiny import PROMPTS
 from tests.tiny_flux import make_autoencoder, make_t5_tokenizer
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "fastgrpo" / "models" / "README.md"
 TEXTS = list(PROMPTS[:3])
 WIDTH = 16
 GUIDANCE = 3.0
@@ -32,7 +32,7 @@ GUIDANCE = 3.0
 
 def example() -> str:
     """The file of README's section."""
-    section = README.read_text(encoding="utf-8").split("### Your own model")[1]
+    section = README.read_text(encoding="utf-8").split("## Your own model")[1]
     found = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert found is not None
     return found[1]

@@ -21,7 +21,7 @@ from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.qwen_families import FAMILIES, GUIDANCE, QWEN_IMAGE, QWEN_IMAGE_21, TEXTS, Family
 from tests.ranks import Ranks, ranks_of_module

@@ -27,7 +27,7 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides
 

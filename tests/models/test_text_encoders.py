@@ -12,8 +12,8 @@ from torch import nn
 from fastgrpo.distributed.world import World
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.prompts import PromptSource
-from fastgrpo.train import _encode_ahead, _texts_to_come, train
 from fastgrpo.trainer import Trainer
+from fastgrpo.training import _encode_ahead, _texts_to_come, train
 from fastgrpo.types import Conditions, Prompt
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config
@@ -103,7 +103,7 @@ def test_texts_come_in_the_order_of_the_run_and_no_more_than_it_asks_for(monkeyp
     assert to_come(2, two_branches=True)[0] == ""
     # of a thousand iterations those of an epoch
     assert set(to_come(1000)) == {"kept", *texts}
-    monkeypatch.setattr("fastgrpo.train._MOST_AHEAD", 4)
+    monkeypatch.setattr("fastgrpo.training._MOST_AHEAD", 4)
     assert to_come(1000) == to_come(2)[:4]
 
 

@@ -19,8 +19,8 @@ from fastgrpo.models.fp8 import Fp8, block_layers
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.z_image import ZImage
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.train import build_trainer
-from fastgrpo.train import train as train_run
+from fastgrpo.training import build_trainer
+from fastgrpo.training import train as train_run
 from fastgrpo_kernels import combined
 from tests.models.test_sharding import CHECKPOINTING, FULL, Case, assert_agree, train
 from tests.ranks import Ranks, ranks_of_module

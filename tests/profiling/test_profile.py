@@ -17,7 +17,7 @@ from fastgrpo.profiling.flops import StageFlops, matmul_ceiling
 from fastgrpo.profiling.profile import Profile, page, unprofiled
 from fastgrpo.profiling.timing import NO_STAGE, StageTimer, running_stage
 from fastgrpo.profiling.trace import MATRIX, MEMORY, OTHER, StageTrace, Trace, kernel_class, read_trace
-from fastgrpo.train import train
+from fastgrpo.training import train
 from tests.tiny_config import make_config
 
 CPU = torch.device("cpu")

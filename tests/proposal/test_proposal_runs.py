@@ -20,7 +20,7 @@ from fastgrpo.checkpoints.train_state import TrainState
 from fastgrpo.distributed.world import World
 from fastgrpo.proposal.files import load_proposal, save_proposal
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape
-from fastgrpo.train import build_trainer, train
+from fastgrpo.training import build_trainer, train
 from fastgrpo.types import Samples
 from tests import tiny_config
 from tests.checkpoints.test_resume import lasting_metrics

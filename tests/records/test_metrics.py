@@ -374,5 +374,5 @@ def test_a_terminal_gets_one_line_that_is_drawn_again() -> None:
 
 
 def test_the_readme_explains_every_metric_in_the_same_words() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "fastgrpo" / "algorithm" / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{key}` | {meaning} |" in readme for key, meaning in METRICS.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgrpo.records.progress import Progress
 from fastgrpo.records.remarks import Remark, remark_on, remarks
-from fastgrpo.train import train
+from fastgrpo.training import train
 from tests.tiny_config import make_config
 
 GOOD = {"grad_norm": 0.3, "zero_variance_groups": 0.5, "reward/total": 0.4}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo import types
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.train import build_trainer
+from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 

@@ -24,7 +24,7 @@ from fastgrpo.rewards.reward import RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.self_test import GoldenScores
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.train import train
+from fastgrpo.training import train
 from fastgrpo.types import Prompt
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_config

@@ -3,8 +3,7 @@
 import os
 import shlex
 import socket
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.watch import Watch
 from fastgrpo.distributed.world import RankFailure, World, leave_world
 from fastgrpo.ema import EMA
-from fastgrpo.evaluate import Evaluation
+from fastgrpo.evaluation import Evaluation
+from fastgrpo.given import NOTHING, Given
 from fastgrpo.health import Health, Preempted, TrainingError
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
@@ -57,9 +57,21 @@ from fastgrpo.update import Update
 _MOST_AHEAD = 2**14
 
 
-def train(config: DictConfig) -> Path:
-    """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory."""
-    parts = RunParts.read(config)
+def command_that_goes_on(parts: RunParts) -> str:
+    """What the user may type after a run was stopped."""
+    # what is in a config on disk is imported, or a token sent, only where the line names it
+    words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
+    return f"fastgrpo train {words.strip()}"
+
+
+def train(
+    config: DictConfig, given: Given = NOTHING, what_goes_on: Callable[[RunParts], str] = command_that_goes_on
+) -> Path:
+    """Run a checked ``train`` config to its end, on all ranks that a launcher started; returns the run directory.
+
+    ``given`` is what a program gives beside it; ``what_goes_on`` is shown where the run is stopped.
+    """
+    parts = RunParts.read(config, given)
     distribution = parts.distribution
     part = take_part(device_of(parts.runtime), distribution.timeout_seconds, distribution.reward_ranks)
     if isinstance(part, ScoringRank):
@@ -87,9 +99,7 @@ def train(config: DictConfig) -> Path:
         except Preempted:
             _write_weights(trainer, run)
             if world.is_first:
-                # what is in a config on disk is imported, or a token sent, only where the line names it
-                words = f"{shlex.quote(f'output={parts.output}')} resume=true {to_name_again(parts.config)}"
-                print(f"go on with: fastgrpo train {words.strip()}", flush=True)
+                print(f"go on with: {what_goes_on(parts)}", flush=True)
             raise
         _write_weights(trainer, run)
     leave_world()
@@ -145,6 +155,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     ema = EMA(model.trainable, training.ema_decay, training.ema_share)
     evaluation = build_evaluation(parts.evaluating, runtime, model, rewards, algorithm, parts.held_out, world)
     run.claim(golden_scores)
+    world.on_first(lambda: parts.given.keep(run.directory.path), "prompts")
     return Trainer(
         prompts=prompts,
         group_size=training.group_size,
@@ -168,6 +179,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         world=world,
         proposal=proposal,
         plan=on_device.plan,
+        is_stopped=parts.given.is_stopped,
         profile=_profile(parts, run, model) if parts.runtime.profile and world.is_first else unprofiled,
     )
 
@@ -322,10 +334,3 @@ def _write_weights(trainer: Trainer, run: SameRun) -> None:
             trainer.model.save_lora(run.directory.lora)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)
-
-
-if __name__ == "__main__":
-    # as torchrun calls it; errors and exit codes are those of the command
-    from fastgrpo.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
