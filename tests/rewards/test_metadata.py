@@ -91,6 +91,7 @@ def test_a_reward_that_asks_is_given_the_metadata_of_each_image(reward: Any) -> 
     # in batches of two, with a copy that it may spoil
     for _ in range(2):
         assert torch.equal(rewards_of(reward).score(IMAGES, ASKED), EXPECTED)
+    assert torch.equal(Scoring(micro_batch=2)("mine", reward, IMAGES, ASKED), EXPECTED)
     found = rewards_of(reward)(IMAGES.repeat_interleave(2, 0), ASKED).named["mine"]
     assert torch.equal(found, EXPECTED[:, None].expand(5, 2))
 
@@ -177,6 +178,7 @@ def test_over_http_each_image_has_the_metadata_of_its_prompt() -> None:
         for batch in (2, 16):
             remote = HttpReward(endpoints=[url], name="judge", batch=batch)
             assert torch.equal(rewards_of(remote).score(IMAGES, ASKED), EXPECTED)
+            assert torch.equal(answer_of(remote, IMAGES, ASKED), EXPECTED)
         # a server's reward that does not ask is not given it
         remote = HttpReward(endpoints=[url], name="plain")
         torch.testing.assert_close(rewards_of(remote).score(IMAGES, ASKED), redness(IMAGES, []), atol=1e-6, rtol=0)
