@@ -86,6 +86,8 @@ class Sink(Protocol):
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None: ...
 
+    def page(self, iteration: int, name: str, path: Path) -> None: ...
+
     def truncate_to(self, iteration: int) -> None: ...
 
     def close(self) -> None: ...
@@ -107,6 +109,9 @@ class TensorBoard:
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None:
         self._writer.add_image(name, np.asarray(image), iteration, dataformats="HWC")
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        """TensorBoard shows no pages."""
 
     def truncate_to(self, iteration: int) -> None:
         """TensorBoard hides what earlier files hold of later iterations."""
@@ -135,6 +140,11 @@ class Wandb:
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None:
         self._run.log({name: self._wandb.Image(image)}, step=iteration)
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        with open(path, encoding="utf-8") as file:
+            # as it is: what wandb would put into it is refused by the page's own policy
+            self._run.log({name: self._wandb.Html(file, inject=False)}, step=iteration)
 
     def truncate_to(self, iteration: int) -> None:
         """Nothing to do: wandb keeps the first value of a step, and a resumed run computes the same ones again."""
@@ -187,10 +197,17 @@ class Metrics:
         path = self._run.images / f"evaluation_{iteration:06d}.png"
         write_whole(path, png(grid))
         first = self._first_evaluation(pixels, prompts)
-        write_whole(self._run.images / "before_after.png", png(draw_before_after(first, pixels, prompts)))
+        before_after = draw_before_after(first, pixels, prompts)
+        write_whole(self._run.images / "before_after.png", png(before_after))
         for sink in self._sinks:
             sink.image(iteration, "evaluation", grid)
+            sink.image(iteration, "before_after", before_after)
         return path
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        """Hand an HTML file on to those that show such."""
+        for sink in self._sinks:
+            sink.page(iteration, name, path)
 
     def finish(self) -> dict[str, Any]:
         """Draw ``curves.png`` and write ``summary.json`` from ``metrics.jsonl``, at any time; returns the summary."""
