@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.config import load_config
+from fastgrpo.parts import build_rewards
 from fastgrpo.rewards.custom import from_path
 from fastgrpo.rewards.golden import GoldenSet, golden_set
 from fastgrpo.rewards.remote.http_reward import HttpReward
@@ -171,6 +173,13 @@ def test_without_pairs_of_its_own_it_is_tried_on_rows_of_the_run_and_must_answer
         self_test(rewards_of(Remote()), "cpu", ["a circle"])
     # where nobody has prompts there is nothing to try it on
     assert self_test(rewards_of(Judge()), "cpu") == {}
+
+
+def test_it_is_tried_on_the_rows_of_a_run_before_that() -> None:
+    config = load_config("evaluate", ["reward=custom", "reward.path=tests.rewards.test_metadata.by_place"])
+    assert build_rewards(config, ASKED)[1] == {}
+    with pytest.raises(RewardError, match=r"'custom' raised KeyError: 'n', at tests/rewards/test_metadata\.py"):
+        build_rewards(config, [*ASKED, Prompt("b", metadata={"m": 1})])
 
 
 def test_over_http_each_image_has_the_metadata_of_its_prompt() -> None:
