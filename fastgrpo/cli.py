@@ -54,7 +54,7 @@ COMMANDS = {
             "fastgrpo train",
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60",
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
-            "fastgrpo train name=second adaptation.start=outputs/run",
+            "fastgrpo train name=second adaptation.start=outputs/nft",
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
             "fastgrpo train hardware=24gb prompts.path=train.txt prompts.held_out=test.txt",
         ),
@@ -114,7 +114,7 @@ COMMANDS = {
         "machines, in one file that needs no network. Several runs are drawn beside each other. A run makes its own at "
         "its end; this makes it anew, also while the run still trains.",
         examples=(
-            "fastgrpo report run=outputs/run",
+            "fastgrpo report run=outputs/nft",
             "fastgrpo report run=outputs/baseline run=outputs/searched output=comparison.html",
         ),
     ),

@@ -113,7 +113,7 @@ class Run:
 
 
 def load(path: Directory) -> Run:
-    """The run in a directory, finished or not: ``fastgrpo.load("outputs/run").last_evaluation``.
+    """The run in a directory, finished or not: ``fastgrpo.load("outputs/nft").last_evaluation``.
 
     ValueError where there is none.
     """
