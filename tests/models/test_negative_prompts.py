@@ -240,14 +240,15 @@ def test_rollout_and_update_agree_on_it(words: tuple[str, ...], tiny_weights: Pa
 
 def test_memory_is_planned_and_texts_are_encoded_ahead_for_both_branches(tiny_weights: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
-    words = [f"prompts.path={path}", f"prompts.held_out={path}", "model.guidance_scale=3.0", "reward.golden=false"]
+    # five texts are held out, three of them trained on, too
+    words = [f"prompts.path={path}", "model.guidance_scale=3.0", "reward.golden=false"]
     words += [f"model.condition_cache={tmp_path / 'conditions'}"]
     config = load_config("train", make_overrides(tiny_weights, tmp_path / "run", *words))
     trainer, parts = build_trainer(config), RunParts.read(config)
     _encode_ahead(parts, trainer)
-    assert len(list((tmp_path / "conditions").rglob("*.safetensors"))) == 3 + 2 + 1
+    assert len(list((tmp_path / "conditions").rglob("*.safetensors"))) == 5 + 2 + 1
     planner = _planner(parts, _load_rewards(parts)[0], trainer.world)
-    assert planner.prompt == Prompt("two blue squares", negative="a blue square")
+    assert planner.prompt == Prompt("two red triangles", negative="a blue square")
 
 
 @pytest.mark.parametrize(
