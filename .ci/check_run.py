@@ -16,8 +16,8 @@ _FINITE = ("loss", "reward/total", "grad_norm")
 
 def faults(directory: Path) -> list[str]:
     """What is wrong with the run in ``directory``, one line a fault."""
-    metrics, summary = directory / "metrics.jsonl", directory / "summary.json"
-    missing = [f"{path} was not written" for path in (metrics, summary) if not path.exists()]
+    metrics, summary, report = directory / "metrics.jsonl", directory / "summary.json", directory / "report.html"
+    missing = [f"{path} was not written" for path in (metrics, summary, report) if not path.exists()]
     if missing:
         return missing
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

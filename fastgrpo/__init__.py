@@ -38,18 +38,20 @@ _MODULES = {
 __all__ = ["Evaluated", "RewardError", "Run", "Sampled", "TrainingError", "evaluate", "load", "sample", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:
+    # hidden from type checkers, which would believe in any name
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-        return version("fastgrpo")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with catch_warnings():
-        # said by tqdm in a notebook that has no ipywidgets, which a run's progress does without
-        filterwarnings("ignore", message="IProgress not found")
-        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
-    return value
+            return version("fastgrpo")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with catch_warnings():
+            # said by tqdm in a notebook that has no ipywidgets, which a run's progress does without
+            filterwarnings("ignore", message="IProgress not found")
+            value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -49,11 +49,12 @@ COMMANDS = {
         run="fastgrpo.training.train",
         summary="train a model on a reward",
         details="Writes everything about the run into output, checkpoints and the trained LoRA included; with "
-        "resume=true it goes on from the newest complete checkpoint.",
+        "resume=true it goes on from the newest complete checkpoint. adaptation.start= starts from a LoRA.",
         examples=(
             "fastgrpo train",
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60",
             "fastgrpo train name=baseline algorithm=flow_grpo train.iterations=60 resume=true",
+            "fastgrpo train name=second adaptation.start=outputs/nft",
             "fastgrpo train model=sd35_medium reward=custom reward.path=my_rewards.redness",
             "fastgrpo train hardware=24gb prompts.path=train.txt prompts.held_out=test.txt",
         ),
@@ -106,12 +107,24 @@ COMMANDS = {
             "fastgrpo evaluate run=outputs/nft search=true budget=40 output=outputs/searched",
         ),
     ),
+    "report": Command(
+        run="fastgrpo.commands.report.report",
+        summary="make one HTML page of what runs measured",
+        details="Curves of all metrics, images before and after, where the time went, what a search saw, configs and "
+        "machines, in one file that needs no network. Several runs are drawn beside each other. A run makes its own at "
+        "its end; this makes it anew, also while the run still trains.",
+        examples=(
+            "fastgrpo report run=outputs/nft",
+            "fastgrpo report run=outputs/baseline run=outputs/searched output=comparison.html",
+        ),
+    ),
     "export": Command(
         run="fastgrpo.commands.export.export",
         summary="write a run's weights for diffusers",
-        details="Writes the averaged weights of the run's last checkpoint: lora/ for pipeline.load_lora_weights and, "
-        "with merged=true, merged/ for from_pretrained of the model's pipeline. lora= in place of run= writes the "
-        "pipeline of a LoRA that was made elsewhere.",
+        details="Writes the averaged weights of the run's last checkpoint: lora/ for diffusers, ComfyUI and peft and, "
+        "with merged=true, merged/ for from_pretrained of the model's pipeline, each with a model card and a "
+        "generate.py that draws with it, and prints the call. lora= in place of run= writes the pipeline of a LoRA "
+        "that was made elsewhere.",
         examples=(
             "fastgrpo export run=outputs/nft output=exported",
             "fastgrpo export run=outputs/nft output=exported merged=true",

@@ -43,6 +43,13 @@ class EvaluationResult:
     cost: Cost = field(default_factory=Cost)
 
 
+def statistics(scores_PG: Tensor) -> dict[str, float | None]:
+    """The mean, and its standard error over prompts, None of one prompt: images of one prompt are not independent."""
+    means_P = scores_PG.double().mean(dim=1)
+    error = means_P.std().item() / len(means_P) ** 0.5 if len(means_P) > 1 else None
+    return {"mean": means_P.mean().item(), "standard_error": error}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """``images_per_prompt`` images of each prompt on ``grid``; ``num_shown`` of them, of distinct prompts, are kept.

@@ -57,6 +57,19 @@ def beside_targets(overrides: Sequence[str]) -> list[str]:
     return [f"++{o}" if is_plain(o) and key_of(o).startswith(nodes) else o for o in overrides]
 
 
+def gathered(overrides: Sequence[str], key: str) -> list[str]:
+    """The same line, in which a key that may be given several times is given once, with a list of its values."""
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    if len(given) < 2:
+        return list(overrides)
+    values = []
+    for override in given:
+        value = value_of(quoted(override))
+        values += value if isinstance(value, list) else [value]
+    words = ",".join(quoted_text(str(value)) for value in values)
+    return [*(override for override in overrides if override not in given), f"{key}=[{words}]"]
+
+
 def switched(override: str, groups: Mapping[str, Sequence[str]]) -> str:
     """The override with an option of its group in place of true or false; ValueError for what is neither."""
     key, equals, text = override.partition("=")
@@ -92,9 +105,13 @@ def quoted(override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or (text[:1] in ("'", '"') if key in TEXT_KEYS else not _is_misread(override, text)):
         return override
+    return f"{key}={quoted_text(text)}"
+
+
+def quoted_text(text: str) -> str:
+    """The text as Hydra writes one in quotes."""
     # in Hydra's grammar backslashes count only before a quote
-    text = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text)
-    return f"{key}='{text}'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _is_misread(override: str, text: str) -> bool:

@@ -45,6 +45,7 @@ class RunParts:
     resume: bool
     seed: int
     logs_to_wandb: bool
+    makes_report: bool
     training: Training
     evaluating: Evaluating
     saving: Saving
@@ -110,6 +111,7 @@ class RunParts:
             resume=config.resume,
             seed=config.seed,
             logs_to_wandb=config.wandb,
+            makes_report=config.report,
             training=training,
             evaluating=evaluating,
             saving=Saving(**config.checkpoint),

@@ -19,18 +19,22 @@ from fastgrpo.on_device import on_device
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import Rollout
 from fastgrpo.start_noise import StartNoise
-from fastgrpo.types import Samples, Trajectories
+from fastgrpo.types import Samples, Scored, Trajectories
 
 # sizes that a batch has where fewer samples are made again than it takes: each is compiled for on its own
 _NUM_SIZES = 4
 
 
 class Made(NamedTuple):
-    """Trajectories of this rank's samples, the rewards [P * G, R] of all ranks', and what the search measured."""
+    """Trajectories of this rank's samples, the rewards [P * G, R] of all ranks', and what the search measured.
+
+    scored: the total rewards of each attempt, the first one's too where there was another.
+    """
 
     trajectories: Trajectories[Any]
     rewards_BR: Tensor
     metrics: dict[str, float] = {}  # noqa: RUF012
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +59,16 @@ class Retry:
             tried.append(len(groups))
             made = self._again(retries, samples, spread, iteration, made, groups, attempt)
             total_PG = self._total(made.rewards_BR, samples.group_size)
+        # of groups that were made in one attempt there is nothing to compare
+        again = made.scored[0].places if tried else ()
+        firsts = (Scored(again, first_PG[on_device(again, first_PG.device)], is_of_images=True),) if tried else ()
         metrics = {
             "search/share": max(tried, default=0) / len(samples.prompts),
             # the host waits for it only where something was made again
             "search/gain": (total_PG.mean() - first_PG.mean()).item() if tried else 0.0,
             "search/images": sum(tried) / len(samples.prompts),
         }
-        return Made(made.trajectories, made.rewards_BR, metrics)
+        return Made(made.trajectories, made.rewards_BR, metrics, (*firsts, *made.scored))
 
     def _again(
         self,
@@ -91,14 +98,16 @@ class Retry:
         device = made.rewards_BR.device
         rows_b = on_device(rows_SG, device)
         old_bR = made.rewards_BR[rows_b]
-        is_new_b = retries.prefers(self._total(new_bR, group_size), self._total(old_bR, group_size)).flatten()
+        new_SG = self._total(new_bR, group_size)
+        scored = (*made.scored, Scored(tuple(groups), new_SG, is_of_images=True))
+        is_new_b = retries.prefers(new_SG, self._total(old_bR, group_size)).flatten()
         rewards_BR = made.rewards_BR.index_copy(0, rows_b, torch.where(is_new_b[:, None], new_bR, old_bR))
         if not own:
-            return Made(made.trajectories, rewards_BR)
+            return Made(made.trajectories, rewards_BR, scored=scored)
         places_b = on_device([b for b, row in enumerate(samples.rows) if row in number], device)
         is_taken_b = is_new_b[on_device([number[row] for row in own], device)]
         _replace(made.trajectories, places_b, trajectories, is_taken_b)
-        return Made(made.trajectories, rewards_BR)
+        return Made(made.trajectories, rewards_BR, scored=scored)
 
     def _filled(self, num_rows: int, most: int) -> int:
         """How many rows a rank makes for so many: trained steps in update's batches, images in batches of a few sizes.

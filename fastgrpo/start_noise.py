@@ -21,7 +21,7 @@ from fastgrpo.models.adapter import encoded
 from fastgrpo.proposal.learner import Learner, NothingLearned
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import Noise, Prompts, Samples
+from fastgrpo.types import Noise, Prompts, Samples, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class StartNoise:
             moments=moments,
         )
 
+        scored: list[Scored] = []
         with ExitStack() as rounds:
 
             def score(candidates: Candidates, estimate_steps: int) -> Tensor:
@@ -74,9 +75,11 @@ class StartNoise:
                 rounds.enter_context(model.sampling(lossy=True))
                 asked = [prompts.asked[place] for place in candidates.prompts]
                 searched = Prompts(asked, candidates.prompt_ids, prompts.resolution)
-                return self._scores(searched, candidates, estimate_steps)
+                scores_PK = self._scores(searched, candidates, estimate_steps)
+                scored.append(Scored(tuple(candidates.prompts), scores_PK))
+                return scores_PK
 
-            return propose(draw, score)
+            return replace(propose(draw, score), scored=tuple(scored))
 
     def _scores(self, prompts: Prompts, candidates: Candidates, estimate_steps: int) -> Tensor:
         """Rewards [P, K] of all candidates, on every rank."""

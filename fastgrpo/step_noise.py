@@ -21,7 +21,7 @@ from fastgrpo.profiling.timing import inner_stage
 from fastgrpo.rewards.scores import Scores
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.types import ChosenNoise, Conditions, Samples
+from fastgrpo.types import ChosenNoise, Conditions, Samples, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,16 @@ class StepNoise:
         with inner_stage("search"), model.gathered(), model.sampling(lossy=True):
             rows = self.world.everyones(list(samples.rows), "rows of a search")
             spread = Spread(tuple(map(tuple, rows)))
+            scored: list[Scored] = []
 
             def score(candidates: StepCandidates, estimate_steps: int) -> Tensor:
                 estimate = _Estimate(self, samples, conditions, x_BCHW, step, candidates, estimate_steps)
-                return self.world.gather(estimate, spread, candidates.num, "search")
+                scores_AM = self.world.gather(estimate, spread, candidates.num, "search")
+                num_prompts = len(samples.prompts)
+                scored.append(Scored(tuple(range(num_prompts)), scores_AM.view(num_prompts, -1)))
+                return scores_AM
 
-            return search.choose(draw, score)
+            return replace(search.choose(draw, score), scored=tuple(scored))
 
 
 @dataclass(frozen=True)

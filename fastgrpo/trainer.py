@@ -7,7 +7,7 @@ Letters: P prompts, G samples of a prompt, B samples of this rank, R rewards, C 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from signal import SIGINT
 
 import torch
@@ -111,7 +111,7 @@ class Trainer:
         with timer("reward"):
             rewards_BR = self.world.gather(scores.collect, spread, len(self.rewards.all), "rewards")
         with timer("search"), self.old_policy.applied():
-            trajectories, rewards_BR, retried = self.retry(
+            trajectories, rewards_BR, retried, attempts = self.retry(
                 samples, spread, self.iteration, Made(trajectories, rewards_BR)
             )
         with timer("reward"):
@@ -125,7 +125,10 @@ class Trainer:
             proposed = self.proposal.learn(samples, conditions, noise, advantages_B, rewards.total_PG)
         self.health(self.iteration, stats, trajectories, advantages_B)
         self.iteration += 1
-        measured = self._measured(trajectories.noted(noise), rewards, stats, self._agree(timer.seconds()))
+        noted = trajectories.noted(noise)
+        if (self.iteration - 1) % self.evaluate_every == 0:
+            self.record.search(self.iteration, prompts.texts, replace(noted, scored=attempts or noted.scored), rewards)
+        measured = self._measured(noted, rewards, stats, self._agree(timer.seconds()))
         # a change of size changes rewards too
         size = {} if prompts.resolution is None else prompts.resolution._asdict()
         return measured | retried | size | proposed | {"compilations": num_compilations() - compiled}

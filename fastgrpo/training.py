@@ -25,7 +25,7 @@ from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.memory.device import device_of, set_threads
 from fastgrpo.memory.model_on_device import planned_model
 from fastgrpo.memory.stages import MemoryPlanner
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, started
 from fastgrpo.numerics import set_numerics
 from fastgrpo.old_policy import OldPolicy
 from fastgrpo.own_code.named import to_name_again
@@ -36,7 +36,8 @@ from fastgrpo.proposal.files import save_proposal
 from fastgrpo.proposal.learner import Learner, NothingLearned, ProposalLearner
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape, features
 from fastgrpo.records.metrics import Metrics
-from fastgrpo.records.record import NoRecord, Record, Recorder
+from fastgrpo.records.model_card import ModelCard
+from fastgrpo.records.record import NoRecord, Record, Recorder, no_report
 from fastgrpo.records.stragglers import Stragglers
 from fastgrpo.retry import Retry
 from fastgrpo.rewards.ranks import PolicyRank, ScoringRank, take_part
@@ -97,11 +98,11 @@ def train(
         try:
             trainer.run()
         except Preempted:
-            _write_weights(trainer, run)
+            _write_weights(parts, trainer, run)
             if world.is_first:
                 print(f"go on with: {what_goes_on(parts)}", flush=True)
             raise
-        _write_weights(trainer, run)
+        _write_weights(parts, trainer, run)
     leave_world()
     return parts.output
 
@@ -117,7 +118,10 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
     world, training, algorithm = part.world, parts.training, parts.algorithm
     prompts = PromptSource(parts.prompts, training.prompts_per_iteration, parts.seed)
     rewards, golden_scores = _load_rewards(parts) if part.scores_itself else parts.rewards.ask(part)
+    checkpoint = _checkpoint(parts, run)
     source = replace(parts.model, runtime=run.sizes(parts.runtime))
+    if source.starts_from_lora and run.is_begun:
+        source = source.going_on(run.config["adaptation"], has_checkpoint=checkpoint.latest() is not None)
     on_device = planned_model(source, _planner(parts, rewards, world), world.group)
     model, rewards = on_device.model, on_device.rewards
     runtime = run.agree(on_device.runtime, model)
@@ -170,7 +174,7 @@ def assemble(parts: RunParts, part: PolicyRank, run: SameRun) -> Trainer:
         ema=ema,
         evaluation=evaluation,
         evaluate_every=parts.evaluating.every,
-        checkpoint=_checkpoint(parts, run),
+        checkpoint=checkpoint,
         keep_best=parts.saving.keep_best,
         health=Health(failed_batch=run.directory.failed_batch(world.rank)),
         record=_record(parts, run),
@@ -302,7 +306,15 @@ def _record(parts: RunParts, run: SameRun) -> Recorder:
         directory=run.directory,
         metrics=Metrics(run.directory, wandb_project="fastgrpo" if parts.logs_to_wandb else None, config=parts.config),
         stragglers=Stragglers(path=run.directory.ranks, hosts=hosts),
+        make_report=_make_report if parts.makes_report else no_report,
     )
+
+
+def _make_report(directory: Path) -> Path:
+    # plots take most of a second to import, which a run that has not ended need not wait for
+    from fastgrpo.report.page import write_report
+
+    return write_report([directory])
 
 
 def _profile(parts: RunParts, run: SameRun, model: FlowModel) -> Profile:
@@ -318,6 +330,13 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
     """What a resumed run does otherwise than before, whether there is anything left to do, and what is judged."""
     if seen := set(parts.held_out_texts) & set(parts.texts):
         print(f"prompts.held_out shares {len(seen)} of its prompts with prompts.path: those are not unseen in training")
+    if settings := started(trainer.model).settings:
+        begun, adaptation = run.config["adaptation"]["start"], parts.config["adaptation"]
+        own = adaptation["alpha"] / adaptation["rank"]
+        print(
+            f"training starts from adaptation.start={begun}: its rank {settings['rank']} and its layers take the place "
+            f"of adaptation.rank and targets, and alpha / rank stays {own:g}"
+        )
     for line in run.resumed(trainer.iteration):
         print(line)
     if trainer.iteration > 0 and trainer.is_over:
@@ -327,11 +346,21 @@ def _say_what_to_know(parts: RunParts, run: SameRun, trainer: Trainer) -> None:
         )
 
 
-def _write_weights(trainer: Trainer, run: SameRun) -> None:
+def _write_weights(parts: RunParts, trainer: Trainer, run: SameRun) -> None:
     if not run.world.is_first:
         return
     if trainer.model.has_lora:
         with trainer.ema.applied():
             trainer.model.save_lora(run.directory.lora)
+        call = getattr(trainer.model, "diffusers_call", None)
+        if call is not None:
+            card = ModelCard(
+                call=call,
+                times=parts.algorithm.evaluation_grid(parts.evaluating.num_steps),
+                prompt=parts.held_out_texts[0],
+                config=run.config,
+                iteration=trainer.iteration,
+            )
+            card.write(run.directory.lora, is_lora=True)
     if isinstance(trainer.proposal, ProposalLearner):
         save_proposal(trainer.proposal.network, run.directory.proposal)

@@ -194,13 +194,26 @@ def _filled(embeds_BLC: Tensor, num_tokens: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The scores [P, K] of a round of a search's candidates, of the prompts at ``places`` among an iteration's.
+
+    They are estimates, or rewards of images that were made in full.
+    """
+
+    places: tuple[int, ...]
+    scores_PK: Tensor
+    is_of_images: bool = False
+
+
+@dataclass(frozen=True)
 class Noise:
     """The start noises a proposal chose, and what its search measured; the latter is of all samples, on every rank.
 
     ``estimates_PG`` is the reward that the search estimated for each start noise: None where nothing was scored, NaN
     for a noise that was not.  Its rank correlation with the final rewards tells whether the search is informative.
     ``is_shared`` says that all samples of each prompt start from one noise.  ``learned_P`` says of each prompt whether
-    its noises were drawn from a learned distribution; it is empty where none is learned.
+    its noises were drawn from a learned distribution; it is empty where none is learned.  ``scored`` has every round of
+    the search, for who shows it.
     """
 
     start_BCHW: Tensor
@@ -209,13 +222,14 @@ class Noise:
     estimates_PG: Tensor | None = None
     is_shared: bool = False
     learned_P: tuple[bool, ...] = ()
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)
 class ChosenNoise:
     """The noise of one step that a search chose, and what becomes of the advantage A there: scale_B A + offset_B.
 
-    ``metrics`` and ``estimates_PG`` are what it measured, as in ``Noise``.
+    ``metrics``, ``estimates_PG`` and ``scored`` are what it measured, as in ``Noise``.
     """
 
     noise_BCHW: Tensor
@@ -223,6 +237,7 @@ class ChosenNoise:
     offset_B: Tensor
     estimates_PG: Tensor | None
     metrics: dict[str, float]
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -337,7 +352,8 @@ class Trajectories(Generic[Trained]):
         """The start noise with what the search of a step measured, where there was one."""
         if self.chosen is None:
             return noise
-        return replace(noise, metrics=noise.metrics | self.chosen.metrics, estimates_PG=self.chosen.estimates_PG)
+        metrics, estimates_PG = noise.metrics | self.chosen.metrics, self.chosen.estimates_PG
+        return replace(noise, metrics=metrics, estimates_PG=estimates_PG, scored=self.chosen.scored)
 
     @property
     def by_sample(self) -> list[tuple[Tensor, int]]:

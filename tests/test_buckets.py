@@ -208,7 +208,7 @@ def test_samples_are_in_the_order_of_the_file_and_each_in_its_resolution(
             "resolution [16, 144]: height and width must be at most 128; this model has no more positions",
         ),
         (0, "resolution 0: height and width must be multiples of 16; 16 is the nearest to 0"),
-        ("64", "resolution must be a whole number or [height, width], got '64'"),
+        ("wide", "resolution must be a whole number or [height, width], got 'wide'"),
     ],
     ids=str,
 )

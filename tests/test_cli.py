@@ -97,7 +97,7 @@ def test_help_of_a_command_has_examples_groups_and_defaults(name: str, capsys: p
     shown = capsys.readouterr().out
     assert f"\n  fastgrpo {name}" in shown
     # every command but these has a model
-    has_model = name not in ("serve-reward", "runs")
+    has_model = name not in ("serve-reward", "report", "runs")
     assert ("\n  adaptation" in shown) == has_model
     assert ("full, [lora]" in shown) == has_model
     assert ("smart_grpo_paper" in shown) == (has_model and name not in ("export", "encode"))
@@ -581,7 +581,7 @@ def test_exported_weights_are_the_averages_in_diffusers(
 ) -> None:
     out = tmp_path / "out"
     assert cli.main(["export", f"run={run}", f"output={out}", "merged=true"]) == 0
-    assert f'load_lora_weights("{out / "lora"}")' in capsys.readouterr().out
+    assert f'load_lora_weights("{out / "lora"}", weight_name=' in capsys.readouterr().out
     with_lora = StableDiffusion3Pipeline.from_pretrained(tiny_weights, **WITHOUT_T5)
     with_lora.load_lora_weights(out / "lora")
     merged = StableDiffusion3Pipeline.from_pretrained(out / "merged", **WITHOUT_T5)

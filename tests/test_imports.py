@@ -70,9 +70,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "given": {"files", "prompts", "rewards", "types"},
     "known_warnings": set(),
     "parts": _CARRIED | {"prompts", "pieces", "given"},
-    "training": _RUN | {"parts", "given"},
-    "commands": _RUN | _FACE | {"training", "shapes"},
-    "cli": _RUN | _FACE | {"training", "commands", "help"},
+    # reads what runs have written, and the default config
+    "report": {"files", "records", "config"},
+    "training": _RUN | {"parts", "given", "report"},
+    "commands": _RUN | _FACE | {"training", "shapes", "report"},
+    "cli": _RUN | _FACE | {"training", "commands", "report", "help"},
     "library": _RUN | _FACE | {"training", "commands"},
     "__main__": {"cli"},
 }
@@ -90,11 +92,14 @@ CONFINED = {
         "fastgrpo/parts.py",
         # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
+        "fastgrpo/report/",
         # for the type of what it is given
         "fastgrpo/training.py",
         "fastgrpo/commands/",
         "fastgrpo/library/",
     ),
+    "bokeh": ("fastgrpo/report/",),
+    "jinja2": ("fastgrpo/report/",),
     "diffusers": ("fastgrpo/models/", "fastgrpo/shapes/pretrain/"),
     "transformers": ("fastgrpo/models/", "fastgrpo/rewards/", "fastgrpo/shapes/pretrain/"),
     "peft": ("fastgrpo/models/",),

@@ -83,7 +83,8 @@ def test_in_a_search_of_start_noises(tiny_weights: Path, tmp_path: Path) -> None
 
 def test_in_a_search_of_a_step(tiny_weights: Path, tmp_path: Path) -> None:
     words = ["algorithm/noise=elite_step", "algorithm.noise.take=elites", "algorithm.noise.correction=none"]
-    words += ["algorithm.noise.candidates=4", "algorithm.noise.estimate_steps=1"]
+    # both groups in one batch
+    words += ["algorithm.noise.candidates=4", "algorithm.noise.estimate_steps=1", "runtime.micro_batch=6"]
     trainer = make_trainer(tiny_weights, tmp_path, *words)
     samples = Samples.all_of(trainer.prompts.at(0), 3)
     trajectories = trainer.rollout(samples, trainer.model.encode(samples.texts), trainer.start_noise(samples), 0)

@@ -67,6 +67,7 @@ def test_wheel_holds_every_module_config_and_checkpoint_file(wheel_names: set[st
         | _files("configs", "fastgrpo_configs", "*.yaml")
         | _files("fastgrpo/shapes/checkpoint", "fastgrpo/shapes/checkpoint", "*")
         | _files("fastgrpo/rewards/golden_set", "fastgrpo/rewards/golden_set", "*")
+        | _files("fastgrpo/report", "fastgrpo/report", "page.*")
     )
     assert expected <= wheel_names, sorted(expected - wheel_names)
 

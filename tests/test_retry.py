@@ -112,6 +112,10 @@ def test_a_group_without_success_keeps_the_better_image_of_each_sample(
         "search/gain": pytest.approx(gain, rel=1e-3),
         "search/images": 0.5,
     }
+    # what is shown of the search: the group that was made again, in both attempts
+    assert [(one.places, one.is_of_images) for one in made.scored] == [((failing,), True), ((failing,), True)]
+    for one, of_attempt in zip(made.scored, rewards, strict=True):
+        torch.testing.assert_close(one.scores_PK, of_attempt[failing][None], rtol=1e-4, atol=1e-4)
 
 
 def test_groups_with_success_cost_nothing(one_fails: tuple[Trainer, Samples, int]) -> None:
@@ -122,6 +126,7 @@ def test_groups_with_success_cost_nothing(one_fails: tuple[Trainer, Samples, int
     assert made.trajectories is first.trajectories
     assert made.rewards_BR is first.rewards_BR
     assert made.metrics == {"search/share": 0.0, "search/gain": 0.0, "search/images": 0.0}
+    assert made.scored == ()
 
 
 def test_tries_end_where_a_group_has_success_and_go_on_where_it_has_none(tiny_weights: Path, tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_the_step_takes_the_candidate_whose_image_has_the_best_reward(
         assert scores.sort().values.diff()[-1] > 1e-5
         assert torch.equal(chosen.noise_BCHW[row], drawn[scores.argmax()])
         torch.testing.assert_close(estimates_of(chosen).flatten()[row], scores.max(), rtol=1e-4, atol=1e-6)
+        # all of them, a row a group, are there to be shown
+        (seen,) = trajectories.noted(trainer.start_noise(samples, 0)).scored
+        group, place_in_it = divmod(row, GROUP_SIZE)
+        assert seen.places == tuple(range(len(samples.prompts)))
+        shown_M = seen.scores_PK[group].view(GROUP_SIZE, 4)[place_in_it]
+        torch.testing.assert_close(shown_M, scores, rtol=1e-4, atol=1e-6)
         # and it is this noise that the step took, whose likelihood is stored
         x_next = mean[row] + std * drawn[scores.argmax()]
         log_prob = torch.distributions.Normal(mean[row], std).log_prob(x_next).mean()

@@ -1,6 +1,6 @@
 """What network evaluations buy at sampling: accuracy of the embedded model against evaluations an image.
 
-    python -m benchmarks.search_at_sampling --run outputs/run
+    python -m benchmarks.search_at_sampling --run outputs/nft
 
 Of the base model and of a trained run: plain noise, more steps, guidance and every search of ``configs/search`` with
 its default settings, on the 64 held-out prompts.  Searches maximize the graded verifier, and strict accuracy is

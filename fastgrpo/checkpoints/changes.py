@@ -40,12 +40,12 @@ MAY_CHANGE = (
     "adaptation.shard_over",
     "adaptation.backup",
 )
-# where a run lies, not what it is: a directory may have been moved
-_NOT_COMPARED = ("recipe", "name", "output", "resume", "job", "history")
+# where a run lies and how it is shown, not what it is: a directory may have been moved
+_NOT_COMPARED = ("recipe", "name", "output", "resume", "job", "history", "report")
 # keys of these groups that a run does not have are of a later version, and have their default
 _PLAIN = ("train", "prompts", "checkpoint")
 # null in these groups is what a key means that a run of an earlier version does not have
-_NULL_IS_NONE = ("model",)
+_NULL_IS_NONE = ("model", "adaptation")
 # sizes of fastgrpo's own, of this version or an earlier one; an own model's may be anything
 _ARCHITECTURES = "fastgrpo.models.architectures."
 _SHOWN = 3
@@ -88,7 +88,8 @@ def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: obje
             f"the run in {directory} was begun otherwise: {shown}{others}. A run keeps its recipe, model, reward, "
             "prompts, seed and group size to its end: leave these keys out to go on with it. For a new run that starts "
             f"from its weights: fastgrpo export run={directory} output=EXPORT merged=true, then fastgrpo train "
-            "name=NEW model.weights=EXPORT/merged with your settings"
+            "name=NEW model.weights=EXPORT/merged with your settings; or, to train its LoRA on, without export, "
+            f"adaptation.start={directory}"
         )
     return tuple(found)
 

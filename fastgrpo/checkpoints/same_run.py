@@ -5,6 +5,7 @@ values and the iteration after which the new one holds.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from fastgrpo.distributed.launch import is_restarted, mark_launch
 from fastgrpo.distributed.world import World
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.files.whole import write_whole
-from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.adapter import FlowModel, started
 from fastgrpo.rewards.self_test import GoldenScores, compare
 from fastgrpo.settings import Runtime
 
@@ -56,8 +57,14 @@ class SameRun:
             run._history = begun.pop(_HISTORY, [])
             run._begun = begun
             _plan_as_begun(run.config, begun)
+            _start_as_begun(run.config, begun)
             run._changes = changes(begun, run.config, path)
         return run
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether its directory has a config, which says how it began."""
+        return bool(self._begun)
 
     def sizes(self, runtime: Runtime) -> Runtime:
         """Those that a resumed run began with where it is to plan them: others would round differently."""
@@ -72,7 +79,15 @@ class SameRun:
         checkpointing = any(world.everyones(bool(runtime.checkpointing), "runtime.checkpointing"))
         agreed = replace(runtime, checkpointing=checkpointing, **least)
         self.config["runtime"] = asdict(agreed)
-        identity = {"config": _yaml(self.config), "weights": model.fingerprint, "version": version("fastgrpo")}
+        start = started(model)
+        # what a LoRA's file has decided, so that the run goes on without it
+        self.config["adaptation"] = {**self.config["adaptation"], **start.settings}
+        identity = {
+            "config": _yaml(self.config),
+            "weights": model.fingerprint,
+            "start": start.digest,
+            "version": version("fastgrpo"),
+        }
         for rank, other in enumerate(world.everyones(identity, "what is run")):
             for name, value in other.items():
                 if value != identity[name]:
@@ -118,6 +133,18 @@ def _yaml(config: dict[str, Any]) -> str:
 def _plan_as_begun(config: dict[str, Any], begun: Mapping[str, Any]) -> None:
     if config["runtime"]["micro_batch"] == 0:
         config["runtime"] = config["runtime"] | {key: begun["runtime"][key] for key in (*_PLANNED, "checkpointing")}
+
+
+def _start_as_begun(config: dict[str, Any], begun: Mapping[str, Any]) -> None:
+    """Where both start from the same LoRA, its rank and layers are not what the line or a default says."""
+    before, after = begun.get("adaptation", {}), config["adaptation"]
+    if after.get("start") is None or after["start"] != before.get("start"):
+        return
+    # another scale would be another run
+    keys = ["rank", "targets"]
+    if math.isclose(after["alpha"] / after["rank"], before["alpha"] / before["rank"]):
+        keys.append("alpha")
+    config["adaptation"] = after | {key: before[key] for key in keys}
 
 
 def _hold_to_beginning(directory: RunDirectory, tested: dict[str, GoldenScores], resume: bool) -> None:

@@ -15,7 +15,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.making import Search
@@ -24,7 +23,7 @@ from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
 from fastgrpo.commands.trained import load_model
-from fastgrpo.evaluation import EvaluationResult
+from fastgrpo.evaluation import EvaluationResult, statistics
 from fastgrpo.files.whole import write_whole
 from fastgrpo.given import NOTHING, Given
 from fastgrpo.models.adapter import FlowModel
@@ -123,8 +122,8 @@ class Judging:
             "prompts": len(texts),
             "num_steps": self.evaluating.num_steps,
             "search": spent,
-            "rewards": {name: _statistics(scores_PG) for name, scores_PG in result.scores.items()},
-            "base": {name: _statistics(scores_PG) for base in bases for name, scores_PG in base.scores.items()},
+            "rewards": {name: statistics(scores_PG) for name, scores_PG in result.scores.items()},
+            "base": {name: statistics(scores_PG) for base in bases for name, scores_PG in base.scores.items()},
             # of the run from the base, prompt by prompt
             "differences": differences([means_of_prompts(0, one.scores) for one in (*bases, result)]),
             "kinds": _by_kind(texts, result),
@@ -159,12 +158,6 @@ def _draw_both(directory: Path, base: EvaluationResult, result: EvaluationResult
     (directory / ".first.npz").unlink()
 
 
-def _statistics(scores_PG: Tensor) -> dict[str, float | None]:
-    means_P = scores_PG.double().mean(dim=1)
-    error = means_P.std().item() / len(means_P) ** 0.5 if len(means_P) > 1 else None
-    return {"mean": means_P.mean().item(), "standard_error": error}
-
-
 def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
     """Means by what a caption of the shapes world asks for; empty for other prompts."""
     try:
@@ -174,7 +167,7 @@ def _by_kind(texts: list[str], result: EvaluationResult) -> dict[str, Any]:
     by_kind = {}
     for kind in dict.fromkeys(kinds):
         rows_P = torch.tensor([other == kind for other in kinds])
-        scores = {name: _statistics(scores_PG[rows_P]) for name, scores_PG in result.scores.items()}
+        scores = {name: statistics(scores_PG[rows_P]) for name, scores_PG in result.scores.items()}
         by_kind[kind] = {"prompts": int(rows_P.sum()), "rewards": scores}
     return by_kind
 

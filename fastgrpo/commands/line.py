@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from fastgrpo.config import load_config
+from fastgrpo.overrides import gathered
 
 
 def config_of(name: str, overrides: Sequence[str]) -> DictConfig:
     """The checked config of the command ``name``; ValueError for what is no setting."""
     check_words(name, overrides)
-    config = load_config(name, overrides)
-    if "run" not in config:
+    config = load_config(name, gathered(overrides, "run") if name == "report" else overrides)
+    if "run" not in config or "model" not in config:
         return config
     # this takes seconds to import, and a mistyped key is told at once
     from fastgrpo.commands.trained import with_run

@@ -79,6 +79,13 @@ def counted_plan(config: DictConfig, memory: int) -> MemoryPlan:
             f"memory={config.memory} counts a model without its weights, and model.weights is {weights}; "
             "add model.weights=random, which a model of real size takes, or use memory=here"
         )
+    loras = {"model.lora": config.model.get("lora"), "adaptation.start": config.adaptation.get("start")}
+    for key, lora in loras.items():
+        if lora is not None:
+            raise ValueError(
+                f"memory={config.memory} counts a model without weights, and {key}={lora} is a file of some; leave it "
+                "out, and give its rank and layers as adaptation.rank and adaptation.targets"
+            )
     algorithm: Algorithm = build(config.algorithm)
     planner = MemoryPlanner(
         algorithm=algorithm,

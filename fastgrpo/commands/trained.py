@@ -64,6 +64,9 @@ def with_run(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         _refuse_other(key, path, OmegaConf.select(OmegaConf.create(sections), key), run.config)
     check_values(sections, "", run.config)
     sections["model"] = of_today(sections["model"], run.config)
+    # it is in the checkpoint
+    if isinstance(sections["adaptation"], dict) and "start" in sections["adaptation"]:
+        sections["adaptation"]["start"] = None
     check_named(sections, run.config, line, MODELS)
     kept: dict[str, Any] = {str(key): config[key] for key in config}
     own = OmegaConf.create(kept | sections)
@@ -116,6 +119,12 @@ def load_model(config: DictConfig, on_base: Callable[[FlowModel], object] = lamb
         for name, weight in model.trainable.items():
             weight.copy_(averages[name])
     return model, f"the averaged weights of {path}"
+
+
+def config_of_run(run: str) -> dict[str, Any]:
+    """The config of a run, as data that nothing is made of."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(_find(run)[0].config), resolve=False)
+    return config
 
 
 def load_proposal_of_run(run: str) -> ProposalNetwork | None:

@@ -1,7 +1,7 @@
 """The directory of one run, and where each thing in it lies.
 
-    config.yaml  golden.json  metrics.jsonl  evaluations.jsonl  ranks.jsonl  tensorboard/  images/  curves.png
-    summary.json  checkpoints/step_*/  lora/  proposal/
+    config.yaml  golden.json  metrics.jsonl  evaluations.jsonl  ranks.jsonl  search.jsonl  tensorboard/  images/
+    curves.png  summary.json  report.html  checkpoints/step_*/  lora/  proposal/
 
 Files that are written again and again are replaced whole (``write_whole``).  ``.lock`` is empty: who writes the run
 holds a lock on it.
@@ -78,6 +78,11 @@ class RunDirectory:
         """How long each rank took for each stage of each iteration, where there are several."""
         return self.path / "ranks.jsonl"
 
+    @property
+    def search(self) -> Path:
+        """Scores of some of a search's candidates, where there is one."""
+        return self.path / "search.jsonl"
+
     def failed_batch(self, rank: int) -> Path:
         """What a rank leaves for study when its iteration went wrong."""
         return self.path / f"failed_batch{f'_rank_{rank}' * (rank > 0)}.safetensors"
@@ -97,6 +102,10 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:

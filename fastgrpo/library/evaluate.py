@@ -70,7 +70,7 @@ def evaluate(
 ) -> Evaluated:
     """Mean rewards on held-out prompts from plain noise, of the base model or of a run's averaged weights.
 
-        before, after = fastgrpo.evaluate(), fastgrpo.evaluate(run="outputs/run")
+        before, after = fastgrpo.evaluate(), fastgrpo.evaluate(run="outputs/nft")
         after.means["shapes_strict"] - before.means["shapes_strict"]
 
     settings: those of ``fastgrpo evaluate``, as ``"evaluate.images_per_prompt=16"`` or ``"reward=pick_score"``.

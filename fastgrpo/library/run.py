@@ -113,7 +113,7 @@ class Run:
 
 
 def load(path: Directory) -> Run:
-    """The run in a directory, finished or not: ``fastgrpo.load("outputs/run").last_evaluation``.
+    """The run in a directory, finished or not: ``fastgrpo.load("outputs/nft").last_evaluation``.
 
     ValueError where there is none.
     """
@@ -139,7 +139,8 @@ def train(
 
     settings: those of ``fastgrpo train``, as ``"model=sd35_medium"`` or ``"resume=true"``.
     reward: a function of (images, prompts) in place of the setting ``reward=...``: of float32 images [B, 3, H, W] in
-        [0, 1] and B prompts, one an image, B numbers; more is better.  It may be a lambda, or an object that is called.
+        [0, 1] and B prompts, one an image, B numbers; more is better.  A third parameter, ``metadata``, is given what
+        else each row of the prompts says.  It may be a lambda, or an object that is called.
         Its name in metrics is ``custom``.  ``config.yaml`` keeps its ``module.qualname``: to resume, give it again.
     prompts, held_out: what is trained on and what is evaluated, texts or mappings as a .jsonl file has them, in place
         of the files ``prompts.path`` and ``prompts.held_out``; the run directory keeps them.

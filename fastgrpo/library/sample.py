@@ -73,7 +73,7 @@ def sample(
 ) -> Sampled:
     """Images of prompts, from the base model or from a run's averaged weights; nothing is written.
 
-        images = fastgrpo.sample(["a red circle", "three green triangles"], "images_per_prompt=2", run="outputs/run")
+        images = fastgrpo.sample(["a red circle", "three green triangles"], "images_per_prompt=2", run="outputs/nft")
         images.images_BCHW.shape  # [4, 3, 64, 64], in [0, 1]
         images.save("outputs/circles")
 

@@ -1,7 +1,8 @@
 """A model on its device, in batches that fit there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from fastgrpo.memory.plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPla
 from fastgrpo.memory.stages import MemoryPlanner
 from fastgrpo.models.adaptation import Adaptation
 from fastgrpo.models.adapter import FlowModel
+from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.policy import Compile
 from fastgrpo.numerics import set_numerics
@@ -52,6 +54,22 @@ class ModelSource:
                 "see fastgrpo/models/adapter.py"
             )
         return model
+
+    @property
+    def starts_from_lora(self) -> bool:
+        """Whether its adapters are read from a file."""
+        return isinstance(self.adaptation, LoRA) and self.adaptation.start is not None
+
+    def going_on(self, adaptation: Mapping[str, Any], *, has_checkpoint: bool) -> "ModelSource":
+        """The same in a run that began so and goes on, by its config's ``adaptation``, which has the LoRA's own rank.
+
+        Where it has a checkpoint, that has the adapters, and the LoRA's file is not read again.
+        """
+        if not isinstance(self.adaptation, LoRA):
+            return self
+        known = {key: adaptation[key] for key in ("rank", "alpha", "targets") if key in adaptation}
+        start = None if has_checkpoint else self.adaptation.start
+        return replace(self, adaptation=replace(self.adaptation, **known, start=start))
 
     def with_checkpointing(self, checkpointing: bool) -> "ModelSource":
         """The same, recomputing blocks in the backward pass or not."""

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from fastgrpo.models.adapter import NOT_STARTED, Started
 from fastgrpo.models.sharding import Shards, gathered, summed_within_nodes, whole
 from fastgrpo.types import Conditions
 
@@ -31,7 +32,8 @@ class Adaptation(ABC):
     """A transformer of which some weights are trained.
 
     trainable: those weights by name.  lora_config: peft's description of the adapters, empty where the weights
-    themselves are trained.  is_frozen_outside_blocks: whether embeddings and modulations never change.
+    themselves are trained.  is_frozen_outside_blocks: whether embeddings and modulations never change.  started: from
+    which LoRA, if any.
     """
 
     transformer: nn.Module
@@ -39,6 +41,7 @@ class Adaptation(ABC):
     description: str
     lora_config: dict[str, Any]
     is_frozen_outside_blocks: bool
+    started: Started = NOT_STARTED
 
     @abstractmethod
     def merged(self) -> AbstractContextManager[None]:

@@ -3,11 +3,11 @@
 Letters: B samples, C H W latent channels, height and width.  Images are float32 [B, 3, height, width] in [0, 1].
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,26 @@ def encoded(model: FlowModel, prompts: Sequence[Prompt | str]) -> Conditions:
     if not (model.has_two_branches and getattr(model, "takes_negative_prompts", False)):
         raise ValueError(f"{type(model).__name__} has no branch of guidance for a negative prompt; leave it out")
     return replace(conditions, negative=model.encode([prompt.negative or "" for prompt in asked]))
+
+
+@dataclass(frozen=True)
+class Started:
+    """A LoRA that adapters started as.
+
+    settings: what it decided, by keys of the config's group ``adaptation``.  digest: of its weights, "" without one.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+
+NOT_STARTED = Started()
+
+
+def started(model: FlowModel) -> Started:
+    """From which LoRA a model's weights started, if it is one that says so by an attribute ``started``."""
+    found: Started = getattr(model, "started", NOT_STARTED)
+    return found
 
 
 def estimate_decoding(model: FlowModel) -> Callable[[Tensor], Tensor]:

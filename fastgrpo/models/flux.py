@@ -116,6 +116,7 @@ class Flux(PipelineModel):
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
     network_class = FluxNetwork
+    comfyui_knows = True
     text_encoders = ("text_encoder", "text_encoder_2")
     t5 = ("text_encoder_2", "tokenizer_2")
     takes_negative_prompts = False

@@ -114,6 +114,7 @@ class Flux2Klein(PipelineModel):
     autoencoder_class = AutoencoderKLFlux2
     has_small_decoders = False
     network_class = Flux2Network
+    comfyui_knows = True
     text_encoders = ("text_encoder",)
 
     def check(self, transformer: Mapping[str, Any]) -> None:

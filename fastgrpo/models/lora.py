@@ -21,12 +21,18 @@ from fastgrpo.models.low_rank import LoRALinear, Mode, Projection, refresh, stac
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # the parts of a block that targets are in, by their names in all families
 _INSIDE = ("attn", "attention", "ff", "ff_context", "feed_forward", "img_mlp", "txt_mlp")
+# layers of FLUX.1's single-stream blocks that are in none of these
+_BESIDE = ("proj_mlp", "proj_out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """Freeze a transformer and train adapters on ``targets``, ends of names of linear layers in its blocks.
 
+    targets: also whole names of such layers.
+    start: a directory or a .safetensors file of a LoRA that the adapters start as (``lora_start``); its rank and layers
+        take the place of ``rank`` and ``targets``.  The reference policy, of KL, stays the transformer without
+        adapters, as in Flow-GRPO: the base model, not the start.
     backup: where the frozen weights wait while the adapters are merged: ``device``, which costs the memory of the
     adapted layers once more, or ``host``, which costs their transfer at each merge.
     """
@@ -36,6 +42,7 @@ class LoRA:
     targets: tuple[str, ...] = ATTENTION
     seed: int = 42
     backup: str = "device"
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str) or not self.targets or not all(self.targets):
@@ -70,9 +77,20 @@ class LoRA:
         return LoRAAdaptation(transformer, adapted, self)
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
-        parts = name.split(".")
-        inside = next((i for i, part in enumerate(parts) if part in _INSIDE), None)
-        return isinstance(module, nn.Linear) and inside is not None and ".".join(parts[inside + 1 :]) in self.targets
+        return isinstance(module, nn.Linear) and (end_of(name) in self.targets or name in self.targets)
+
+
+def end_of(layer: str) -> str:
+    """What a target says of a layer: its name in the part of a block that it is in, "" in none."""
+    parts = layer.split(".")
+    inside = next((i for i, part in enumerate(parts) if part in _INSIDE), None)
+    return "" if inside is None else ".".join(parts[inside + 1 :])
+
+
+def can_be_adapted(layer: str) -> bool:
+    """Whether a linear layer of this name is one that runs with its block: not an embedding, and no modulation."""
+    *above, last = layer.split(".")
+    return end_of(layer) != "" or (last in _BESIDE and bool(above))
 
 
 class LoRAAdaptation(Adaptation):

@@ -38,9 +38,12 @@ class PipelineFamily(Policy):
     guidance_is_linear = True
     # whether an AutoencoderTiny may know its latents: not where they are packed, or those of a video's autoencoder
     has_small_decoders = True
+    # whether ComfyUI knows the layers of the transformer by the names that they have here
+    comfyui_knows = False
 
     pipeline: Any
     max_sequence_length: int
+    guidance_scale: float
 
     def check(self, transformer: Mapping[str, Any]) -> None:
         """ValueError for settings that do not go with a transformer of this config."""
@@ -59,6 +62,10 @@ class PipelineFamily(Policy):
         return (
             min(16 + 2 * len(text.split()), self.max_sequence_length) if self.has_lengths else self.max_sequence_length
         )
+
+    def call_arguments(self) -> dict[str, Any]:
+        """What diffusers' pipeline is called with to draw as this model does, beside prompt, size and times."""
+        return {"guidance_scale": self.guidance_scale, "max_sequence_length": self.max_sequence_length}
 
     def make_network(self, **settings: Any) -> Network:
         return self.network_class(**settings)

@@ -5,6 +5,7 @@ policy.py, and what a family writes in pipeline_family.py.
 Letters: B samples, L text tokens, C H W latent channels, height and width.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -21,12 +22,15 @@ from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.blocks.modulation import Modulations
 from fastgrpo.models.condition_cache import ConditionCache
+from fastgrpo.models.diffusers_call import DiffusersCall
 from fastgrpo.models.encoder_identity import code_identity, encoder_identity
 from fastgrpo.models.estimate_decoder import EstimateDecoder, EstimateDecoderFiles
 from fastgrpo.models.estimate_decoder import decoded as decoded_small
 from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.lora_files import read_lora
+from fastgrpo.models.lora_start import StartedLoRA
+from fastgrpo.models.lora_writing import write_lora
 from fastgrpo.models.lossy import Lossy
 from fastgrpo.models.pipeline_family import PipelineFamily, architecture_of
 from fastgrpo.models.pipeline_files import PipelineFiles
@@ -35,6 +39,7 @@ from fastgrpo.models.quiet import errors_alone
 from fastgrpo.models.text_encoders import TextEncoders
 from fastgrpo.models.text_lengths import filled
 from fastgrpo.models.transformer_weights import shapes_of
+from fastgrpo.models.weights import read_config
 from fastgrpo.resolution import Resolution
 from fastgrpo.types import Conditions
 
@@ -98,6 +103,8 @@ class PipelineModel(PipelineFamily):
         self._check_settings(dtype, decode_dtype, guidance_scale, max_sequence_length, use_t5)
         self._resolution = Resolution.read(resolution, "model.resolution")
         compile = compile or Uncompiled()
+        self._weights, self._dtype, self._decode_dtype = weights, dtype, decode_dtype
+        self._is_changed = (transformer, lora) != (None, None)
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.use_t5 = use_t5
@@ -124,9 +131,11 @@ class PipelineModel(PipelineFamily):
         small = self._find_estimate_decoder(estimate_decoder)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
         added = None
-        if lora is not None:
+        if lora is not None or (isinstance(adaptation, LoRA) and adaptation.start is not None):
             shapes = shapes_of(self.transformer_class, transformer_config)
-            added = read_lora(lora, self.pipeline_class, self.transformer_class.__name__, shapes)
+            about = self.pipeline_class, self.transformer_class.__name__, shapes
+            added = None if lora is None else read_lora(lora, *about)
+            adaptation = StartedLoRA.read(adaptation, *about)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
         for module in self.pipeline.components.values():
             if isinstance(module, nn.Module):
@@ -312,17 +321,34 @@ class PipelineModel(PipelineFamily):
     def decode_estimate(self, x_BCHW: Tensor) -> Tensor:
         return self.decode(x_BCHW) if self._estimate_decoder is None else self._estimate_decoder(x_BCHW)
 
+    @property
+    def diffusers_call(self) -> DiffusersCall | None:
+        """How diffusers draws what this model draws; None for random weights, which have no text encoders."""
+        if self._files is None:
+            return None
+        takes = inspect.signature(self.pipeline_class.__call__).parameters
+        arguments = dict(zip(("height", "width"), self._resolution, strict=True)) | self.call_arguments()
+        index = read_config(self._files.directory / "model_index.json")
+        optional = getattr(self.pipeline_class, "_optional_components", ())
+        absent = [name for name, part in index.items() if part == [None, None] and name not in optional]
+        return DiffusersCall(
+            pipeline=self.pipeline_class.__name__,
+            weights=self._weights,
+            variant=self._files.variant,
+            absent=list(dict.fromkeys((*absent, *(() if self.use_t5 else self.t5)))),
+            dtype=self._dtype,
+            decode_dtype=self._decode_dtype,
+            arguments={name: value for name, value in arguments.items() if name in takes},
+            takes_times="sigmas" in takes,
+            is_changed=self._is_changed,
+            comfyui_knows=self.comfyui_knows,
+        )
+
     def save_lora(self, directory: Path) -> None:
-        """Write the adapters as diffusers reads them, ``pipeline.load_lora_weights(directory)``; ValueError if none."""
+        """Write the adapters as diffusers, ComfyUI and peft read them (``lora_writing``); ValueError if none."""
         if not self.has_lora:
             raise ValueError("full fine-tuning has no LoRA to write; export the merged pipeline instead")
-        directory.mkdir(parents=True, exist_ok=True)
-        self.pipeline.save_lora_weights(
-            directory,
-            transformer_lora_layers={name: weight.detach() for name, weight in self.trainable.items()},
-            # without it a reader takes alpha = rank, which is another scale
-            transformer_lora_adapter_metadata=self.adaptation.lora_config,
-        )
+        write_lora(directory, self.pipeline, self.trainable, self.adaptation.lora_config, self._weights)
 
     def save_merged(self, directory: Path) -> None:
         """Write a whole pipeline with the trained weights in it.  The model is spent: its adapters are gone.

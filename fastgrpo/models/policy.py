@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.models.adaptation import Adaptation, Inputs, Sum, join
+from fastgrpo.models.adapter import Started
 from fastgrpo.models.lossy import Exact, Lossy
 from fastgrpo.models.sharding import over
 from fastgrpo.types import Conditions, Time
@@ -110,6 +111,10 @@ class Policy(ABC):
     @property
     def has_lora(self) -> bool:
         return bool(self.adaptation.lora_config)
+
+    @property
+    def started(self) -> Started:
+        return self.adaptation.started
 
     def shard(self, group: ProcessGroup | None) -> None:
         self.adaptation.shard(group)

@@ -100,6 +100,7 @@ class QwenImage(PipelineModel):
     autoencoder_class = AutoencoderKLQwenImage
     has_small_decoders = False
     network_class = QwenImageNetwork
+    comfyui_knows = True
     text_encoders = ("text_encoder",)
     has_lengths = True
     longest_text = 1024
@@ -141,6 +142,12 @@ class QwenImage(PipelineModel):
         prompt = pipeline.prompt_template_encode.format(text)
         num_tokens = len(pipeline.tokenizer(prompt).input_ids) - pipeline.prompt_template_encode_start_idx
         refuse_longer(text, num_tokens, self.max_sequence_length, self.longest_text)
+
+    def call_arguments(self) -> dict[str, Any]:
+        guidance: dict[str, Any] = {"true_cfg_scale": self.guidance_scale}
+        if self.has_two_branches:
+            guidance["negative_prompt"] = ""
+        return guidance | {"max_sequence_length": self.max_sequence_length}
 
     def run_encoders(self, text: str) -> Conditions:
         self.check_text(text)

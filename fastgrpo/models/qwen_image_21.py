@@ -188,6 +188,12 @@ class QwenImage21(PipelineModel):
         num_tokens = len(pipeline.processor.tokenizer(prompt).input_ids) - pipeline._drop_idx
         refuse_longer(text, num_tokens, self.max_sequence_length, self.longest_text)
 
+    def call_arguments(self) -> dict[str, Any]:
+        guidance: dict[str, Any] = {"true_cfg_scale": self.guidance_scale}
+        if self.has_two_branches:
+            guidance["negative_prompt"] = ""
+        return guidance | {"max_sequence_length": self.max_sequence_length}
+
     def run_encoders(self, text: str) -> Conditions:
         self.check_text(text)
         embeds_BLC, _, _ = self.pipeline.encode_prompt([text])

@@ -109,6 +109,7 @@ class StableDiffusion3(PipelineModel):
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
     network_class = SD3Network
+    comfyui_knows = True
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     # without T5
     shortest_text = 0

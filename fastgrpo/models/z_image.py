@@ -189,6 +189,7 @@ class ZImage(PipelineModel):
     pipeline_class = ZImagePipeline
     transformer_class = ZImageTransformer2DModel
     network_class = ZImageNetwork
+    comfyui_knows = True
     text_encoders = ("text_encoder",)
     has_lengths = True
 
@@ -227,6 +228,10 @@ class ZImage(PipelineModel):
         template = {"add_generation_prompt": True, "enable_thinking": True}
         tokens: list[int] = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, **template)).input_ids
         return tokens
+
+    def call_arguments(self) -> dict[str, Any]:
+        # as its authors write guidance
+        return super().call_arguments() | {"guidance_scale": self.guidance_scale - 1}
 
     def run_encoders(self, text: str) -> Conditions:
         self.check_text(text)

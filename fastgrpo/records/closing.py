@@ -45,6 +45,7 @@ def _best(summary: Mapping[str, Any], run: RunDirectory) -> list[str]:
 
 def _to_open(run: RunDirectory) -> list[str]:
     offered: list[tuple[Path, str]] = [
+        (run.report, "everything on one page"),
         (run.images / "before_after.png", "what changed"),
         (run.curves, "how it went"),
         (run.summary, "all of it in numbers"),

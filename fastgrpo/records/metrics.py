@@ -86,6 +86,8 @@ class Sink(Protocol):
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None: ...
 
+    def page(self, iteration: int, name: str, path: Path) -> None: ...
+
     def config(self, config: Mapping[str, Any]) -> None: ...
 
     def truncate_to(self, iteration: int) -> None: ...
@@ -109,6 +111,9 @@ class TensorBoard:
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None:
         self._writer.add_image(name, np.asarray(image), iteration, dataformats="HWC")
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        """TensorBoard shows no pages."""
 
     def config(self, config: Mapping[str, Any]) -> None:
         """The config as text, which TensorBoard reads as markdown."""
@@ -142,6 +147,11 @@ class Wandb:
 
     def image(self, iteration: int, name: str, image: Image.Image) -> None:
         self._run.log({name: self._wandb.Image(image)}, step=iteration)
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        with open(path, encoding="utf-8") as file:
+            # as it is: what wandb would put into it is refused by the page's own policy
+            self._run.log({name: self._wandb.Html(file, inject=False)}, step=iteration)
 
     def config(self, config: Mapping[str, Any]) -> None:
         self._run.config.update(dict(config), allow_val_change=True)
@@ -214,9 +224,16 @@ class Metrics:
         path = self._run.images / f"evaluation_{iteration:06d}.png"
         write_whole(path, png(grid))
         write_before_after(self._run.images, Shown(pixels, prompts, totals, verified))
+        before_after = Image.open(self._run.images / "before_after.png")
         for sink in self._sinks:
             sink.image(iteration, "evaluation", grid)
+            sink.image(iteration, "before_after", before_after)
         return path
+
+    def page(self, iteration: int, name: str, path: Path) -> None:
+        """Hand an HTML file on to those that show such."""
+        for sink in self._sinks:
+            sink.page(iteration, name, path)
 
     def totals_of(self, scores: Mapping[str, Tensor], num_prompts: int) -> list[float] | None:
         """The reward of the first image of each of the first prompts, from scores [P, G]; None if it is not known."""

@@ -4,20 +4,25 @@
 Letter: R ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.health import Preempted
+from fastgrpo.records.candidates import search_row
 from fastgrpo.records.closing import closing_words
+from fastgrpo.records.gallery import save_gallery
+from fastgrpo.records.json_lines import append_row, truncate_rows
 from fastgrpo.records.metrics import Metrics
 from fastgrpo.records.progress import Progress
 from fastgrpo.records.remarks import LOOKS_BACK, remark_on
 from fastgrpo.records.stragglers import Stragglers
+from fastgrpo.types import Noise, Rewards
 
 
 class Recorder(Protocol):
@@ -38,17 +43,25 @@ class Recorder(Protocol):
     def evaluation(self, iteration: int, result: EvaluationResult) -> None:
         """The pictures of an evaluation."""
 
+    def search(self, iteration: int, texts: Sequence[str], noise: Noise, rewards: Rewards) -> None:
+        """What an iteration's search scored, if there was one."""
+
     def finish(self) -> None:
-        """The curves and the summary of a run that came to its end."""
+        """The curves, the summary and the report of a run that came to its end."""
+
+
+def no_report(directory: Path) -> None:
+    """Of a run that wants none."""
 
 
 @dataclass(kw_only=True)
 class Record:
-    """Writes into ``directory``."""
+    """Writes into ``directory``; ``make_report`` makes its page, or nothing, when all else is written."""
 
     directory: RunDirectory
     metrics: Metrics
     stragglers: Stragglers
+    make_report: Callable[[Path], Path | None] = no_report
     _progress: Progress | None = field(default=None, init=False)
     # what is said when training is over
     _closing: list[str] = field(default_factory=list, init=False)
@@ -58,6 +71,7 @@ class Record:
     def truncate_to(self, metrics: int, ranks: int) -> None:
         self.metrics.truncate_to(metrics)
         self.stragglers.truncate_to(ranks)
+        truncate_rows(self.directory.search, ranks)
 
     @contextmanager
     def open(self, num_iterations: int, first: int, max_seconds: float) -> Iterator[None]:
@@ -95,11 +109,29 @@ class Record:
         self.metrics.scores(iteration, result.scores)
         totals = self.metrics.totals_of(result.scores, len(result.images))
         self.metrics.evaluation_grid(iteration, result.images, result.texts, result.verified, totals)
+        save_gallery(self.directory.images, iteration, result)
+
+    def search(self, iteration: int, texts: Sequence[str], noise: Noise, rewards: Rewards) -> None:
+        row = search_row(iteration, texts, noise.scored, noise.estimates_PG, rewards.total_PG)
+        if row is not None:
+            append_row(self.directory.search, row)
 
     def finish(self) -> None:
         summary = self.metrics.finish()
         table = self.stragglers.table()
-        self._closing = [*([table] if table else []), *closing_words(summary, self.directory)]
+        said = self._report(summary["iterations"])
+        self._closing = [*([table] if table else []), *closing_words(summary, self.directory), *said]
+
+    def _report(self, iteration: int) -> list[str]:
+        """Make the page; what is to be said of it, if anything."""
+        try:
+            if (page := self.make_report(self.directory.path)) is not None:
+                self.metrics.page(iteration, "report", page)
+        except Exception as error:
+            # a run does not fail when all is done but its page
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            return [f"no report was made ({why}); fastgrpo report run={self.directory.path} tries again"]
+        return []
 
 
 class NoRecord:
@@ -119,6 +151,9 @@ class NoRecord:
         pass
 
     def evaluation(self, iteration: int, result: EvaluationResult) -> None:
+        pass
+
+    def search(self, iteration: int, texts: Sequence[str], noise: Noise, rewards: Rewards) -> None:
         pass
 
     def finish(self) -> None:

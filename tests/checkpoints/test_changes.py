@@ -50,6 +50,9 @@ def test_where_and_how_long_a_run_computes_may_change(key: str, value: Any, chan
 
 def test_null_of_a_model_is_what_a_key_means_that_an_earlier_version_does_not_have() -> None:
     assert changes(BEGUN, with_value("model.transformer", None), Path("r")) == ()
+    assert changes(BEGUN, with_value("adaptation.start", None), Path("r")) == ()
+    with pytest.raises(ValueError, match=r"adaptation\.start was absent and would be a"):
+        changes(BEGUN, with_value("adaptation.start", "a"), Path("r"))
     with pytest.raises(ValueError, match=r"model\.transformer was absent and would be a"):
         changes(BEGUN, with_value("model.transformer", "a"), Path("r"))
     with pytest.raises(ValueError, match=r"algorithm\.window was absent and would be None"):
@@ -75,7 +78,7 @@ def test_an_architecture_of_an_own_model_is_compared(other: Any) -> None:
         changes(with_model(architecture={"_target_": "own.Sizes", "a": 1}), with_model(architecture=other), Path("r"))
 
 
-@pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history"])
+@pytest.mark.parametrize("key", ["name", "output", "resume", "job.nodes", "history", "report"])
 def test_where_a_run_lies_is_not_compared(key: str) -> None:
     assert changes(BEGUN, with_value(key, "other"), Path("r")) == ()
 

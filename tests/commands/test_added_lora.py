@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, prompts: Path) -> Path:
     """Two iterations of the embedded model, of another rank than evaluate's own adapters have."""
     output = tmp_path_factory.mktemp("runs") / "run"
     words = [f"output={output}", f"prompts.path={prompts}", f"prompts.held_out={prompts}", *MODEL, *DRAW]
-    words += ["adaptation.rank=3", "adaptation.alpha=5.0", "train.iterations=2", "train.learning_rate=0.02"]
+    words += ["adaptation.rank=3", "adaptation.alpha=6.0", "train.iterations=2", "train.learning_rate=0.02"]
     words += [
         "train.prompts_per_iteration=2",
         "train.group_size=4",

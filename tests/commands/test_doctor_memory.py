@@ -51,6 +51,13 @@ def test_sizes_are_read(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
+@pytest.mark.parametrize("key", ["model.lora", "adaptation.start"])
+def test_a_lora_is_not_counted(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    assert main(["doctor", "memory=80GiB", "model=sd35_miniature", f"{key}=a"]) == BAD_INPUT
+    said = f"memory=80GiB counts a model without weights, and {key}=a is a file of some; leave it out, and give its"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [

@@ -29,14 +29,14 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my rows.jsonl"
 
 
-def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+def shown(out: str) -> dict[str, str]:
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()]
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
 def test_it_shows_what_is_read_of_a_file(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", f"prompts={path}", "runtime.device=cpu"]) == 0
-    found = shown(capsys)
+    found = shown(capsys.readouterr().out)
     # the embedded model's tokenizers know words of the shapes world; other letters are tokens of their own
     counted = longest_in_tokens("pkg://fastgrpo.shapes/checkpoint", [str(row["prompt"]) for row in ROWS])
     assert set(counted) == {"tokenizer", "tokenizer_2"}
@@ -61,7 +61,10 @@ def test_without_the_models_tokenizer_tokens_are_estimated_and_it_says_so(
     Path("long.csv").write_text("Description,Negative Prompt\n" + "abcd" * 20 + ",blurry\nb,\n")
     words = ["doctor", "prompts=long.csv", "prompts.column=Description", "model=sd35_miniature", "runtime.device=cpu"]
     assert cli.main([*words, "model.guidance_scale=2.0"]) == 0
-    found = shown(capsys)
+    out = capsys.readouterr().out
+    found = shown(out)
+    # each of a few once
+    assert (out.count("│ prompt 1 "), out.count("│ prompt 2 ")) == (1, 1)
     assert found["longest"].startswith(
         "some 20 tokens, estimated by its bytes: the tokenizer of model.weights is not here"
     )

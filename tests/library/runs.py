@@ -18,10 +18,13 @@ def brightness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     return images_BCHW.mean(dim=(1, 2, 3))
 
 
-def words(weights: Path, output: Path, *overrides: str, with_reward: bool = True) -> list[str]:
-    """Settings of a run of two iterations; without its reward where a function is to be given."""
+def words(
+    weights: Path, output: Path, *overrides: str, with_reward: bool = True, with_prompts: bool = True
+) -> list[str]:
+    """Settings of a run of two iterations; without its reward, or its prompts, where these are to be given."""
     made = make_overrides(weights, output, "checkpoint.every=1", "evaluate.every=1", *overrides)
-    return [word for word in made if with_reward or word != "reward=jpeg_incompressibility"]
+    left_out = [beginning for beginning, kept in (("prompts.", with_prompts), ("reward=jpeg", with_reward)) if not kept]
+    return [word for word in made if not word.startswith(tuple(left_out))]
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

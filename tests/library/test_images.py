@@ -56,6 +56,20 @@ def test_a_search_maximizes_a_function_and_says_what_it_found(run: fastgrpo.Run)
     assert found.scores_PG.sum() > brightness(plain.images_BCHW, []).sum()
 
 
+def test_what_a_row_says_beside_its_prompt_reaches_a_function() -> None:
+    rows = [{"prompt": "a red circle", "wanted": sign} for sign in (1.0, -1.0)]
+    reward = lambda images, prompts, metadata: [  # noqa: E731
+        row["wanted"] * float(brightness(image[None], [])) for image, row in zip(images, metadata, strict=True)
+    ]
+    found = fastgrpo.sample(rows, *FEW, "search=true", "budget=8", reward=reward)
+    assert found.scores_PG is not None
+    expected_PG = torch.stack([brightness(images_GCHW, []) for images_GCHW in found.images])
+    torch.testing.assert_close(found.scores_PG, expected_PG * torch.tensor([[1.0], [-1.0]]), rtol=0, atol=1e-6)
+    judged = fastgrpo.evaluate("runtime.device=cpu", "evaluate.num_steps=2", prompts=rows, reward=reward)
+    assert judged.scores_PG["custom"][0].gt(0).all()
+    assert judged.scores_PG["custom"][1].lt(0).all()
+
+
 def test_a_text_is_one_prompt_and_sizes_may_differ(tmp_path: Path) -> None:
     one = fastgrpo.sample("a red circle", *FEW)
     mixed = fastgrpo.sample(["a red circle", {"prompt": "a red circle", "resolution": 32}], *FEW)

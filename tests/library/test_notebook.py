@@ -22,7 +22,7 @@ def redness(images, prompts):
     return images[:, 0].mean(dim=(1, 2))
 """
 CELLS = (
-    "fastgrpo.train(*settings, reward=redness, prompts=['a red circle', 'two blue squares'])",
+    "fastgrpo.train(*settings, reward=redness, prompts=['a red circle'], held_out=['two blue squares'])",
     "run = fastgrpo.load({output!r}).resume(reward=redness)",
     "from threading import Thread\n"
     "t = Thread(target=lambda: run.resume('train.iterations=5', reward=redness)); t.start(); t.join()",
@@ -37,7 +37,7 @@ def test_a_run_in_a_notebook(tiny_weights: Path, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="pip install ipykernel nbclient")
     nbclient = pytest.importorskip("nbclient", reason="pip install ipykernel nbclient")
     pytest.importorskip("ipykernel", reason="pip install ipykernel nbclient")
-    settings = words(tiny_weights, tmp_path / "run", "train.iterations=3", with_reward=False)
+    settings = words(tiny_weights, tmp_path / "run", "train.iterations=3", with_reward=False, with_prompts=False)
     sources = [PROGRAM.format(settings=settings), *(cell.format(output=str(tmp_path / "run")) for cell in CELLS)]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     client = nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, kernel_name="python3")

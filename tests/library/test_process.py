@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers.utils import logging as transformers_logging
 
 import fastgrpo
+from fastgrpo.known_warnings import _Lacks
 from fastgrpo.library.process import as_before
 from fastgrpo.models.quiet import hide_loading_bars
 from fastgrpo.numerics import set_numerics
@@ -76,7 +77,7 @@ def test_whatever_a_run_sets_is_put_back(fails: bool, tiny_weights: Path, tmp_pa
         False,
     )
     assert seen["bars"][:2] == (False, False)
-    assert [len(filters) for filters in seen["filters"]] == [len(filters) + 1 for filters in before["filters"]]
+    assert all(any(isinstance(found, _Lacks) for found in filters) for filters in seen["filters"])
     assert "CUBLAS_WORKSPACE_CONFIG" in seen["environment"]
 
 

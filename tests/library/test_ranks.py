@@ -20,12 +20,15 @@ def train_twice(_: World, settings: list[str], outputs: list[Path]) -> list[str]
     def reward(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         return brightness(images_BCHW, prompts)
 
-    runs = [fastgrpo.train(*settings, f"output={output}", reward=reward, prompts=TEXTS) for output in outputs]
+    runs = [
+        fastgrpo.train(*settings, f"output={output}", reward=reward, prompts=TEXTS, held_out=TEXTS[:1])
+        for output in outputs
+    ]
     return [str(run.path) for run in runs]
 
 
 def test_two_ranks_train_as_one_process_does_and_again(tiny_weights: Path, tmp_path: Path, on_ranks: Ranks) -> None:
-    settings = words(tiny_weights, tmp_path / "run", *FLOAT64, with_reward=False)
+    settings = words(tiny_weights, tmp_path / "run", *FLOAT64, with_reward=False, with_prompts=False)
     outputs = [tmp_path / "first", tmp_path / "second"]
     found = on_ranks(2, train_twice, settings, outputs)
     assert found == [[str(output) for output in outputs]] * 2

@@ -108,7 +108,7 @@ class Called:
 
 
 def test_lists_are_the_files_that_they_would_be(tiny_weights: Path, tmp_path: Path) -> None:
-    settings = words(tiny_weights, tmp_path / "run", with_reward=False)
+    settings = words(tiny_weights, tmp_path / "run", with_reward=False, with_prompts=False)
     held_out = [{"prompt": "a red square"}]
     run = fastgrpo.train(*settings, reward=Called(), prompts=TEXTS, held_out=held_out)
     (tmp_path / "train.txt").write_text("\n".join(TEXTS))

@@ -25,9 +25,9 @@ FLOW_GRPO_TARGETS = {
 }
 
 
-def make_model(weights: Path, adaptation) -> StableDiffusion3:
+def make_model(weights: Path, adaptation, **settings) -> StableDiffusion3:
     return StableDiffusion3(
-        weights=str(weights), adaptation=adaptation, resolution=64, max_sequence_length=0, use_t5=False
+        weights=str(weights), adaptation=adaptation, resolution=64, max_sequence_length=0, use_t5=False, **settings
     )
 
 

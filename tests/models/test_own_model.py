@@ -135,7 +135,7 @@ def test_every_command_takes_it(weights: Path, capsys: pytest.CaptureFixture[str
     assert main(["evaluate", "run=run", named, "prompts.held_out=prompts.txt", *evaluate]) == 0
     assert main(["export", "run=run", named, "output=export", "merged=true"]) == 0
     said = capsys.readouterr().out
-    assert 'AuraFlowPipeline.from_pretrained("export/merged")' in said
+    assert 'AuraFlowPipeline.from_pretrained("export/merged", dtype=torch.float32)' in said
     pipeline = AuraFlowPipeline.from_pretrained("export/merged")
     base = AuraFlowPipeline.from_pretrained(weights)
     trained = pipeline.transformer.joint_transformer_blocks[0].attn.to_q.weight

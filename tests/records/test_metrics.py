@@ -125,7 +125,7 @@ def test_wandb_asked_for_and_missing_names_the_extra(run: RunDirectory, monkeypa
         Metrics(run, tensorboard=False, wandb_project="shapes")
 
 
-def test_wandb_is_given_scalars_and_grids_under_one_id_of_the_run(
+def test_wandb_is_given_scalars_grids_and_the_report_under_one_id_of_the_run(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, Any]] = []
@@ -138,12 +138,20 @@ def test_wandb_is_given_scalars_and_grids_under_one_id_of_the_run(
         ids.append(options["id"])
         return logger
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda image: image))
+    pages: list[tuple[str, bool]] = []
+    wandb = SimpleNamespace(
+        init=init, Image=lambda image: image, Html=lambda file, inject: pages.append((file.read(), inject))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (run.path / "page.html").write_text("<p>ü</p>", encoding="utf-8")
     for _ in range(2):
         with Metrics(run, tensorboard=False, wandb_project="shapes") as metrics:
             metrics.log(1, {"loss": 1.0, "kl": float("inf")})
             metrics.evaluation_grid(1, colors(), PROMPTS)
-    assert calls == [(["loss"], 1), (["evaluation"], 1), ("finish", None)] * 2
+            metrics.page(7, "report", run.path / "page.html")
+    grids = [(["evaluation"], 1), (["before_after"], 1)]
+    assert calls == [(["loss"], 1), *grids, (["report"], 7), ("finish", None)] * 2
+    assert pages == [("<p>ü</p>", False)] * 2
     assert ids[0] == ids[1]
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.config import load_config
+from fastgrpo.parts import build_rewards
 from fastgrpo.rewards.custom import from_path
 from fastgrpo.rewards.golden import GoldenSet, golden_set
 from fastgrpo.rewards.remote.http_reward import HttpReward
@@ -91,6 +93,7 @@ def test_a_reward_that_asks_is_given_the_metadata_of_each_image(reward: Any) -> 
     # in batches of two, with a copy that it may spoil
     for _ in range(2):
         assert torch.equal(rewards_of(reward).score(IMAGES, ASKED), EXPECTED)
+    assert torch.equal(Scoring(micro_batch=2)("mine", reward, IMAGES, ASKED), EXPECTED)
     found = rewards_of(reward)(IMAGES.repeat_interleave(2, 0), ASKED).named["mine"]
     assert torch.equal(found, EXPECTED[:, None].expand(5, 2))
 
@@ -172,11 +175,19 @@ def test_without_pairs_of_its_own_it_is_tried_on_rows_of_the_run_and_must_answer
     assert self_test(rewards_of(Judge()), "cpu") == {}
 
 
+def test_it_is_tried_on_the_rows_of_a_run_before_that() -> None:
+    config = load_config("evaluate", ["reward=custom", "reward.path=tests.rewards.test_metadata.by_place"])
+    assert build_rewards(config, ASKED)[1] == {}
+    with pytest.raises(RewardError, match=r"'custom' raised KeyError: 'n', at tests/rewards/test_metadata\.py"):
+        build_rewards(config, [*ASKED, Prompt("b", metadata={"m": 1})])
+
+
 def test_over_http_each_image_has_the_metadata_of_its_prompt() -> None:
     with served({"judge": Judge(), "plain": redness}) as url:
         for batch in (2, 16):
             remote = HttpReward(endpoints=[url], name="judge", batch=batch)
             assert torch.equal(rewards_of(remote).score(IMAGES, ASKED), EXPECTED)
+            assert torch.equal(answer_of(remote, IMAGES, ASKED), EXPECTED)
         # a server's reward that does not ask is not given it
         remote = HttpReward(endpoints=[url], name="plain")
         torch.testing.assert_close(rewards_of(remote).score(IMAGES, ASKED), redness(IMAGES, []), atol=1e-6, rtol=0)
