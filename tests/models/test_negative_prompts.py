@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.policy import Policy
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.parts import RunParts
-from fastgrpo.prompt_images import PromptImages
+from fastgrpo.prompt_images import PromptImages, search_images
 from fastgrpo.retry import Made
+from fastgrpo.rewards.jpeg import JpegSize
+from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.training import _encode_ahead, _load_rewards, _planner, build_trainer
 from fastgrpo.types import Conditions, Prompt, Prompts, Samples, as_prompts
@@ -78,6 +81,18 @@ def test_images_are_those_of_diffusers_with_negative_prompts(tiny_weights: Path)
     # equality means something: the same text is another image with another negative one
     plain_images = sampler(Samples.all_of(Prompts(TEXTS, ids=[0, 1, 2, 3]), 1), model.encode(TEXTS), start(4))
     assert (ours.images_BCHW - plain_images).abs().amax(dim=(1, 2, 3)).gt(1e-3).tolist() == [True, False, True, False]
+
+
+def test_a_search_that_affords_one_image_makes_the_plain_one(model: StableDiffusion3) -> None:
+    algorithm: Any = SimpleNamespace(
+        evaluation_grid=lambda n: SD3Schedule(n)(), estimate_grid=lambda n: SD3Schedule(n)()
+    )
+    rewards = Rewards(terms={"size": JpegSize(maximize=True)}, weights={"size": 1.0})
+    found = search_images(model, ROWS, rewards, algorithm=algorithm, budget=6, num_steps=3)
+    sampler = Sampler(model=model, grid=SD3Schedule(3)(), batch_sizes=BatchSizes.of(4))
+    make = PromptImages(sampler=sampler, make=plain(sampler), images_per_prompt=1, seed=42)
+    ((_, expected),) = make(ROWS)
+    torch.testing.assert_close(torch.cat(found.images), expected.images_BCHW, atol=1e-5, rtol=0)
 
 
 def by_hand(model: Any, x_BCHW: Tensor, t: float) -> Tensor:
