@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fastgrpo.numerics import set_numerics
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.settings import Runtime
 
+_ONE_AT_A_TIME = RLock()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -39,14 +42,16 @@ class ModelSource:
     def __call__(self) -> FlowModel:
         set_threads(self.runtime)
         set_numerics(deterministic=self.runtime.deterministic)
-        model = self.make(
-            adaptation=self.adaptation,
-            device=device_of(self.runtime),
-            attention=self.runtime.attention,
-            compile=self.compile,
-            checkpointing=self.runtime.checkpointing,
-            lossy=self.lossy,
-        )
+        # while diffusers reads weights, what other threads make is without weights too
+        with _ONE_AT_A_TIME:
+            model = self.make(
+                adaptation=self.adaptation,
+                device=device_of(self.runtime),
+                attention=self.runtime.attention,
+                compile=self.compile,
+                checkpointing=self.runtime.checkpointing,
+                lossy=self.lossy,
+            )
         # a model of the user's own; what only the end of a run calls is not to fail there
         if lacking := [name for name in vars(FlowModel) if not name.startswith("_") and name not in dir(model)]:
             raise ValueError(

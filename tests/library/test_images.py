@@ -88,7 +88,7 @@ def test_an_evaluation_is_that_of_the_command(
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     where = [f"run={run.path}", f"prompts.held_out={tmp_path / 'prompts.txt'}", f"output={tmp_path / 'command'}"]
     capsys.readouterr()
-    assert cli.main(["evaluate", *few, *where]) == 0
+    assert cli.main(["evaluate", *few, *where, "base=false"]) == 0
     shown = capsys.readouterr().out
     assert found.report == json.loads((tmp_path / "command/evaluation.json").read_text())
     assert files(found.save(tmp_path / "function")) == files(tmp_path / "command")

@@ -19,10 +19,10 @@ def shown(totals: list[float] | None, verified: list[bool] | None = None, shade:
 
 
 def test_those_that_gained_most_come_first_and_those_that_lost_most_last() -> None:
-    before = [0.5, 0.5, 0.5, 0.9, 0.2, 0.2]
-    after = [0.6, 1.0, 0.5, 0.1, 0.7, 0.1]
+    before = [0.5, 0.25, 0.5, 0.9, 0.5, 0.2]
+    after = [0.6, 0.75, 0.5, 0.1, 1.0, 0.1]
     # gains of .5 twice, of which the better image is first; what stays is not shown
-    assert choose(before, after) == [1, 4, 0, 3, 5]
+    assert choose(before, after) == [4, 1, 0, 3, 5]
     many = choose([0.0] * 30, [1.0] * 20 + [-1.0] * 10)
     assert len(many) == MOST_GAINED + MOST_LOST
     assert choose([1.0], [1.0]) == []

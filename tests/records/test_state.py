@@ -115,7 +115,8 @@ def test_the_summary_has_what_was_asked_for_and_what_came_of_it(tmp_path: Path) 
     assert summary["best_evaluation"]["iteration"] == 5
     assert summary["differences"]["a"]["difference"] == pytest.approx(0.5)
     # evaluations that an earlier version did not keep
-    assert summarize(seen, config=CONFIG, evaluations=lines[1:])["differences"] == {}
+    later = [line | {"iteration": n} for n, line in ((5, lines[0]), (10, lines[1]))]
+    assert summarize(seen, config=CONFIG, evaluations=later)["differences"] == {}
     failed = summarize(seen, config=CONFIG, error="RewardError: no answer")
     assert (failed["state"], failed["error"]) == (FAILED, "RewardError: no answer")
     run = RunDirectory(tmp_path)
