@@ -97,12 +97,12 @@ def test_in_groups_that_are_made_again(tiny_weights: Path, tmp_path: Path) -> No
     words = ("algorithm=nft", "algorithm/noise=retries", "algorithm.noise.where=below", "algorithm.noise.success=1000")
     trainer = make_trainer(tiny_weights, tmp_path, *words, "algorithm.noise.tries=1")
     samples = Samples.all_of(trainer.prompts.at(0), 3)
-    # anything is better than what was made first
-    first = torch.full((len(samples), 1), -1.0)
+    # the first group has succeeded; anything is better than what was made of the second
+    first = torch.tensor([[2000.0]] * 3 + [[-1.0]] * 3)
     conditions, noise = trainer.model.encode(samples.texts), trainer.start_noise(samples)
     made = Made(trainer.rollout(samples, conditions, noise, 0), first)
     made = trainer.retry(samples, Spread.evenly(len(samples), 1), 0, made)
-    assert rows_of(made.rewards_BR.view(2, 3)) == rows_at(trainer, 0)
+    assert rows_of(made.rewards_BR.view(2, 3)) == [[200] * 3, rows_at(trainer, 0)[1]]
 
 
 @pytest.mark.parametrize("search", [BestOfEstimates(estimate_steps=2), Halving(looks=(0.5,), keep=0.5)])
