@@ -215,6 +215,8 @@ def _main(words: list[str]) -> int:
             return _show(dry_run(words[0], config))
     except ValueError as error:
         return _report(error, BAD_INPUT)
+    except (KeyError, AttributeError) as error:
+        return _failed(error)
     return _run(command, config)
 
 
@@ -233,6 +235,8 @@ def _run(command: Command, config: "DictConfig") -> int:
 
 def _failed(error: Exception) -> int:
     """The exit code of an error that is expected, which is reported; any other is raised again."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
     from fastgrpo.checkpoints.checkpoint import CheckpointError
     from fastgrpo.distributed.world import RankFailure
     from fastgrpo.health import Preempted, TrainingError
@@ -248,6 +252,9 @@ def _failed(error: Exception) -> int:
         return _report(error, FAILED)
     except ValueError as error:
         return _report(error, BAD_INPUT)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = error.full_key
+        return _report(ValueError(f"{key} is needed and is not there; leave out what deletes it (~{key})"), BAD_INPUT)
     except Exception as error:
         if is_out_of_memory(error):
             return _report(RuntimeError(f"out of GPU memory; lower runtime.micro_batch ({error})"), FAILED)

@@ -223,6 +223,18 @@ def test_the_traceback_shows_when_asked_for(
     assert error.endswith("fastgrpo: unknown key sed; did you mean seed?\n")
 
 
+@pytest.mark.parametrize("words", [["~reward.watch"], ["~reward.watch", "--dry-run"], ["~train.iterations"]])
+def test_a_key_that_is_deleted_and_needed_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert words[0].removeprefix("~").split(".")[-1] in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_torchrun_is_told_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
