@@ -14,7 +14,7 @@ FLOW_GRPO = "flow_grpo_cpu_202611_64da16d5e"
 MODELLED = "modelled_h100_202611_64da16d5e"
 FAMILIES = "modelled_families_202611_496864e"
 SEARCHED = "search_at_sampling_cpu_202611_27e2c5617"
-RARE = "rare_success_cpu_202611_ac51fc579"
+RARE = "rare_success_cpu_202611_94118568b"
 READINGS = "search_readings_cpu_202611_2f112d047"
 LEARNED = "learned_proposal_cpu_202611_ab655944c"
 MEMORY = "memory_plan_counted_202611_3f773c635"
@@ -258,8 +258,11 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure(
             "more steps in its place, untrained, at 20, 40, 80", SEARCHED, searched("base", "more steps", (20, 40, 80))
         ),
-        Figure("training where success is below 1%, retries", RARE, band("<1%")),
-        Figure("the same at 1 to 5%", RARE, band("1-5%")),
+        Figure("accuracy after 120 s where success is below 1%, groups of 4, retries", RARE, band("<1%", 4)),
+        Figure("the same, groups of 8", RARE, band("<1%", 8)),
+        Figure("the same after 45 s where success is 1 to 5%, groups of 4", RARE, band("1-5%", 4)),
+        Figure("the same, groups of 8, 1 to 5%", RARE, band("1-5%", 8)),
+        Figure("the same, groups of 16, 1 to 5%", RARE, band("1-5%", 16)),
         Figure("Smart-GRPO's two readings against Flow-GRPO, 60 s", READINGS, readings),
         Figure("learned start noise, prompts never seen, untrained", LEARNED, learned("frozen")),
         Figure("the same after NFT", LEARNED, learned("trained")),
