@@ -197,7 +197,7 @@ def job_overrides(tmp_path: Path, weights: Path, *overrides: str) -> list[str]:
     return make_overrides(weights, tmp_path / "run", *jobs, "job.timeout_min=20", *overrides)
 
 
-ASKED = {"--signal=USR1@600", "--requeue", "--job-name=nft"}
+ASKED = {"--signal=USR1@600", "--requeue", "--job-name=flow_grpo"}
 
 
 def asked(cluster: Path) -> set[str]:
