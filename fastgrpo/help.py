@@ -8,7 +8,8 @@ from typing import Protocol
 from omegaconf import OmegaConf
 
 from fastgrpo.config import config_groups, explained_config
-from fastgrpo.meanings import general_meanings, leaves, meaning_of, meanings
+from fastgrpo.leaves import leaves
+from fastgrpo.meanings import general_meanings, meaning_of, meanings
 
 # what nobody sets: _target_ is in the name of the option
 # sizes of a network, of interest to who builds one with random weights

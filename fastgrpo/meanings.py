@@ -4,7 +4,7 @@ A file's first comment says what the file is.  Each other one belongs to the key
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -103,12 +103,3 @@ def _with_below(top: Path, where: str) -> Commented:
         below = _with_below(top, place)
         found.keys = below.keys | found.keys
     return found
-
-
-def leaves(node: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """The keys of a plain config and their values; an empty mapping, and a list, is a value."""
-    if isinstance(node, Mapping) and node:
-        for name, child in node.items():
-            yield from leaves(child, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node

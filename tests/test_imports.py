@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
 _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
-_PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code"}
+_PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code", "leaves"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "prompt_files", "sampler", "search_portion", "image_search", "prompt_images"}
@@ -65,13 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overrides": set(),
     "pieces": {"own_code"},
     "config": {"files", "overrides", "own_code", "pieces"},
-    "meanings": set(),
-    "help": {"config", "meanings"},
+    "leaves": set(),
+    "meanings": {"leaves"},
+    "help": {"config", "meanings", "leaves"},
     "given": {"files", "prompts", "rewards", "types"},
     "known_warnings": set(),
     "parts": _CARRIED | {"prompts", "pieces", "given"},
     # reads what runs have written, and the default config
-    "report": {"files", "records", "config"},
+    "report": {"files", "records", "config", "leaves"},
     "training": _RUN | {"parts", "given", "report"},
     "commands": _RUN | _FACE | {"training", "shapes", "report"},
     "cli": _RUN | _FACE | {"training", "commands", "report", "help"},

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from fastgrpo.cli import COMMANDS
 from fastgrpo.config import config_groups, explained_config
-from fastgrpo.meanings import general_meanings, leaves, meaning_of, meanings, read_comments
+from fastgrpo.leaves import leaves
+from fastgrpo.meanings import general_meanings, meaning_of, meanings, read_comments
 
 TOP = Path(str(files("fastgrpo_configs")))
 

@@ -4,10 +4,12 @@ A config is compared key by key.  Where and how long a run computes, how it step
 the config keeps from which iteration on; what it learns from what may not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from fastgrpo.leaves import leaves
 
 # a key, or the beginning of keys; * is any part of one
 MAY_CHANGE = (
@@ -70,7 +72,7 @@ class Change:
 def changes(begun: Mapping[str, Any], wanted: Mapping[str, Any], directory: object) -> tuple[Change, ...]:
     """What ``wanted`` does otherwise than the config a run began with; ValueError for what may not change."""
     _refuse_other_reading(begun, directory)
-    before, after = dict(_leaves(_read(begun))), dict(_leaves(_read(wanted)))
+    before, after = dict(leaves(_read(begun))), dict(leaves(_read(wanted)))
     if "prompts" in begun:
         # what a run of an earlier version has
         before.setdefault(_COLUMN, "")
@@ -117,14 +119,6 @@ def _read(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _target_of(node: Any) -> Any:
     return node.get("_target_") if isinstance(node, Mapping) else None
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for name, child in node.items():
-            yield from _leaves(child, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
 
 
 def _begins(key: str, beginnings: tuple[str, ...]) -> bool:

@@ -1,12 +1,13 @@
 """In which keys configs differ: those of several runs from each other, that of a single run from the default one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from fastgrpo.config import compose_config
+from fastgrpo.leaves import leaves
 from fastgrpo.report.run import Run
 
 # where a run lies, not what it is
@@ -27,7 +28,7 @@ def differences(runs: Sequence[Run]) -> Differences:
     configs = {run.name: run.config for run in runs}
     if len(runs) == 1:
         configs = {"default": _default(), **configs}
-    leaves = [dict(_leaves(config)) for config in configs.values()]
+    leaves = [dict(leaves(config)) for config in configs.values()]
     lines = []
     for key in dict.fromkeys(key for of_one in leaves for key in of_one):
         values = [of_one.get(key, ABSENT) for of_one in leaves]
@@ -53,11 +54,3 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 def _default() -> dict[str, Any]:
     default: Any = OmegaConf.to_container(compose_config("train"), resolve=True)
     return default
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for name, child in node.items():
-            yield from _leaves(child, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
