@@ -13,8 +13,8 @@ from benchmarks.report import RESULTS
 from benchmarks.time_to_reward.curve import Curve
 
 _IMAGES = "default_run_cpu_202611_e5cc436ec_before_after"
-# of that picture: where its second to fourth row are in the first three columns
-_CROP = (8, 214, 818, 760)
+# of that picture: where its second to fourth row are in the last three columns
+_CROP = (548, 214, 1358, 760)
 _SIDES = {
     "nft": ("fastgrpo, nft (default)", "C3"),
     "nft_code_7_steps": ("DiffusionNFT's own code", "C0"),
@@ -30,7 +30,7 @@ def draw(path: Path, sides: Mapping[str, list[Curve]]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1.0))
     left.imshow(np.asarray(Image.open(RESULTS / f"{_IMAGES}.png").convert("RGB").crop(_CROP)), interpolation="lanczos")
     left.set_axis_off()
-    left.set_title("before and after 10 minutes of fastgrpo train on 2 CPU cores", fontsize=10)
+    left.set_title("held-out prompts, before (left of each pair) and after 10 minutes of fastgrpo train", fontsize=10)
     for side, (label, color) in _SIDES.items():
         _draw_side(right, sides[side], label, color)
     right.set_xlabel("training time [s], one CPU core")

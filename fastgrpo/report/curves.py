@@ -97,8 +97,16 @@ class _Drawing:
     x_range: DataRange1d = field(default_factory=lambda: DataRange1d(range_padding=0.02))
 
     def panel(self, metric: str) -> Panel:
+        values = [abs(value) for run in self.runs for _, value in run.points(metric)]
+        # a quantity that does not change is drawn at its own scale, not between one less and one more
+        y_range = DataRange1d(default_span=0.2 * max(values, default=0.0) or 1.0)
         plot = figure(
-            height=230, sizing_mode="stretch_width", x_range=self.x_range, tools="box_zoom,pan,reset,save", name=metric
+            y_range=y_range,
+            height=230,
+            sizing_mode="stretch_width",
+            x_range=self.x_range,
+            tools="box_zoom,pan,reset,save",
+            name=metric,
         )
         plot.toolbar.logo, plot.toolbar.autohide = None, True
         plot.outline_line_color = plot.ygrid.grid_line_color = plot.xgrid.grid_line_color = "#e4e4e7"

@@ -28,10 +28,10 @@ def differences(runs: Sequence[Run]) -> Differences:
     configs = {run.name: run.config for run in runs}
     if len(runs) == 1:
         configs = {"default": _default(), **configs}
-    leaves = [dict(leaves(config)) for config in configs.values()]
+    found = [dict(leaves(config)) for config in configs.values()]
     lines = []
-    for key in dict.fromkeys(key for of_one in leaves for key in of_one):
-        values = [of_one.get(key, ABSENT) for of_one in leaves]
+    for key in dict.fromkeys(key for of_one in found for key in of_one):
+        values = [of_one.get(key, ABSENT) for of_one in found]
         if key.split(".")[0] not in _LEFT_OUT and any(value != values[0] for value in values):
             lines.append((key, [str(value) for value in values]))
     return Differences(list(configs), sorted(lines))

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from fastgrpo.records.evaluations import differences
+from fastgrpo.records.json_lines import read_rows
 from fastgrpo.records.remarks import remarks
 from fastgrpo.report.run import Run, number
 
@@ -15,7 +17,10 @@ _SHARE = 0.1
 
 @dataclass(frozen=True)
 class Score:
-    """A score on held-out prompts, first, last and best; errors are standard errors over prompts, None if unknown."""
+    """A score on held-out prompts, first, last and best; errors are standard errors over prompts, None if unknown.
+
+    gain_error is that of the difference, prompt by prompt, which is smaller than those of the two say.
+    """
 
     name: str
     first: float
@@ -24,6 +29,7 @@ class Score:
     best_iteration: int
     first_error: float | None
     last_error: float | None
+    gain_error: float | None
 
     @property
     def gain(self) -> float:
@@ -82,8 +88,19 @@ def _score(run: Run, name: str) -> Score | None:
     places, value = best(points, key=lambda point: point[1])
     (first_places, first), (last_places, last) = points[0], points[-1]
     errors = {gallery.iteration: gallery.statistics.get(name, {}).get("standard_error") for gallery in run.galleries}
-    error_of = [number(errors.get(int(where["iteration"]))) for where in (first_places, last_places)]
-    return Score(name, first, last, value, int(places["iteration"]), *error_of)
+    before, after = (number(errors.get(int(where["iteration"]))) for where in (first_places, last_places))
+    gain_error = _gain_error(run, name, int(first_places["iteration"]), int(last_places["iteration"]))
+    if gain_error is None and before is not None and after is not None:
+        gain_error = math.hypot(before, after)
+    return Score(name, first, last, value, int(places["iteration"]), before, after, gain_error)
+
+
+def _gain_error(run: Run, name: str, first: int, last: int) -> float | None:
+    """Of an evaluation's difference from another, by the means of their prompts; None where these are not there."""
+    lines = [line for line in read_rows(run.directory.evaluations) if line.get("iteration") in (first, last)]
+    if [line["iteration"] for line in lines] != [first, last]:
+        return None
+    return differences(lines).get(name, {}).get("standard_error")
 
 
 def _verdict(run: Run, scores: list[Score]) -> tuple[str, bool | None]:
@@ -96,14 +113,12 @@ def _verdict(run: Run, scores: list[Score]) -> tuple[str, bool | None]:
     change = f"{score.first:.4g} to {score.last:.4g} ({score.gain:+.3g})"
     if score.gain == 0:
         return f"{score.name} on held-out prompts is {score.last:.4g}, as at the beginning.", None
-    if score.first_error is not None and score.last_error is not None:
-        error = math.hypot(score.first_error, score.last_error)
-        if abs(score.gain) < _ERRORS * error:
-            return (
-                f"{score.name} on held-out prompts went from {change}: within {_ERRORS:g} standard errors of the "
-                "difference, so perhaps by chance.",
-                None,
-            )
+    if score.gain_error is not None and abs(score.gain) < _ERRORS * score.gain_error:
+        return (
+            f"{score.name} on held-out prompts went from {change}: within {_ERRORS:g} standard errors of the "
+            "difference, so perhaps by chance.",
+            None,
+        )
     is_good = score.gain * (weight_of(run, score.name) or 1.0) > 0
     word = "rose" if score.gain > 0 else "fell"
     return f"{score.name} on held-out prompts {word} from {change}.", is_good

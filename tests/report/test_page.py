@@ -9,6 +9,7 @@ import pytest
 
 from fastgrpo import cli
 from fastgrpo.overrides import gathered
+from fastgrpo.report.curves import _Drawing
 from fastgrpo.report.headline import headline_of
 from fastgrpo.report.page import write_report
 from fastgrpo.report.run import read_runs
@@ -190,8 +191,31 @@ def test_a_change_within_the_error_over_prompts_is_not_called_one(tmp_path: Path
     """Of three prompts with scores 0, 0.1 and 0.2 each mean has an error of 0.058, their difference one of 0.082."""
     for gain, word in ((0.16, "perhaps by chance"), (0.17, "rose")):
         rows = [{"iteration": i, "seconds": 1.0 * i, "eval/shapes": 0.4 + gain * i} for i in range(2)]
-        (run,) = read_runs([make_run(tmp_path / word, rows=rows, is_finished=False)])
+        path = make_run(tmp_path / word, rows=rows, is_finished=False)
+        # as in runs of before there was such a file
+        (path / "evaluations.jsonl").unlink()
+        (run,) = read_runs([path])
         assert word in headline_of(run).verdict
+
+
+def test_a_change_is_judged_prompt_by_prompt_where_the_means_of_prompts_are_known(tmp_path: Path) -> None:
+    """Each of three prompts gains .04, .05 or .06: an error of .0058 where those of the means say .082."""
+    rows = [{"iteration": i, "seconds": 1.0 * i, "eval/shapes": 0.1 + 0.05 * i} for i in range(2)]
+    path = make_run(tmp_path / "run", rows=rows, is_finished=False)
+    for prompts, word in (([0.04, 0.15, 0.26], "rose"), ([0.14, 0.15, 0.16], "perhaps by chance")):
+        lines = [{"iteration": 0, "means": {"shapes": [0.0, 0.1, 0.2]}}]
+        lines.append({"iteration": 1, "means": {"shapes": prompts}})
+        (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run,) = read_runs([path])
+        assert word in headline_of(run).verdict
+
+
+def test_what_does_not_change_is_drawn_at_its_own_scale(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "seconds": 1.0 * i, "learning_rate": 0.001, "zeros": 0.0} for i in range(3)]
+    runs = read_runs([make_run(tmp_path / "run", rows=rows, prompts=(), is_finished=False)])
+    for metric, span in (("learning_rate", 0.0002), ("zeros", 1.0)):
+        y_range: Any = _Drawing(runs, 1000).panel(metric).plot.y_range
+        assert y_range.default_span == pytest.approx(span)
 
 
 def test_a_long_run_is_thinned_to_a_small_file_that_says_so(tmp_path: Path) -> None:
