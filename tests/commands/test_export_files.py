@@ -99,7 +99,7 @@ def test_what_is_printed_can_be_pasted(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["export", f"run={run}", "output=out", "merged=true", *CPU]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"The averaged weights of {run / 'checkpoints' / 'step_000001'}:\n")
+    assert f"\nThe averaged weights of {run / 'checkpoints' / 'step_000001'}:\n" in said
     blocks = re.findall(
         r"^from importlib.*?^images\[0\]\.save\(\"image\.png\"\)$", said, flags=re.DOTALL | re.MULTILINE
     )

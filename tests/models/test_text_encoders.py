@@ -89,8 +89,8 @@ def test_a_run_encodes_all_its_prompts_before_it_begins_and_a_second_one_none(
 
 def test_texts_come_in_the_order_of_the_run_and_no_more_than_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"prompt {number}" for number in range(10)]
-    parts: Any = SimpleNamespace(texts=texts, held_out_texts=["kept", texts[0]])
     source = PromptSource([Prompt(text) for text in texts], 3, seed=0)
+    parts: Any = SimpleNamespace(prompts=source.prompts, held_out=[Prompt("kept"), Prompt(texts[0])])
 
     def to_come(num_iterations: int, *, two_branches: bool = False) -> list[str]:
         trainer: Any = SimpleNamespace(
@@ -130,7 +130,7 @@ def encoded_by(world: World, directories: list[Path], texts: list[str]) -> tuple
     model = OnDisk(directories[world.rank])
     source = PromptSource([Prompt(text) for text in texts], len(texts), seed=0)
     trainer: Any = SimpleNamespace(model=model, world=world, prompts=source, num_iterations=1)
-    parts: Any = SimpleNamespace(texts=texts, held_out_texts=[])
+    parts: Any = SimpleNamespace(prompts=source.prompts, held_out=[])
     with pytest.MonkeyPatch.context() as patch:
         # a rank a node where each has a disk of its own
         is_shared = len(set(directories)) == 1
