@@ -120,7 +120,10 @@ def test_no_words_show_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
     assert "usage: fastgrpo COMMAND" in capsys.readouterr().err
 
 
-def test_help_has_the_keys_of_what_the_line_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_keys_of_what_the_line_chooses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["train", "algorithm=flow_grpo", "--help", "algorithm.objective.clip_range=0.5"]) == 0
     shown = capsys.readouterr().out
     assert "keys, with their values under algorithm=flow_grpo algorithm.objective.clip_range=0.5:" in shown
