@@ -352,6 +352,8 @@ def _write_weights(parts: RunParts, trainer: Trainer, run: SameRun) -> None:
     if trainer.model.has_lora:
         with trainer.ema.applied():
             trainer.model.save_lora(run.directory.lora)
+        # the last of what the record says there is to open
+        print(f"  {run.directory.lora}  the trained LoRA", flush=True)
         call = getattr(trainer.model, "diffusers_call", None)
         if call is not None:
             card = ModelCard(

@@ -171,7 +171,7 @@ def embedded(key: str) -> Callable[[Data], str]:
 # the four of the first screen
 HEADLINE = (
     Figure(
-        "embedded model: time to the accuracy that Flow-GRPO's own code (fast recipe) reaches in 5 minutes, with `nft`",
+        "embedded model: the accuracy that Flow-GRPO's own code (fast recipe) has after 5 minutes, reached by `nft`",
         TIME_TO_REWARD,
         lambda data: f"{times_sooner('nft')(data)[:-1]} times sooner",
     ),

@@ -59,6 +59,8 @@ class SameRun:
             _plan_as_begun(run.config, begun)
             _start_as_begun(run.config, begun)
             run._changes = changes(begun, run.config, path)
+        elif resume and world.is_first:
+            print(f"there is no run in {path} to go on with: this is a new one", flush=True)
         return run
 
     @property

@@ -10,7 +10,10 @@ from fastgrpo.records.evaluations import PREFIX
 
 def closing_words(summary: Mapping[str, Any], run: RunDirectory) -> list[str]:
     """Lines of what ``summary.json`` and the directory hold; none of an evaluation where there was none."""
-    return [*_scores(summary), *_best(summary, run), *_to_open(run)]
+    first, last = summary["first_evaluation"], summary["last_evaluation"]
+    # else the model is beside itself
+    has_changed = bool(first) and first["iteration"] != last["iteration"]
+    return [*_scores(summary), *_best(summary, run), *_to_open(run, has_changed)]
 
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
@@ -36,19 +39,19 @@ def _best(summary: Mapping[str, Any], run: RunDirectory) -> list[str]:
     if not best:
         return []
     if best["iteration"] == last["iteration"]:
-        return ["the last evaluation is the best one"]
+        is_only_one = last["iteration"] == summary["first_evaluation"]["iteration"]
+        return [] if is_only_one else ["the last evaluation is the best one"]
     scores = ", ".join(f"{name.removeprefix(PREFIX)} {best[name]:.3f}" for name in best if name.startswith(PREFIX))
     step = run.checkpoints / f"step_{best['iteration']:06d}"
-    where = f"in {step}" if step.is_dir() else "of the base model" if best["iteration"] == 0 else "no longer saved"
+    where = f"in {step}" if step.is_dir() else "before training" if best["iteration"] == 0 else "no longer saved"
     return [f"best evaluation: iteration {best['iteration']}, {scores}, {where}"]
 
 
-def _to_open(run: RunDirectory) -> list[str]:
+def _to_open(run: RunDirectory, has_changed: bool) -> list[str]:
     offered: list[tuple[Path, str]] = [
         (run.report, "everything on one page"),
-        (run.images / "before_after.png", "what changed"),
+        *([(run.images / "before_after.png", "what changed")] if has_changed else []),
         (run.curves, "how it went"),
         (run.summary, "all of it in numbers"),
-        (run.lora, "for load_lora_weights"),
     ]
     return ["open:", *(f"  {path}  {why}" for path, why in offered if path.exists())]
