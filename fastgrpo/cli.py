@@ -202,7 +202,8 @@ def _main(words: list[str]) -> int:
         if {*flags} & {*_HELP}:
             return _show(_explanation(words[0], command, overrides))
         hide_known_warnings()
-        if command.loads and not flags and os.environ.get("RANK", "0") == "0":
+        # a program that starts a server reads its address in the first line
+        if command.loads and not flags and words[0] != "serve-reward" and os.environ.get("RANK", "0") == "0":
             # importing torch and diffusers alone takes seconds
             print(f"fastgrpo {words[0]}: loading", flush=True)
         # it imports Hydra
