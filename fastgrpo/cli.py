@@ -33,8 +33,9 @@ class Command:
     summary: str
     details: str
     examples: tuple[str, ...]
-    # whether it takes seconds until it does anything
+    # whether it takes seconds until it does anything, and whether it says so before
     loads: bool = True
+    announces: bool = True
 
     def __call__(self, config: "DictConfig") -> None:
         module, _, name = self.run.rpartition(".")
@@ -142,6 +143,8 @@ COMMANDS = {
             "fastgrpo train reward=http reward.terms.http.name=pick_score "
             "reward.terms.http.endpoints=[http://gpu7:8000] reward.terms.http.token_env=REWARD_TOKEN",
         ),
+        # who starts it reads its address in the first line
+        announces=False,
     ),
     "encode": Command(
         run="fastgrpo.commands.encode.encode",
@@ -202,8 +205,7 @@ def _main(words: list[str]) -> int:
         if {*flags} & {*_HELP}:
             return _show(_explanation(words[0], command, overrides))
         hide_known_warnings()
-        # a program that starts a server reads its address in the first line
-        if command.loads and not flags and words[0] != "serve-reward" and os.environ.get("RANK", "0") == "0":
+        if command.loads and command.announces and not flags and os.environ.get("RANK", "0") == "0":
             # importing torch and diffusers alone takes seconds
             print(f"fastgrpo {words[0]}: loading", flush=True)
         # it imports Hydra

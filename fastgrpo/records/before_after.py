@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastgrpo.files.whole import write_whole
 from fastgrpo.records.grids import draw_before_after, png
@@ -43,13 +44,17 @@ class Shown:
         )
 
 
-def write_before_after(directory: Path, now: Shown) -> None:
-    """Draw both pictures of this evaluation and the first, which is this one if there was none before."""
+def write_before_after(directory: Path, now: Shown) -> Image.Image:
+    """Draw both pictures of this evaluation and the first, which is this one if there was none before.
+
+    Returns the one of those that changed most.
+    """
     first = _first(directory, now)
     everything = list(range(len(now.prompts)))
     _write(directory / "before_after_all.png", first, now, everything, "")
     chosen = choose(first.totals, now.totals) if first.totals and now.totals else everything[: MOST_GAINED + MOST_LOST]
-    _write(directory / "before_after.png", first, now, chosen or everything[:MOST_GAINED], _caption(first, now, chosen))
+    shown = chosen or everything[:MOST_GAINED]
+    return _write(directory / "before_after.png", first, now, shown, _caption(first, now, chosen))
 
 
 def choose(before: Sequence[float], after: Sequence[float]) -> list[int]:
@@ -76,7 +81,7 @@ def _caption(first: Shown, now: Shown, chosen: Sequence[int]) -> str:
     return f"{said}: {which}, all in before_after_all.png. The number is the reward of the image."
 
 
-def _write(path: Path, first: Shown, now: Shown, places: Sequence[int], caption: str) -> None:
+def _write(path: Path, first: Shown, now: Shown, places: Sequence[int], caption: str) -> Image.Image:
     a, b = first.of(places), now.of(places)
     both_scored = a.totals is not None and b.totals is not None
     both_marked = a.verified is not None and b.verified is not None
@@ -89,6 +94,7 @@ def _write(path: Path, first: Shown, now: Shown, places: Sequence[int], caption:
         caption=caption,
     )
     write_whole(path, png(page))
+    return page
 
 
 def _first(directory: Path, now: Shown) -> Shown:

@@ -223,8 +223,7 @@ class Metrics:
         grid = draw_grid(pixels, prompts, verified, totals)
         path = self._run.images / f"evaluation_{iteration:06d}.png"
         write_whole(path, png(grid))
-        write_before_after(self._run.images, Shown(pixels, prompts, totals, verified))
-        before_after = Image.open(self._run.images / "before_after.png")
+        before_after = write_before_after(self._run.images, Shown(pixels, prompts, totals, verified))
         for sink in self._sinks:
             sink.image(iteration, "evaluation", grid)
             sink.image(iteration, "before_after", before_after)

@@ -97,7 +97,8 @@ class _Drawing:
     x_range: DataRange1d = field(default_factory=lambda: DataRange1d(range_padding=0.02))
 
     def panel(self, metric: str) -> Panel:
-        values = [abs(value) for run in self.runs for _, value in run.points(metric)]
+        points = [run.points(metric) for run in self.runs]
+        values = [abs(value) for of_run in points for _, value in of_run]
         # a quantity that does not change is drawn at its own scale, not between one less and one more
         y_range = DataRange1d(default_span=0.2 * max(values, default=0.0) or 1.0)
         plot = figure(
@@ -114,7 +115,7 @@ class _Drawing:
         plot.xaxis.axis_label_text_font_style = "normal"
         plot.min_border_right = 12
         self.handles["axes"].append(f"axis {metric}")
-        lines = [line for number, run in enumerate(self.runs) if (line := self._line(plot, metric, number, run))]
+        lines = [self._line(plot, metric, number, of_run) for number, of_run in enumerate(points) if of_run]
         tips = [("run", "@run")] * (len(self.runs) > 1)
         tips += [(metric, "@value{%.6g}"), ("iteration", "@iteration{0}"), ("seconds", "@seconds{0.0}")]
         hover = HoverTool(renderers=lines, mode="vline", formatters={"@value": "printf"})
@@ -122,10 +123,10 @@ class _Drawing:
         plot.add_tools(hover)
         return Panel(metric, meaning_of(metric), sum(run.num_missing(metric) for run in self.runs), plot)
 
-    def _line(self, plot: figure, metric: str, number: int, run: Run) -> DataRenderer | None:
-        points = run.points(metric)
-        if not points:
-            return None
+    def _line(
+        self, plot: figure, metric: str, number: int, points: Sequence[tuple[dict[str, float], float]]
+    ) -> DataRenderer:
+        """Of the run of that number."""
         values = np.array([value for _, value in points])
         kept = thinned(values, self.most)
         self.is_thinned |= len(kept) < len(points)
@@ -134,7 +135,7 @@ class _Drawing:
             {**columns, "x": columns[FIRST_AXIS], "value": values[kept], "y": values[kept]},
             name=(name := f"{metric} {number}"),
         )
-        source.data["run"] = [run.name] * len(kept)
+        source.data["run"] = [self.runs[number].name] * len(kept)
         self.handles["sources"].append(name)
         color, names = color_of(number), self.handles.setdefault(f"run {number}", [])
         drawn: list[DataRenderer] = [
