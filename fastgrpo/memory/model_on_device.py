@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from threading import RLock
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fastgrpo.compile.cuda_graphs import GraphedForward
+from fastgrpo.loading import one_at_a_time
 from fastgrpo.memory.device import device_of, meter_of, set_threads, usable_bytes
 from fastgrpo.memory.plan import DECODING, REWARD, SAMPLING, TRAINING, MemoryPlan
 from fastgrpo.memory.stages import MemoryPlanner
@@ -21,8 +21,6 @@ from fastgrpo.models.policy import Compile
 from fastgrpo.numerics import set_numerics
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.settings import Runtime
-
-_ONE_AT_A_TIME = RLock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,7 @@ class ModelSource:
     def __call__(self) -> FlowModel:
         set_threads(self.runtime)
         set_numerics(deterministic=self.runtime.deterministic)
-        # while diffusers reads weights, what other threads make is without weights too
-        with _ONE_AT_A_TIME:
+        with one_at_a_time:
             model = self.make(
                 adaptation=self.adaptation,
                 device=device_of(self.runtime),

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.loading import one_at_a_time
 from fastgrpo.types import Conditions
 
 
@@ -53,7 +54,8 @@ class TextEncoders:
         """Load them, if that has not been done."""
         if self._weights:
             return
-        modules = [module.requires_grad_(False).eval() for module in self._load()]
+        with one_at_a_time:
+            modules = [module.requires_grad_(False).eval() for module in self._load()]
         for weight in chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules):
             if self._is_locked:
                 weight.data = weight.data.pin_memory()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.algorithm.noise import NoiseDraw
+from fastgrpo.loading import one_at_a_time
 from fastgrpo.types import Conditions
 
 
@@ -50,8 +51,9 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         self.shape = shape
         outputs = shape.channels * (2 if shape.learns_std else 1) * shape.cells**2
-        self.hidden = nn.Linear(shape.text_width, shape.width, dtype=torch.float64)
-        self.map = nn.Linear(shape.width, outputs, dtype=torch.float64)
+        with one_at_a_time:
+            self.hidden = nn.Linear(shape.text_width, shape.width, dtype=torch.float64)
+            self.map = nn.Linear(shape.width, outputs, dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             bound = shape.text_width**-0.5

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgrpo.loading import one_at_a_time
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rewards.self_test import GoldenScores, self_test
 from fastgrpo.rewards.weighted_sum import Rewards
@@ -27,7 +28,8 @@ class RewardSource:
 
     def load(self, prompts: Sequence[Prompt | str], device: torch.device | str) -> Loaded:
         """The rewards, which can judge ``prompts``, and their golden scores unless ``reward.golden`` is false."""
-        rewards = self.make()
+        with one_at_a_time:
+            rewards = self.make()
         rewards.check_prompts(prompts)
         if rewards.golden:
             return rewards, self_test(rewards, device, prompts)
