@@ -1,7 +1,7 @@
 """One thread at a time loads a model.
 
 While diffusers or transformers reads one, they patch torch for the whole process: a module that another thread makes
-meanwhile has no weights, and tensors there get the model's dtype unless they are given one.
+meanwhile has no weights.  The default dtype becomes the model's too, and against that no lock of ours helps.
 """
 
 from threading import RLock

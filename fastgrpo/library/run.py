@@ -149,6 +149,8 @@ def train(
     It may be called from a thread, and again in the same process, which is left as it was.  In a program that torchrun
     starts every rank calls it.  Ctrl-C, or a notebook's stop, ends the iteration and saves; KeyboardInterrupt is raised
     then, and ``fastgrpo.load(output).resume()`` goes on.  A thread hears no signal: there ``stop`` does the same.
+    Two runs at once are better two processes: while one loads bfloat16 weights, transformers makes that the default
+    dtype of every thread, and what the other computes then may be rounded to it.
 
     ValueError for whatever is wrong with the arguments, RewardError for a reward that fails, TrainingError for a run
     that must not go on.
