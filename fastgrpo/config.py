@@ -5,31 +5,35 @@ its directory; what may change is decided in ``checkpoints/changes.py``).  Every
 names the key, before anything is built.
 """
 
-import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from copy import deepcopy
-from difflib import get_close_matches
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastgrpo.composing import compose_config, composed, config_groups
 from fastgrpo.files.locations import resolve_path
-from fastgrpo.overrides import TEXT_KEYS, beside_targets, is_plain, key_of, line_of, of_file, quoted, switched, value_of
+from fastgrpo.meanings import general_meanings, meaning_of, meanings
+from fastgrpo.mistakes import in_words, keys_of, unknown_key
+from fastgrpo.overrides import (
+    TEXT_KEYS,
+    beside_targets,
+    gathered,
+    is_plain,
+    key_of,
+    line_of,
+    of_file,
+    quoted,
+    switched,
+    value_of,
+)
 from fastgrpo.own_code.begun import settings_of
 from fastgrpo.own_code.named import PIECES, check_named
 from fastgrpo.pieces import check, fits, leave_out
 
-_CONFIGS = "fastgrpo_configs"
-_composing = Lock()
 _RESUMING = ("train", "submit")
 # groups of which a model chooses another option, as its size wants it; its time grid is another
 _BROUGHT = {"compile", "runtime", "adaptation"}
@@ -47,27 +51,25 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     groups = config_groups(name)
     overrides = [switched(quoted(override), groups) for override in overrides]
     overrides = [meant for override in overrides for meant in of_file(override, name, groups)]
+    overrides = gathered(
+        overrides, [str(key) for key, value in compose_config(name).items() if OmegaConf.is_list(value)]
+    )
     try:
         default = _resolved(name, [override for override in overrides if key_of(override) in groups])
         begun = _begun(name, overrides, groups) if name in _RESUMING else None
         config = _continued(begun, name, overrides, groups) if begun else _resolved(name, beside_targets(overrides))
         line = line_of(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, name)) from error
+        raise ValueError(in_words(error, name)) from error
     if begun:
         check_named(OmegaConf.to_container(config), _config_in(config.output), line, PIECES)
     leave_out(config, default, line)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        said = _meaning(missing[0], name, overrides)
+        raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE{said and f', {said}'}")
     _check_plain(OmegaConf.to_container(config), OmegaConf.to_container(default), "", name)
     check(config)
     return config
-
-
-def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """What Hydra makes of ``configs/<name>.yaml`` and the overrides, unchecked."""
-    return deepcopy(_composed(name, tuple(overrides))[0])
 
 
 def explained_config(name: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
@@ -78,54 +80,10 @@ def explained_config(name: str, overrides: Sequence[str]) -> tuple[DictConfig, d
     """
     groups = config_groups(name)
     try:
-        config, chosen = _composed(name, tuple(beside_targets([switched(quoted(o), groups) for o in overrides])))
+        config, chosen = composed(name, tuple(beside_targets([switched(quoted(o), groups) for o in overrides])))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, name)) from error
+        raise ValueError(in_words(error, name)) from error
     return deepcopy(config), dict(chosen)
-
-
-# one command composes the same choices several times
-@lru_cache(maxsize=16)
-def _composed(name: str, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    """The config, and the option of each group."""
-    with _hydra_of_its_own(), initialize_config_module(_CONFIGS, version_base="1.3"):
-        config = compose(name, overrides=list(overrides), return_hydra_config=True)
-    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    chosen = {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
-    with open_dict(config):
-        del config["hydra"]
-    if "recipe" in config and config.recipe is None:
-        config.recipe = chosen.get("experiment") or chosen["algorithm"]
-    return config, chosen
-
-
-@contextmanager
-def _hydra_of_its_own() -> Iterator[None]:
-    """Hydra is one object of the process, which may be a program of Hydra's, and load configs in several threads."""
-    with _composing:
-        others = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        try:
-            yield
-        finally:
-            GlobalHydra.instance().hydra = others
-
-
-def config_groups(name: str) -> dict[str, list[str]]:
-    """The groups of ``configs/<name>.yaml`` and their options: ``{"algorithm/noise": ["elite", ...], ...}``."""
-    top = Path(str(files(_CONFIGS)))
-    groups: dict[str, list[str]] = {}
-    for path in sorted(path for group in _chosen(top, name) for path in (top / group).rglob("*.yaml")):
-        groups.setdefault(path.parent.relative_to(top).as_posix(), []).append(path.stem)
-    return dict(sorted(groups.items()))
-
-
-def _chosen(top: Path, name: str) -> list[str]:
-    """The groups in the defaults of a config and of those that it builds on."""
-    defaults: Any = OmegaConf.to_container(OmegaConf.load(top / f"{name}.yaml").defaults)
-    chosen = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
-    below = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
-    return chosen + [group for other in below for group in _chosen(top, other)]
 
 
 def _resolved(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -154,7 +112,7 @@ def goes_on(name: str, overrides: Sequence[str]) -> bool:
     try:
         return _begun(name, [switched(quoted(override), groups) for override in overrides], groups) is not None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, name)) from error
+        raise ValueError(in_words(error, name)) from error
 
 
 def _begun(name: str, overrides: Sequence[str], groups: Collection[str]) -> DictConfig | None:
@@ -200,8 +158,8 @@ def _continued(begun: DictConfig, name: str, overrides: Sequence[str], groups: C
     for override in plain:
         key = key_of(override)
         # a key that still has no value is there, though select does not say so
-        if key not in _keys(config) and f"++{override}" not in beside_targets(overrides):
-            raise ValueError(_unknown(key, name))
+        if key not in keys_of(config) and f"++{override}" not in beside_targets(overrides):
+            raise ValueError(unknown_key(key, name))
         OmegaConf.update(config, key, value_of(override), force_add=True)
     OmegaConf.resolve(config)
     _expand_home(config)
@@ -221,6 +179,13 @@ def _without_brought(config: DictConfig) -> DictConfig:
     if "algorithm" in rest:
         rest.algorithm.pop("schedule", None)
     return rest
+
+
+def _meaning(key: str, name: str, overrides: Sequence[str]) -> str:
+    """Of a key, as help has it."""
+    _, chosen = composed(name, tuple(beside_targets(overrides)))
+    of_keys, headings = meanings(name, chosen)
+    return meaning_of(key, of_keys, general_meanings()) or headings.get(key.partition(".")[0], "")
 
 
 def _take_differences(config: Any, before: Any, after: Any) -> None:
@@ -248,53 +213,6 @@ def _has_target(node: Any) -> bool:
     return OmegaConf.is_dict(node) and "_target_" in node
 
 
-def _explain(error: Exception, name: str) -> str:
-    """Hydra's words in one line, and for an unknown key the nearest known ones."""
-    text = " ".join(str(error).split()).split(" Config search path:")[0].split(" See https://hydra.cc")[0]
-    unknown = re.match(r"Could not override '([^']*)'", text)
-    if unknown:
-        return _unknown(unknown[1], name)
-    is_grammar = re.search("no viable alternative|mismatched input|extraneous input|token recognition error", text)
-    return f"{text}; give a text with such characters in quotes, as output=\"'[a] b'\"" if is_grammar else text
-
-
-def _unknown(key: str, name: str) -> str:
-    """Says that a key is unknown, and which known ones are near in spelling or end alike."""
-    known = [*_keys(compose_config(name)), *config_groups(name)]
-    if key in known:
-        return (
-            f"{key} is a key of the default choice of its group, not of the one you took; drop it or take the default"
-        )
-    parent, _, last = key.rpartition(".")
-    if having := [f"{parent}={option}" for option in _options_with(last, parent.replace(".", "/"), name)]:
-        return f"unknown key {key}; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
-    alike = [other for other in known if re.split(r"[./]", other)[-1] == re.split(r"[./]", key)[-1]]
-    siblings = {other.rpartition(".")[2]: other for other in known if parent and other.rpartition(".")[0] == parent}
-    near = alike + [siblings[word] for word in get_close_matches(last, siblings, n=3, cutoff=0.6)]
-    # a key that is unlike its siblings may be meant for elsewhere, but is not its own group
-    elsewhere = [other for other in known if other != parent and other not in siblings.values()]
-    near += get_close_matches(key, elsewhere, n=3, cutoff=0.6)
-    if near:
-        return f"unknown key {key}; did you mean {', '.join(list(dict.fromkeys(near))[:3])}?"
-    return f"unknown key {key}; " + (
-        f"{parent} has {', '.join(siblings)}" if siblings else f"see fastgrpo {name} --help"
-    )
-
-
-def _options_with(key: str, group: str, name: str) -> list[str]:
-    """The options of a group whose files have a key."""
-    top = Path(str(files(_CONFIGS)))
-    options = config_groups(name).get(group, [])
-    return [option for option in options if key in OmegaConf.load(top / group / f"{option}.yaml")]
-
-
-def _keys(config: Any, prefix: str = "") -> list[str]:
-    if not OmegaConf.is_dict(config):
-        return [prefix]
-    children = [_keys(config._get_node(key), f"{prefix}.{key}" if prefix else str(key)) for key in config]
-    return [key for child in children for key in child] + ([prefix] if prefix else [])
-
-
 def _check_plain(value: Any, default: Any, key: str, name: str) -> None:
     """Keys that no piece explains must be those of the default config, and of its types."""
     if not isinstance(default, dict):
@@ -308,7 +226,7 @@ def _check_plain(value: Any, default: Any, key: str, name: str) -> None:
     for child in value.keys() | default.keys():
         full = f"{key}.{child}" if key else str(child)
         if child not in default:
-            raise ValueError(_unknown(full, name))
+            raise ValueError(unknown_key(full, name))
         if child not in value:
             raise ValueError(f"{full} must have a value; leave out ~{full}")
         _check_plain(value[child], default[child], full, name)

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from omegaconf import OmegaConf
 
-from fastgrpo.config import config_groups, explained_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import explained_config
 from fastgrpo.leaves import leaves
 from fastgrpo.meanings import general_meanings, meaning_of, meanings
 

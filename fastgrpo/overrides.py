@@ -57,17 +57,20 @@ def beside_targets(overrides: Sequence[str]) -> list[str]:
     return [f"++{o}" if is_plain(o) and key_of(o).startswith(nodes) else o for o in overrides]
 
 
-def gathered(overrides: Sequence[str], key: str) -> list[str]:
-    """The same line, in which a key that may be given several times is given once, with a list of its values."""
-    given = [override for override in overrides if override.startswith(f"{key}=")]
-    if len(given) < 2:
-        return list(overrides)
-    values = []
-    for override in given:
-        value = value_of(quoted(override))
-        values += value if isinstance(value, list) else [value]
-    words = ",".join(quoted_text(str(value)) for value in values)
-    return [*(override for override in overrides if override not in given), f"{key}=[{words}]"]
+def gathered(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The same line, in which each of ``keys`` that is given several times is given once, with a list of its values."""
+    line = list(overrides)
+    for key in keys:
+        given = [override for override in line if override.startswith(f"{key}=")]
+        if len(given) < 2:
+            continue
+        values = []
+        for override in given:
+            value = value_of(quoted(override))
+            values += value if isinstance(value, list) else [value]
+        words = ",".join(quoted_text(str(value)) for value in values)
+        line = [*(override for override in line if override not in given), f"{key}=[{words}]"]
+    return line
 
 
 def switched(override: str, groups: Mapping[str, Sequence[str]]) -> str:

@@ -131,7 +131,7 @@ def test_help_has_the_keys_of_what_the_line_chooses(
     assert "\n  algorithm.objective.clip_range=0.5\n      how far a ratio may leave 1\n" in shown
     assert "[clipped_surrogate]," in shown
     assert "max_advantage" not in shown
-    fails(capsys, ["train", "algorithm=flow_gpro", "-h"], 2, "Could not find 'algorithm/flow_gpro'")
+    fails(capsys, ["train", "algorithm=flow_gpro", "-h"], 2, "algorithm has no option 'flow_gpro'")
     fails(capsys, ["train", "seed", "-h"], 2, "'seed' is not a setting")
 
 
@@ -158,7 +158,7 @@ def test_a_dry_run_shows_the_config_and_makes_nothing(
     ("words", "says"),
     [
         (["trian"], ["unknown command 'trian'", "did you mean train?"]),
-        (["train", "--iterations", "3"], ["'--iterations' is not a setting", "iterations=VALUE"]),
+        (["train", "--iterations", "3"], ["'--iterations' is not a setting", "train.iterations=VALUE"]),
         (["train", "iterations=3"], ["unknown key iterations", "did you mean train.iterations"]),
         (
             ["train", "algorithm/objective=rwr", "algorithm.objective.beta=4"],
@@ -174,9 +174,20 @@ def test_a_dry_run_shows_the_config_and_makes_nothing(
         (["train", "train.iterations=1.5"], ["train.iterations must be int, got 1.5"]),
         (["train", "resume=3"], ["resume must be bool, got 3"]),
         (["train", "adaptation.rank=high"], ["adaptation.rank must be int, got 'high'"]),
-        (["train", "algorithm=flow_gpro"], ["Could not find 'algorithm/flow_gpro'", "flow_grpo_fast"]),
+        (["train", "algorithm=flow_gpro"], ["algorithm has no option 'flow_gpro'; did you mean flow_grpo", "It has awm,"]),
+        (["train", "hardware=h100"], ["hardware has no option 'h100'; it has 24gb, 80gb, 8x80gb"]),
+        (["train", "algorithm/noise=elit"], ["algorithm/noise has no option 'elit'; did you mean elite?"]),
+        (["train", "--dryrun"], ["'--dryrun' is not a setting; did you mean --dry-run?"]),
+        (["train", "--dry_run"], ["did you mean --dry-run?"]),
+        (["train", "resume"], ["'resume' is not a setting; write resume=true, see fastgrpo train --help"]),
+        (["train", "--name=a"], ["'--name=a' is not a setting; write name=a, see"]),
+        (["train", "seed"], ["write seed=VALUE"]),
+        (["doctor", "recomend"], ["did you mean recommend=VALUE?"]),
+        (["report", "outputs/nft"], ["'outputs/nft' is not a setting; write run=outputs/nft"]),
+        (["runs", "/"], ["'/' is not a setting; write in=/"]),
+        (["evaluate", "foo"], ["a setting is KEY=VALUE, and fastgrpo evaluate --help has the keys"]),
         (["train", "prompts.path=[a"], ["'[a'"]),
-        (["train", "reward=custom"], ["reward.path has no value"]),
+        (["train", "reward=custom"], ["reward.path has no value; give it as reward.path=VALUE, module.function"]),
         (["export"], ["nothing to export; give run=outputs/NAME, or lora=DIRECTORY with merged=true"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from fastgrpo.config import config_groups, load_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import load_config
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.overrides import quoted, value_of
 from fastgrpo.parts import RunParts, read_runtime

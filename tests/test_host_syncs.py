@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from fastgrpo.config import config_groups
+from fastgrpo.composing import config_groups
 from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from fastgrpo.config import load_config
-from fastgrpo.overrides import gathered
+from fastgrpo.mistakes import no_setting
+
+FLAGS = ("--help", "--dry-run")
 
 
 def config_of(name: str, overrides: Sequence[str]) -> DictConfig:
     """The checked config of the command ``name``; ValueError for what is no setting."""
     check_words(name, overrides)
-    config = load_config(name, gathered(overrides, "run") if name == "report" else overrides)
+    config = load_config(name, overrides)
     if "run" not in config or "model" not in config:
         return config
     # this takes seconds to import, and a mistyped key is told at once
@@ -26,5 +28,4 @@ def check_words(name: str, overrides: Sequence[str]) -> None:
         if not isinstance(override, str):
             raise ValueError(f"{override!r} is not a setting; write each as a text, 'key=value'")
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
-            example = override.lstrip("-").split("=")[0] or "key"
-            raise ValueError(f"{override!r} is not a setting; write {example}=VALUE, see fastgrpo {name} --help")
+            raise ValueError(no_setting(override, name, FLAGS))

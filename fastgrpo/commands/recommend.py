@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.commands.memory import HERE, counted_plan, parse_bytes, words_of_training
-from fastgrpo.config import config_groups, load_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import load_config
 from fastgrpo.memory.batch_size import DoesNotFit
 from fastgrpo.memory.device import device_of, usable_bytes
 from fastgrpo.memory.plan import TRAINING, MemoryPlan, gib

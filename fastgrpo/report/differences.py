@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fastgrpo.config import compose_config
+from fastgrpo.composing import compose_config
 from fastgrpo.leaves import leaves
 from fastgrpo.report.run import Run
 

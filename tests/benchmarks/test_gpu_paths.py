@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.gpu_paths import __main__ as command
 from benchmarks.gpu_paths.cases import MINIATURES, RECIPES, Case, all_cases
-from fastgrpo.config import config_groups, load_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import load_config
 from fastgrpo.models.attention import BACKENDS
 from tests.processes import lives, wait_until
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastgrpo.compile.networks import TOLERANCES, Auto, DriftError, Eager, Inductor, check_drift
-from fastgrpo.config import compose_config
+from fastgrpo.composing import compose_config
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set
 from tests.tensorrt.reward_networks import NETWORKS, blip, blip_inputs, clip, clip_inputs

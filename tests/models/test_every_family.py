@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastgrpo.algorithm.algorithm import Algorithm
-from fastgrpo.config import config_groups, load_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.models.families import FAMILIES
 from fastgrpo.models.pipeline_model import PipelineModel

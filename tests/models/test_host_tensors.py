@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgrpo.config import config_groups, load_config
+from fastgrpo.composing import config_groups
+from fastgrpo.config import load_config
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.on_device import on_device

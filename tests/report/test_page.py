@@ -253,9 +253,9 @@ def test_the_command_takes_runs_one_by_one_or_as_a_list(tmp_path: Path, capsys: 
 
 
 def test_a_key_given_several_times_becomes_a_list() -> None:
-    assert gathered(["run=a", "output=x", "run=b c"], "run") == ["output=x", "run=['a','b c']"]
-    assert gathered(["run=[a,b]", "run=c"], "run") == ["run=['a','b','c']"]
-    assert gathered(["run=a", "output=x"], "run") == ["run=a", "output=x"]
+    assert gathered(["run=a", "output=x", "run=b c"], ["run"]) == ["output=x", "run=['a','b c']"]
+    assert gathered(["run=[a,b]", "run=c"], ["run"]) == ["run=['a','b','c']"]
+    assert gathered(["run=a", "output=x"], ["run"]) == ["run=a", "output=x"]
 
 
 @pytest.mark.parametrize(

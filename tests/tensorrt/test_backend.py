@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from fastgrpo.compile.networks import DriftError, Eager, cast_pixels
-from fastgrpo.config import compose_config, load_config
+from fastgrpo.composing import compose_config
+from fastgrpo.config import load_config
 from fastgrpo.pieces import build
 from fastgrpo.rewards.clip_score import clip_score
 from fastgrpo.rewards.golden import golden_set

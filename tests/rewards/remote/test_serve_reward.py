@@ -150,7 +150,7 @@ def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         ("host=a..b", "cannot listen on a..b port 8000 .*give host= or port= another"),
         ("limits.max_images=0", "limits.max_images must be positive, got 0"),
         ("limits.max_image=3", "unknown key limits.max_image; did you mean limits.max_images"),
-        ("reward=nothing", "Could not find 'reward/nothing'"),
+        ("reward=nothing", "reward has no option 'nothing'"),
     ],
 )
 def test_a_bad_setting_is_one_line(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
