@@ -5,7 +5,6 @@ The config names them all the same, so that a run says what it was made of: ``re
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from threading import Event
 from typing import Any
 
 from fastgrpo.files.whole import write_whole
-from fastgrpo.prompts import Fit, load_prompts
+from fastgrpo.prompt_files import plain_rows
+from fastgrpo.prompts import Fit, prompts_of
 from fastgrpo.rewards.reward import Reward
 from fastgrpo.types import Prompt
 
@@ -43,16 +43,7 @@ class Given:
     def prompts(self, key: str, fit: Fit, column: str = "") -> list[Prompt] | None:
         """Those rows, read as a file of them would be; ValueError with the number of a row that is no prompt."""
         rows = self.rows(key)
-        if rows is None:
-            return None
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / FILES[key]
-            path.write_bytes(_lines(rows))
-            try:
-                return load_prompts(path, f"prompts.{key}", fit, column)
-            except ValueError as error:
-                said = str(error).replace(f"{path}:", "row ").replace(str(path), "the list that was given")
-                raise ValueError(said) from error
+        return None if rows is None else prompts_of(rows, f"prompts.{key}", fit, column)
 
     def compare(self, directory: Path) -> None:
         """ValueError where other lists lie in a run's directory than are given."""
@@ -69,7 +60,9 @@ class Given:
             write_whole(path, lines)
 
     def _files(self, directory: Path) -> list[tuple[Path, bytes]]:
-        return [(directory / name, _lines(rows)) for key, name in FILES.items() if (rows := self.rows(key)) is not None]
+        return [
+            (directory / name, _lines(rows, key)) for key, name in FILES.items() if (rows := self.rows(key)) is not None
+        ]
 
 
 NOTHING = Given()
@@ -81,14 +74,8 @@ def name_of(reward: Reward | Callable[..., Any]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _lines(rows: Sequence[Row]) -> bytes:
-    if isinstance(rows, str):
-        raise ValueError(f"prompts are a list of texts, got the text {rows!r}; write [{rows!r}]")
-    objects = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    for number, row in enumerate(objects, start=1):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {number} of the prompts is {row!r}; give a text, or a mapping as a .jsonl file has")
-    try:
-        return "".join(json.dumps(dict(row)) + "\n" for row in objects).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"prompts cannot be written as JSON ({error}); give plain values") from error
+def _lines(rows: Sequence[Row], key: str) -> bytes:
+    values = [value for _, value in plain_rows(rows, f"prompts.{key}")]
+    return "".join(
+        json.dumps({"prompt": value} if isinstance(value, str) else value) + "\n" for value in values
+    ).encode()

@@ -12,7 +12,7 @@ not; all others are the row's own.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,35 @@ def read_prompt_file(path: Path, key: str, column: str = "") -> PromptFile:
     found = read(_decoded(content, where), where)
     if not found:
         raise ValueError(f"{key}={path} is empty; write one prompt a line")
+    return _rows(found, column, f"{key}={path}")
+
+
+def read_prompt_list(values: Sequence[str | Mapping[str, Any]], key: str, column: str = "") -> PromptFile:
+    """The same of a list, whose entries are texts, or mappings of plain values; ``key`` is what it stands for."""
+    return _rows(plain_rows(values, key), column, f"{key}: the list that was given")
+
+
+def plain_rows(values: Sequence[str | Mapping[str, Any]], key: str) -> Table:
+    """The place of each entry, and what a file would have of it; ValueError for what no file could have."""
+    if isinstance(values, str):
+        raise ValueError(f"prompts are a list of texts, got the text {values!r}; write [{values!r}]")
+    rows: Table = []
+    for number, value in enumerate(values, start=1):
+        place = f"{key}: row {number}"
+        if not isinstance(value, str | Mapping):
+            raise ValueError(f"{place} of the list is {value!r}; give a text, or a mapping as a .jsonl file has")
+        try:
+            rows.append((place, json.loads(json.dumps(value if isinstance(value, str) else dict(value)))))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place} cannot be written as JSON ({error}); give plain values") from error
+    if not rows:
+        raise ValueError(f"{key}: the list that was given is empty; give at least one prompt")
+    return rows
+
+
+def _rows(found: Table, column: str, where: str) -> PromptFile:
     tables = [value for _, value in found if isinstance(value, dict)]
-    named = _column(tables, column, f"{key}={path}") if tables else None
+    named = _column(tables, column, where) if tables else None
     return PromptFile([_row(place, value, named or "") for place, value in found], named)
 
 

@@ -19,15 +19,16 @@ Letters: N prompts in all, P in an iteration.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastgrpo.prompt_files import PromptFile, Row, read_prompt_file
+from fastgrpo.prompt_files import PromptFile, Row, read_prompt_file, read_prompt_list
 from fastgrpo.resolution import MAX_RESOLUTIONS, Resolution, places_by_resolution
 from fastgrpo.types import Prompt, Prompts
 
@@ -138,13 +139,14 @@ def load_prompts(
     refuse; all else is metadata.  Raises ValueError, with the file, the line and the remedy, for anything that is not a
     usable prompt.  ``key`` is the config's key that ``path`` came from.
     """
-    file = load_prompt_file(path, key, column)
-    prompts = [_prompt(row, fit) for row in file.rows]
-    if (number := len({prompt.resolution for prompt in prompts})) > MAX_RESOLUTIONS:
-        raise ValueError(
-            f"{key}={path} has {number} resolutions; use at most {MAX_RESOLUTIONS}, since kernels are compiled for each"
-        )
-    return prompts
+    return _prompts(load_prompt_file(path, key, column), f"{key}={path}", fit)
+
+
+def prompts_of(
+    values: Sequence[str | Mapping[str, Any]], key: str, fit: Fit = lambda prompt: prompt, column: str = ""
+) -> list[Prompt]:
+    """The same of a list of texts, or of mappings as a .jsonl file has them."""
+    return _prompts(read_prompt_list(values, key, column), f"{key}: the list that was given", fit)
 
 
 def load_prompt_file(path: str | Path, key: str = "prompts.path", column: str = "") -> PromptFile:
@@ -152,6 +154,15 @@ def load_prompt_file(path: str | Path, key: str = "prompts.path", column: str = 
     if not str(path):
         raise ValueError(f"{key} is empty; give the path of a prompt file")
     return read_prompt_file(Path(path).expanduser(), key, column)
+
+
+def _prompts(file: PromptFile, where: str, fit: Fit) -> list[Prompt]:
+    prompts = [_prompt(row, fit) for row in file.rows]
+    if (number := len({prompt.resolution for prompt in prompts})) > MAX_RESOLUTIONS:
+        raise ValueError(
+            f"{where} has {number} resolutions; use at most {MAX_RESOLUTIONS}, since kernels are compiled for each"
+        )
+    return prompts
 
 
 def _prompt(row: Row, fit: Fit) -> Prompt:

@@ -174,7 +174,10 @@ def test_a_dry_run_shows_the_config_and_makes_nothing(
         (["train", "train.iterations=1.5"], ["train.iterations must be int, got 1.5"]),
         (["train", "resume=3"], ["resume must be bool, got 3"]),
         (["train", "adaptation.rank=high"], ["adaptation.rank must be int, got 'high'"]),
-        (["train", "algorithm=flow_gpro"], ["algorithm has no option 'flow_gpro'; did you mean flow_grpo", "It has awm,"]),
+        (
+            ["train", "algorithm=flow_gpro"],
+            ["algorithm has no option 'flow_gpro'; did you mean flow_grpo", "It has awm,"],
+        ),
         (["train", "hardware=h100"], ["hardware has no option 'h100'; it has 24gb, 80gb, 8x80gb"]),
         (["train", "algorithm/noise=elit"], ["algorithm/noise has no option 'elit'; did you mean elite?"]),
         (["train", "--dryrun"], ["'--dryrun' is not a setting; did you mean --dry-run?"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # each floor, and the floors below it that it may import from; rooms of one line may not see each other
 _PLAIN = {"files", "types", "resolution", "settings", "learning_rate"}
-_PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code", "leaves"}
+_PLAIN |= {"device_error", "out_of_memory", "numerics", "on_device", "own_code", "leaves", "loading"}
 _PIECES = _PLAIN | {"algorithm", "models", "compile"}
 _CARRIED = _PIECES | {"profiling", "distributed", "rewards", "memory"}
 _LINE = _CARRIED | {"prompts", "prompt_files", "sampler", "search_portion", "image_search", "prompt_images"}
@@ -25,7 +25,7 @@ _SEE_AN_ADAPTER = {
     "image_replay",
     "update",
 }
-_FACE = {"config", "overrides", "pieces", "parts", "given", "known_warnings"}
+_FACE = {"composing", "config", "mistakes", "overrides", "pieces", "parts", "given", "known_warnings"}
 MAY_IMPORT: dict[str, set[str]] = {
     "own_code": set(),
     "files": set(),
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "out_of_memory": set(),
     "numerics": set(),
     "on_device": set(),
+    "loading": set(),
     "settings": {"learning_rate"},
     "shapes": set(),
     **dict.fromkeys(("algorithm", "models", "compile"), _PLAIN),
@@ -64,15 +65,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": _LINE | {"checkpoints", "records"},
     "overrides": set(),
     "pieces": {"own_code"},
-    "config": {"files", "overrides", "own_code", "pieces"},
     "leaves": set(),
+    "composing": set(),
+    "mistakes": {"composing"},
     "meanings": {"leaves"},
-    "help": {"config", "meanings", "leaves"},
-    "given": {"files", "prompts", "rewards", "types"},
+    "config": {"files", "overrides", "own_code", "pieces", "composing", "mistakes", "meanings"},
+    "help": {"composing", "config", "meanings", "leaves"},
+    "given": {"files", "prompts", "prompt_files", "rewards", "types"},
     "known_warnings": set(),
     "parts": _CARRIED | {"prompts", "pieces", "given"},
     # reads what runs have written, and the default config
-    "report": {"files", "records", "config", "leaves"},
+    "report": {"files", "records", "composing", "leaves"},
     "training": _RUN | {"parts", "given", "report"},
     "commands": _RUN | _FACE | {"training", "shapes", "report"},
     "cli": _RUN | _FACE | {"training", "commands", "report", "help"},
@@ -81,12 +84,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 CONFINED = {
     # submitit is started by Hydra's launcher
-    "hydra": ("fastgrpo/config.py", "fastgrpo/overrides.py", "fastgrpo/pieces.py", "fastgrpo/commands/submit.py"),
+    "hydra": (
+        "fastgrpo/composing.py",
+        "fastgrpo/config.py",
+        "fastgrpo/overrides.py",
+        "fastgrpo/pieces.py",
+        "fastgrpo/commands/submit.py",
+    ),
     "hydra_plugins": ("fastgrpo/commands/submit.py",),
     "submitit": ("fastgrpo/commands/submit.py",),
     "omegaconf": (
         "fastgrpo/cli.py",
+        "fastgrpo/composing.py",
         "fastgrpo/config.py",
+        "fastgrpo/mistakes.py",
         "fastgrpo/help.py",
         "fastgrpo/meanings.py",
         "fastgrpo/pieces.py",

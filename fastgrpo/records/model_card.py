@@ -14,7 +14,8 @@ from fastgrpo.models.diffusers_call import DiffusersCall, quoted
 _SCRIPT = '''"""Draws images of a prompt with {what}, as fastgrpo sample does: python generate.py 'a red circle'."""
 
 import argparse
-{package}from pathlib import Path
+{package}from itertools import count
+from pathlib import Path
 
 {imports}
 
@@ -36,6 +37,11 @@ def draw(pipeline, prompt, **settings):
     ).images
 
 
+def free_path(name):
+    """The first of name_0.png, name_1.png, ... that is not there yet."""
+    return next(path for number in count() if not (path := Path(f"{{name}}_{{number}}.png")).exists())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt")
@@ -46,7 +52,10 @@ if __name__ == "__main__":
     pipeline = load()
     for number in range(words.images):
         generator = torch.Generator("cpu").manual_seed(words.seed + number)
-        draw(pipeline, words.prompt, generator=generator)[0].save(f"{{words.output}}_{{number}}.png")
+        image = draw(pipeline, words.prompt, generator=generator)[0]
+        path = free_path(words.output)
+        image.save(path)
+        print(path)
 '''
 _FILES = """## Files
 

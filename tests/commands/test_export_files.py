@@ -91,6 +91,10 @@ def test_the_script_is_run_by_its_own_line(exported: Path, tmp_path: Path) -> No
     assert drawn.shape == (64, 64, 3)
     assert np.abs(drawn - np.asarray(expected).astype(int)).max() <= 1
     assert np.abs(drawn - np.asarray(Image.open(tmp_path / "image_0.png")).astype(int)).max() > 10
+    before = (tmp_path / "image_0.png").read_bytes()
+    again = subprocess.run(words[:3], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (again.returncode, again.stdout) == (0, "image_2.png\n"), again.stderr
+    assert (tmp_path / "image_0.png").read_bytes() == before
 
 
 def test_what_is_printed_can_be_pasted(

@@ -207,9 +207,9 @@ def test_another_thread_stops_a_run_which_is_returned_and_goes_on(tiny_weights: 
         (["prompts.path=x"], {"prompts": ["a"]}, r"prompts\.path=x: these prompts are given as a list too"),
         (["prompts.held_out=x"], {"held_out": ["a"]}, r"prompts\.held_out=x: these prompts are given as a list too"),
         ([], {"prompts": "a red circle"}, r"prompts are a list of texts, .* write \['a red circle'\]"),
-        ([], {"prompts": ["a", 3]}, "row 2 of the prompts is 3; give a text"),
+        ([], {"prompts": ["a", 3]}, r"prompts\.path: row 2 of the list is 3; give a text"),
         ([], {"held_out": ["a", " "]}, r"prompts\.held_out: row 2: blank prompt"),
-        ([], {"prompts": []}, r"prompts\.path=the list that was given is empty"),
+        ([], {"prompts": []}, r"prompts\.path: the list that was given is empty; give at least one prompt"),
         ([], {"prompts": [{"prompt": {1, 2}}]}, "cannot be written as JSON"),
     ],
 )
