@@ -487,6 +487,7 @@ def test_evaluation_of_a_run_is_the_one_that_training_logged_beside_that_of_its_
     assert {"hardware", "commit"} <= report.keys()
     names = {"evaluation.json", "grid.png", "before_after.png", "before_after_all.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert shown.splitlines()[-1] == f"written to {tmp_path / 'out'}: evaluation.json, grid.png, before_after.png"
 
 
 def test_what_the_line_names_judges_a_run_and_the_base_can_be_left_out(

@@ -55,7 +55,8 @@ def evaluate(config: DictConfig) -> None:
     for base in bases:
         _draw_both(directory, base, result, weights_of({"reward": OmegaConf.to_container(config.reward)}))
     show(report, Console())
-    print(f"written to {directory / 'evaluation.json'} and {directory / 'grid.png'}")
+    names = ["evaluation.json", "grid.png", *(["before_after.png"] if bases else [])]
+    print(f"written to {directory}: {', '.join(names)}")
 
 
 def write(directory: Path, report: dict[str, Any], result: EvaluationResult) -> None:

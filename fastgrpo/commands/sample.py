@@ -43,17 +43,21 @@ def sample(config: DictConfig) -> None:
     """Run a checked ``sample`` config and print where the images are."""
     sampling = Sampling.read(config)
     directory = new_directory(config.output)
-    pages: dict[int, np.ndarray] = {}
+    texts = [prompt.text for prompt in sampling.prompts]
+    pixels: dict[int, np.ndarray] = {}
+    scores: dict[int, list[float]] = {}
 
-    def write(index: int, images_GCHW: Tensor, _: Tensor) -> None:
-        pages[index] = to_uint8(images_GCHW)
-        write_images(directory, index, sampling.prompts[index].text, pages[index])
+    def write(index: int, images_GCHW: Tensor, scores_G: Tensor) -> None:
+        pixels[index], scores[index] = to_uint8(images_GCHW), scores_G.tolist()
+        write_images(directory, index, texts[index], pixels[index])
 
     made = sampling(write)
     said = f", {in_words(made.search)}" if made.search else ""
-    labels = [prompt.text for prompt in sampling.prompts for _ in range(config.images_per_prompt)]
-    write_page(directory, pages, labels)
-    print(f"{len(labels)} images of {made.model}{said}: {directory}, all on one page in {directory / 'grid.png'}")
+    places = range(len(texts))
+    page = draw_page(texts, [pixels[i] for i in places], [scores[i] for i in places] if made.search else None)
+    write_whole(directory / "grid.png", png(page))
+    num_images = len(texts) * config.images_per_prompt
+    print(f"{num_images} images of {made.model}{said}: {directory}, all on one page in {directory / 'grid.png'}")
 
 
 def write_images(directory: Path, index: int, text: str, pixels_GHWC: np.ndarray) -> None:
@@ -62,10 +66,13 @@ def write_images(directory: Path, index: int, text: str, pixels_GHWC: np.ndarray
         write_whole(directory / _file_name(index, number, text), png(Image.fromarray(pixels_HWC)))
 
 
-def write_page(directory: Path, pages: dict[int, np.ndarray], labels: Sequence[str]) -> None:
-    """All images, by the places of their prompts, as ``grid.png``."""
-    pixels = [pixels_HWC for index in sorted(pages) for pixels_HWC in pages[index]]
-    write_whole(directory / "grid.png", png(draw_grid(pixels, labels)))
+def draw_page(
+    texts: Sequence[str], pixels: Sequence[np.ndarray], scores: Sequence[Sequence[float]] | None
+) -> Image.Image:
+    """The images of each prompt, uint8 [G, H, W, 3], on one page, with what a search scored each."""
+    labels = [text for text, pixels_GHWC in zip(texts, pixels, strict=True) for _ in pixels_GHWC]
+    scored = None if scores is None else [score for scores_G in scores for score in scores_G]
+    return draw_grid([pixels_HWC for pixels_GHWC in pixels for pixels_HWC in pixels_GHWC], labels, scores=scored)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.commands.output_directory import new_directory
-from fastgrpo.commands.sample import Sampling, write_images, write_page
+from fastgrpo.commands.sample import Sampling, draw_page, write_images
+from fastgrpo.files.whole import write_whole
 from fastgrpo.given import Given, Row
 from fastgrpo.library.process import as_before
 from fastgrpo.library.settings import Directory, RewardFunction, config_with
-from fastgrpo.records.grids import draw_grid, png, to_uint8
+from fastgrpo.records.grids import png, to_uint8
 
 _REFUSED = {
     "output": "images are returned; sample(...).save(DIRECTORY) writes them",
@@ -47,16 +48,15 @@ class Sampled:
     def save(self, directory: Directory) -> Path:
         """Write a PNG an image and ``grid.png``, as the command does; ValueError unless the directory is empty."""
         path = new_directory(str(Path(directory)))
-        pages = {index: to_uint8(images_GCHW) for index, images_GCHW in enumerate(self.images)}
-        for index, text in enumerate(self.prompts):
-            write_images(path, index, text, pages[index])
-        write_page(path, pages, [text for text in self.prompts for _ in range(len(self.images[0]))])
+        for index, (text, images_GCHW) in enumerate(zip(self.prompts, self.images, strict=True)):
+            write_images(path, index, text, to_uint8(images_GCHW))
+        write_whole(path / "grid.png", png(self.grid()))
         return path
 
     def grid(self) -> Image.Image:
-        """All images on one page, each under its prompt."""
-        pixels = [pixels_HWC for images_GCHW in self.images for pixels_HWC in to_uint8(images_GCHW)]
-        return draw_grid(pixels, [text for text in self.prompts for _ in range(len(self.images[0]))])
+        """All images on one page, each above its prompt, with its score where a search chose it."""
+        scores = None if self.scores_PG is None else self.scores_PG.tolist()
+        return draw_page(self.prompts, [to_uint8(images_GCHW) for images_GCHW in self.images], scores)
 
     def __repr__(self) -> str:
         return f"{sum(map(len, self.images))} images of {len(self.prompts)} prompts, of {self.origin}"

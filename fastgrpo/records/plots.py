@@ -70,7 +70,7 @@ _LATER = (
     ),
 )
 # of no interest as long as they are 0
-_RARE = ("zero_variance_groups",)
+_RARE = {"zero_variance_groups", "search/gain", "proposal/gain"}
 
 
 def draw_curves(rows: Rows, path: Path, *, title: str, x: str = "seconds") -> None:
@@ -105,7 +105,7 @@ def measured_panels(rows: Rows, x: str) -> list[Panel]:
         panel
         for panel in panels
         if (lines := panel.measured(rows, x))
-        and not (panel.keys == _RARE and all(value == 0 for points in lines.values() for _, value in points))
+        and not (lines.keys() <= _RARE and all(value == 0 for points in lines.values() for _, value in points))
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 
 import fastgrpo
 from fastgrpo import cli
+from fastgrpo.records.grids import draw_grid, to_uint8
 from tests.library.runs import brightness, lora, words
 
 TEXTS = ["a red circle", "two blue squares"]
@@ -54,6 +55,9 @@ def test_a_search_maximizes_a_function_and_says_what_it_found(run: fastgrpo.Run)
     # the first candidate is the plain image
     assert (found.scores_PG >= torch.stack([brightness(images, []) for images in plain.images]) - 1e-6).all()
     assert found.scores_PG.sum() > brightness(plain.images_BCHW, []).sum()
+    pixels = [to_uint8(image_CHW) for image_CHW in found.images_BCHW]
+    labels = [text for text in TEXTS for _ in range(3)]
+    assert found.grid() == draw_grid(pixels, labels, scores=found.scores_PG.flatten().tolist())
 
 
 def test_what_a_row_says_beside_its_prompt_reaches_a_function() -> None:

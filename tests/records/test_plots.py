@@ -69,6 +69,11 @@ def test_what_was_measured_has_a_panel_and_the_evaluation_comes_first(tmp_path: 
 def test_groups_without_spread_are_shown_where_there_were_any(tmp_path: Path, drawn: list[Axes]) -> None:
     groups = [{"iteration": n, "seconds": n, "reward/group_std": 0.2, "zero_variance_groups": 0.0} for n in (1, 2)]
     assert [panel.title for panel in measured_panels(groups, "seconds")] == ["spread of rewards in a group"]
+    # what nft's retries gain where no group had to be made again
+    retried = [{**row, "search/gain": 0.0} for row in groups]
+    assert measured_panels(retried, "seconds") == measured_panels(groups, "seconds")
+    retried[1]["search/gain"] = 0.1
+    assert [panel.title for panel in measured_panels(retried, "seconds")][1:] == ["reward gained by noise"]
     groups[1]["zero_variance_groups"] = 0.25
     draw_curves(groups, tmp_path / "a.png", title="run")
     spread, without = drawn
