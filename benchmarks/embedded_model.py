@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import table, write_report
+from fastgrpo.assembly import build_evaluation
 from fastgrpo.compile.networks import Eager
 from fastgrpo.config import load_config
 from fastgrpo.files.locations import resolve_path
@@ -23,7 +24,6 @@ from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.captions import held_out_captions
 from fastgrpo.shapes.verifier import verify
 from fastgrpo.shapes.world import Caption, draw, sample_scene
-from fastgrpo.training import build_evaluation
 
 NUM_IMAGES = 1024
 

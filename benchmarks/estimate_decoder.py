@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from benchmarks.decode_drift import timed
 from benchmarks.report import table, write_report
 from fastgrpo.algorithm.noise import NoiseDraw, plain_noise, rank_correlation
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.prompts import load_prompts
 from fastgrpo.sampler import Sampler
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Prompts, Samples
 
 STEPS = (2, 3, 4, 6)

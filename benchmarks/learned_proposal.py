@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw, Starts, plain_starts
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.files.whole import write_whole
 from fastgrpo.proposal.files import load_proposal, save_proposal
 from fastgrpo.proposal.learner import ProposalLearner
 from fastgrpo.sampler import Sampler
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Prompt, Prompts, Samples
 
 REWARDS = ("shapes", "shapes_strict")

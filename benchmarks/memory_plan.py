@@ -23,9 +23,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.report import table, write_report
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.memory.plan import KEYS, SHARE
-from fastgrpo.training import build_trainer
 
 ITERATIONS = 2
 _SD35 = ("experiment=flow_grpo_sd35",)

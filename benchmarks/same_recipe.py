@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.report import table, write_report
 from benchmarks.rounding import ALLOWED, WEIGHTS, Run, beyond_rounding, differences
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.config import load_config
 from fastgrpo.records.json_lines import read_rows
-from fastgrpo.training import build_trainer
 
 SETTINGS = (
     "train.prompts_per_iteration=3",

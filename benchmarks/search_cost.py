@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.decode_drift import timed
 from benchmarks.report import table, write_report
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.rewards.shapes import ShapesReward
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 
 RECIPES = {
     "smart_grpo, elite search of all prompts": ("algorithm=smart_grpo", "algorithm/noise=elite"),

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.algorithm.noise import EVALUATION_STREAM
+from fastgrpo.assembly import build_trainer
 from fastgrpo.cli import main
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
@@ -19,7 +20,6 @@ from fastgrpo.parts import RunParts
 from fastgrpo.records.grids import cell_origin
 from fastgrpo.resolution import Resolution
 from fastgrpo.sampler import Sampler
-from fastgrpo.training import build_trainer
 from fastgrpo.training import train as train_run
 from fastgrpo.types import Prompts, Samples
 from fastgrpo_kernels import philox_normal

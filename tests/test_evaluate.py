@@ -14,13 +14,13 @@ from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Hal
 from fastgrpo.algorithm.making import Search
 from fastgrpo.algorithm.noise import EVALUATION_STREAM, NoiseDraw
 from fastgrpo.algorithm.schedule import LinearSchedule
+from fastgrpo.assembly import build_trainer
 from fastgrpo.distributed.world import World
 from fastgrpo.evaluation import Evaluation
 from fastgrpo.image_search import ImageSearch
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Prompt, Prompts, Samples
 from fastgrpo_kernels import philox_normal
 from tests.distributed import training

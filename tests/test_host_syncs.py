@@ -10,8 +10,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.composing import config_groups
-from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 

@@ -76,9 +76,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parts": _CARRIED | {"prompts", "pieces", "given"},
     # reads what runs have written, and the default config
     "report": {"files", "records", "composing", "leaves"},
-    "training": _RUN | {"parts", "given", "report"},
-    "commands": _RUN | _FACE | {"training", "shapes", "report"},
-    "cli": _RUN | _FACE | {"training", "commands", "report", "help"},
+    "assembly": _RUN | {"parts", "report"},
+    "training": _RUN | {"parts", "given", "assembly"},
+    "commands": _RUN | _FACE | {"assembly", "training", "shapes", "report"},
+    "cli": _RUN | _FACE | {"training", "commands", "help"},
     "library": _RUN | _FACE | {"training", "commands"},
     "__main__": {"cli"},
 }
@@ -105,7 +106,8 @@ CONFINED = {
         # the config of a run, as a file
         "fastgrpo/checkpoints/same_run.py",
         "fastgrpo/report/",
-        # for the type of what it is given
+        # for the type of what they are given
+        "fastgrpo/assembly.py",
         "fastgrpo/training.py",
         "fastgrpo/commands/",
         "fastgrpo/library/",

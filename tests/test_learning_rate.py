@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.learning_rate import LearningRate
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 

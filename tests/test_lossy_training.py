@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.models.fp8 import Fp8Linear
 from fastgrpo.rollout import StepRollout
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from tests.tiny_config import make_config

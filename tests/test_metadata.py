@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fastgrpo.algorithm.image_search import BestOfEstimates, Halving
 from fastgrpo.algorithm.making import Search
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.prompt_images import search_images
 from fastgrpo.retry import Made
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Prompt, Samples, as_prompts
 from tests.field import Field
 from tests.tiny_config import make_overrides

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.old_policy import OldPolicy
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 IMAGES = ("algorithm=nft", "algorithm.schedule.num_steps=3", "train.learning_rate=1e-1")

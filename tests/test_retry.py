@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.parts import RunParts
 from fastgrpo.retry import Made
 from fastgrpo.rollout import StepRollout
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples, TrainedImages, TrainedSteps
 from fastgrpo_kernels import combined, philox_normal
 from tests.tiny_config import make_config, make_overrides

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.models.pipeline_model import PipelineModel
-from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.assembly import _planner, assemble, build_trainer
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
 from fastgrpo.image_replay import ImageReplay
@@ -22,7 +23,6 @@ from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.rollout import ImageRollout, StepRollout
 from fastgrpo.step_replay import StepReplay
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import _planner, assemble, build_trainer
 from tests.test_trainer import release
 from tests.tiny_config import make_config
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples
 from fastgrpo_kernels import combined, philox_normal
 from tests.tiny_config import make_config

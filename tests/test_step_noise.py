@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.rounding import beyond_rounding, differences
 from benchmarks.same_recipe import contrast
 from fastgrpo.algorithm.algorithm import Algorithm
+from fastgrpo.assembly import build_trainer
 from fastgrpo.distributed.world import World
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.pipeline_model import PipelineModel
@@ -22,7 +23,6 @@ from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.rollout import StepRollout
 from fastgrpo.step_noise import StepNoise
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import ChosenNoise, Prompt, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update
 from fastgrpo_kernels import combined, philox_normal

@@ -13,8 +13,8 @@ from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.objective.flow_dppo import FlowDPPO
 from fastgrpo.algorithm.objective.grpo_guard import GRPOGuard
 from fastgrpo.algorithm.objective.steps import StepObjective
+from fastgrpo.assembly import build_trainer
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.training import build_trainer
 from fastgrpo_kernels import philox_normal
 from tests.test_update import (
     ADVANTAGES,

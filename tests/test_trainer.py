@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.health import TrainingError
 from fastgrpo.records.metrics import METRICS
@@ -19,7 +20,7 @@ from fastgrpo.rewards.reward import Reward, RewardError
 from fastgrpo.rewards.scoring import Scoring
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer, train
+from fastgrpo.training import train
 from tests.tiny import make_pipeline
 from tests.tiny_config import make_config
 

@@ -16,6 +16,7 @@ from fastgrpo.algorithm.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from fastgrpo.algorithm.objective.clipped_surrogate import ClippedSurrogate
 from fastgrpo.algorithm.objective.steps import StepObjective
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.assembly import build_trainer
 from fastgrpo.memory.batch_size import BatchSize
 from fastgrpo.memory.batches import BatchSizes
 from fastgrpo.models.adaptation import FullFineTuning
@@ -24,7 +25,6 @@ from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.rollout import StepRollout
 from fastgrpo.sampler import Sampler
 from fastgrpo.step_replay import StepReplay
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Noise, Prompts, Samples, TrainedSteps, Trajectories
 from fastgrpo.update import Update, UpdateStats
 from tests.tiny_config import make_config

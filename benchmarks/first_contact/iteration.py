@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import table, write_report
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.shapes.captions import training_captions
-from fastgrpo.training import build_trainer
 
 _ITERATIONS = 4
 _STAGES = ("iteration", "encode", "search", "rollout", "reward", "update")

@@ -22,8 +22,8 @@ from benchmarks.flow_grpo.pipeline import MINIATURE, Size
 from benchmarks.flow_grpo.recipe import MICRO_BATCH, NUM_STEPS, RECIPES, Job, our_config, our_setting
 from benchmarks.flow_grpo.setting import Setting
 from benchmarks.flow_grpo.their_update import TheirUpdate
+from fastgrpo.assembly import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples, TrainedSteps
 
 # so wide that rounding clips nothing

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.flow_grpo.recipe import Job, our_config
 from benchmarks.flow_grpo.side import Iteration, now
-from fastgrpo.training import build_trainer
+from fastgrpo.assembly import build_trainer
 
 
 class FastGRPO:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.rare_success.methods import METHODS
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.files.whole import write_whole
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 
 NUM_IMAGES = 96
 # of an evaluation, at least

@@ -11,13 +11,13 @@ from typing import Any
 import torch.multiprocessing
 
 from benchmarks.scaling.measured import Counts, Measured, run
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.traffic import Collective
 from fastgrpo.distributed.world import join_world, leave_world
 from fastgrpo.memory.device import device_of
 from fastgrpo.parts import read_runtime
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.training import build_trainer
 
 
 def train_on_ranks(

@@ -16,6 +16,7 @@ from typing import Any
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.image_search import BestOfEstimates, BestOfN, Elite, Halving
 from fastgrpo.algorithm.making import Search
+from fastgrpo.assembly import build_evaluation
 from fastgrpo.commands.trained import load_model, with_run
 from fastgrpo.config import load_config
 from fastgrpo.evaluation import Evaluation
@@ -24,7 +25,6 @@ from fastgrpo.parts import build_rewards, read_prompts, read_runtime
 from fastgrpo.pieces import build
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
-from fastgrpo.training import build_evaluation
 
 NUM_STEPS = 10
 # of what is searched by CLIP: enough to see where it leads

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.evaluation import Evaluation, EvaluationResult
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 
 PROMPTS = 12
 GROUP = 16

@@ -19,6 +19,7 @@ from rich.table import Table
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.making import Search
 from fastgrpo.algorithm.noise import Starts, plain_starts
+from fastgrpo.assembly import build_evaluation
 from fastgrpo.commands.output_directory import new_directory
 from fastgrpo.commands.proposal import starts_of, wanted_proposal
 from fastgrpo.commands.searching import account, begun_search, in_words, wanted_search
@@ -38,7 +39,6 @@ from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
 from fastgrpo.settings import Evaluating
 from fastgrpo.shapes.world import parse_caption
-from fastgrpo.training import build_evaluation
 from fastgrpo.types import Prompt
 
 # a report, and what it was made of

@@ -19,13 +19,13 @@ from benchmarks.scaling.sharded import Passes, filled_up, of_shards, units_of
 from benchmarks.scaling.tables import predictions
 from benchmarks.scaling.timed import Case, Timed, cases_of, efficiencies
 from benchmarks.scaling.workload import Workload, meta_transformer, num_trained, workloads
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.traffic import Collective, Traffic
 from fastgrpo.distributed.world import World
 from fastgrpo.pieces import build
 from fastgrpo.records.record import NoRecord
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.training import build_trainer
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_overrides
 

@@ -7,13 +7,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.commands.trained import load_model, with_run
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.records.record import NoRecord
 from fastgrpo.rewards.ranks import PolicyRank
-from fastgrpo.training import build_trainer
 from tests.ranks import Ranks, ranks_of_module
 from tests.tiny_config import make_overrides
 

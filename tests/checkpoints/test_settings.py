@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import TrainState
 from fastgrpo.evaluation import EvaluationResult
 from fastgrpo.profiling.profile import Step
 from fastgrpo.records.record import NoRecord
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 SMALL = ("train.prompts_per_iteration=1", "train.group_size=2", "algorithm.schedule.num_steps=2", "evaluate.every=99")

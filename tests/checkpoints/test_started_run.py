@@ -11,13 +11,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from fastgrpo import cli
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.same_run import SameRun
 from fastgrpo.distributed.world import World
 from fastgrpo.files.run_directory import RunDirectory
 from fastgrpo.models.adapter import Started
 from fastgrpo.settings import Runtime
-from fastgrpo.training import build_trainer, train
+from fastgrpo.training import train
 from tests.tiny_config import make_config, make_overrides
 
 FILE = "lora/pytorch_lora_weights.safetensors"

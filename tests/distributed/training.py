@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.rounding import Run
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.records.record import NoRecord
 from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_overrides
 
 # a reward that follows rounding, where the bytes of a JPEG would jump; 3 x 5 samples divide by neither 2 nor 4

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 # five prompts are two an iteration, and what is kept of each is kept by then

@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.memory.batch_size import DoesNotFit
 from fastgrpo.memory.byte_count import LiveBytes
@@ -18,7 +19,7 @@ from fastgrpo.parts import build_model, build_rewards
 from fastgrpo.pieces import build
 from fastgrpo.rollout import StepRollout
 from fastgrpo.signals import rehearsal
-from fastgrpo.training import build_trainer, train
+from fastgrpo.training import train
 from tests.tiny_config import make_config, make_overrides
 
 PLENTY = 2**40

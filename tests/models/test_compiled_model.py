@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.compile.blocks import CompiledBlocks, num_compilations
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.sd3 import StableDiffusion3, joint_block
-from fastgrpo.training import build_trainer
 from tests.tiny_config import make_config
 
 

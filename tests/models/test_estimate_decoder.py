@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgrpo.algorithm.noise import SEARCH_STREAM, Candidates, NoiseDraw
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.memory.plan import DECODING
@@ -24,7 +25,6 @@ from fastgrpo.models.pipeline_model import PipelineModel
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.parts import build_model
 from fastgrpo.trainer import Trainer
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Samples
 from fastgrpo_kernels import combined
 from tests.memory.test_stages import PLENTY, Planned

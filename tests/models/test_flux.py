@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.algorithm import Algorithm
 from fastgrpo.algorithm.schedule import FluxSchedule, LinearSchedule
+from fastgrpo.assembly import build_trainer
 from fastgrpo.commands.doctor import replayed
 from fastgrpo.compile.blocks import num_compilations
 from fastgrpo.config import load_config
@@ -23,7 +24,6 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.pieces import build
 from fastgrpo.sampler import Sampler
-from fastgrpo.training import build_trainer
 from fastgrpo.types import Conditions, Prompts, Samples
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.algorithm.schedule import Flux2Schedule
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
 from fastgrpo.models.adaptation import FullFineTuning
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.flux2 import Flux2Klein
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.models.test_sharding import TOLERANCE, Case, Trained, train
 from tests.ranks import Ranks, ranks_of_module

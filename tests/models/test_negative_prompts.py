@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo import cli
 from fastgrpo.algorithm.schedule import SD3Schedule
+from fastgrpo.assembly import _planner, build_trainer, load_rewards
 from fastgrpo.commands.doctor import replayed
 from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
@@ -27,7 +28,7 @@ from fastgrpo.retry import Made
 from fastgrpo.rewards.jpeg import JpegSize
 from fastgrpo.rewards.weighted_sum import Rewards
 from fastgrpo.sampler import Sampler
-from fastgrpo.training import _encode_ahead, _load_rewards, _planner, build_trainer
+from fastgrpo.training import _encode_ahead
 from fastgrpo.types import Conditions, Prompt, Prompts, Samples, as_prompts
 from fastgrpo_kernels import combined
 from tests.field import Field
@@ -247,7 +248,7 @@ def test_memory_is_planned_and_texts_are_encoded_ahead_for_both_branches(tiny_we
     trainer, parts = build_trainer(config), RunParts.read(config)
     _encode_ahead(parts, trainer)
     assert len(list((tmp_path / "conditions").rglob("*.safetensors"))) == 5 + 2 + 1
-    planner = _planner(parts, _load_rewards(parts)[0], trainer.world)
+    planner = _planner(parts, load_rewards(parts)[0], trainer.world)
     assert planner.prompt == Prompt("two red triangles", negative="a blue square")
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.distributed.spread import Spread
 from fastgrpo.distributed.world import World
@@ -21,7 +22,6 @@ from fastgrpo.models.fp8 import Fp8
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.qwen_image import QwenImage
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.qwen_families import FAMILIES, GUIDANCE, QWEN_IMAGE, QWEN_IMAGE_21, TEXTS, Family
 from tests.ranks import Ranks, ranks_of_module

@@ -20,6 +20,7 @@ from diffusers import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.config import load_config
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.flux import Flux
@@ -27,7 +28,6 @@ from fastgrpo.models.lora import LoRA
 from fastgrpo.models.random_weights import random_module
 from fastgrpo.models.sd3 import StableDiffusion3
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.training import build_trainer
 from fastgrpo_kernels import combined
 from tests.tiny_config import make_overrides
 

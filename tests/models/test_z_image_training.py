@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.assembly import build_trainer
 from fastgrpo.commands.doctor import replayed
 from fastgrpo.config import load_config
 from fastgrpo.distributed.world import World
@@ -19,7 +20,6 @@ from fastgrpo.models.fp8 import Fp8, block_layers
 from fastgrpo.models.lora import LoRA
 from fastgrpo.models.z_image import ZImage
 from fastgrpo.pieces import build, build_partial
-from fastgrpo.training import build_trainer
 from fastgrpo.training import train as train_run
 from fastgrpo_kernels import combined
 from tests.models.test_sharding import CHECKPOINTING, FULL, Case, assert_agree, train

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from benchmarks.rounding import Run, beyond_rounding, differences
 from fastgrpo import cli
+from fastgrpo.assembly import build_trainer
 from fastgrpo.checkpoints.checkpoint import Checkpoint
 from fastgrpo.checkpoints.train_state import TrainState
 from fastgrpo.distributed.world import World
 from fastgrpo.proposal.files import load_proposal, save_proposal
 from fastgrpo.proposal.network import ProposalNetwork, ProposalShape
-from fastgrpo.training import build_trainer, train
+from fastgrpo.training import train
 from fastgrpo.types import Samples
 from tests import tiny_config
 from tests.checkpoints.test_resume import lasting_metrics

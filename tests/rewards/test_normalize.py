@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo import types
+from fastgrpo.assembly import build_trainer
 from fastgrpo.rewards.weighted_sum import Rewards
-from fastgrpo.training import build_trainer
 from fastgrpo.update import Update
 from tests.tiny_config import make_config
 
