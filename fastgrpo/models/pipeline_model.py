@@ -8,6 +8,7 @@ Letters: B samples, L text tokens, C H W latent channels, height and width.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fastgrpo.models.adaptation import Adaptation
+from fastgrpo.models.added_lora import AddedLoRA
 from fastgrpo.models.architectures import Architecture
 from fastgrpo.models.attention import attention_backend
 from fastgrpo.models.blocks.modulation import Modulations
@@ -130,16 +132,10 @@ class PipelineModel(PipelineFamily):
         self._num_channels, self._pixels = self.num_channels(vae_config), self.pixels_of_latent(vae_config)
         small = self._find_estimate_decoder(estimate_decoder)
         self.conditions = self._make_conditions(transformer_config, dtype, decode_dtype, condition_cache)
-        added = None
-        if lora is not None or (isinstance(adaptation, LoRA) and adaptation.start is not None):
-            shapes = shapes_of(self.transformer_class, transformer_config)
-            about = self.pipeline_class, self.transformer_class.__name__, shapes
-            added = None if lora is None else read_lora(lora, *about)
-            adaptation = StartedLoRA.read(adaptation, *about)
+        added, adaptation = self._read_loras(lora, adaptation, transformer_config)
         self.pipeline: Any = self._make_pipeline(_DTYPES[dtype], _DTYPES[decode_dtype])
-        for module in self.pipeline.components.values():
-            if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval()
+        if _DTYPES[decode_dtype] in _HALF:
+            _to_channels_last(self.decoder)
         if added is not None:
             added.add_to(self.transformer)
         # random weights are a function of these, and over FakeTensors there is nothing to read
@@ -153,11 +149,6 @@ class PipelineModel(PipelineFamily):
             checkpointing=checkpointing,
             modulations=Modulations(is_frozen=adapted.is_frozen_outside_blocks),
         )
-        if _DTYPES[decode_dtype] in _HALF:
-            # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
-            for weight in self.decoder.parameters():
-                if weight.ndim == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._estimate_decoder = None
         if small is not None:
             module = small.load(self.device, _DTYPES[decode_dtype], is_random=self._random is not None)
@@ -208,14 +199,29 @@ class PipelineModel(PipelineFamily):
             )
         return EstimateDecoderFiles.find(path, num_channels=self._num_channels, pixels=self._pixels)
 
+    def _read_loras(
+        self, lora: str | None, adaptation: Callable[[nn.Module], Adaptation], config: Mapping[str, Any]
+    ) -> tuple[AddedLoRA | None, Callable[[nn.Module], Adaptation]]:
+        """The one that is added to the frozen weights, and the adaptation with the one that it starts from."""
+        if lora is None and not (isinstance(adaptation, LoRA) and adaptation.start is not None):
+            return None, adaptation
+        about = self.pipeline_class, self.transformer_class.__name__, shapes_of(self.transformer_class, config)
+        return None if lora is None else read_lora(lora, *about), StartedLoRA.read(adaptation, *about)
+
     def _make_pipeline(self, dtype: torch.dtype, decode_dtype: torch.dtype) -> Any:
+        """The pipeline on its device, frozen, without its text encoders."""
         if self._random is not None:
-            transformer = self._random.make("transformer", self.transformer_class, device=self.device, dtype=dtype)
-            return self.pipeline_of(
-                transformer=transformer,
-                vae=self._random.make("autoencoder", self.autoencoder_class, device=self.device, dtype=decode_dtype),
+            make = partial(self._random.make, device=self.device)
+            pipeline = self.pipeline_of(
+                transformer=make("transformer", self.transformer_class, dtype=dtype),
+                vae=make("autoencoder", self.autoencoder_class, dtype=decode_dtype),
             )
-        return self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
+        else:
+            pipeline = self._load(dtype, decode_dtype, without=self.text_encoders).to(self.device)
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        return pipeline
 
     def _load(self, dtype: torch.dtype, decode_dtype: torch.dtype, without: tuple[str, ...]) -> Any:
         assert self._files is not None
@@ -371,6 +377,13 @@ def _check_lossy(lossy: Lossy | None, device: torch.device, *, is_compiled: bool
             "lossy=fp8 is slower than bfloat16 on a GPU unless the kernels that quantize are compiled into one; use "
             "compile=blocks, or lossy=none"
         )
+
+
+def _to_channels_last(decoder: nn.Module) -> None:
+    # weight by weight: Module.to cannot replace FakeTensors, over which memory is counted
+    for weight in decoder.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _is_first() -> bool:
