@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 
+from fastgrpo.assembly import build_trainer
+from fastgrpo.distributed.world import World
 from fastgrpo.health import Preempted
+from fastgrpo.rewards.ranks import PolicyRank
 from fastgrpo.trainer import Trainer
 from fastgrpo.training import train
+from tests.ranks import Ranks, ranks_of_module
 from tests.report.made_run import evaluation_of, make_record, searched
 from tests.report.read_page import Page
 from tests.tiny_config import TEXTS, make_config
+
+on_ranks = ranks_of_module()
 
 SEARCH = (
     "algorithm/noise=elite",
@@ -52,6 +58,21 @@ def test_training_with_a_search_ends_with_a_page_of_what_it_saw(tiny_weights: Pa
             assert [len(scores) for scores in group["rounds"]] == [4, 4]
             seen = sorted(group["rounds"][0] + group["rounds"][1], reverse=True)
             assert group["chosen"] == seen[:3]
+
+
+def run_of_ranks(world: World, weights: Path, output: Path) -> int:
+    words = ("train.iterations=2", "evaluate.every=1", "report=true")
+    trainer = build_trainer(make_config(weights, output, *words), PolicyRank(world=world))
+    trainer.run()
+    return trainer.iteration
+
+
+def test_several_ranks_make_one_page_of_all_their_images(on_ranks: Ranks, tiny_weights: Path, tmp_path: Path) -> None:
+    assert on_ranks(2, run_of_ranks, tiny_weights, tmp_path / "run") == [2, 2]
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.data["gallery"]["steps"] == [0, 1, 2]
+    assert [text for text in page.all_of("figcaption") if text in TEXTS] == list(TEXTS)
+    assert "Not at the end" not in page.text
 
 
 def test_a_run_that_is_interrupted_has_a_page_too(
