@@ -13,6 +13,7 @@ What is done is kept in --out, cell by cell; the same command goes on.  Seconds 
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -55,10 +56,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=64, help="of the training prompts and of the held-out ones")
     parser.add_argument("--images", type=int, default=16, help="of a prompt, a multiple of --best-of")
     parser.add_argument("--best-of", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("overrides", nargs="*", help="key=value, of the model and of algorithm.noise")
     arguments = parser.parse_args(words)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    measured = {}
+    for seed in arguments.seeds:
+        one = argparse.Namespace(**{**vars(arguments), "seed": seed, "out": arguments.out / f"seed_{seed}"})
+        one.out.mkdir(parents=True, exist_ok=True)
+        measured[seed] = _measure(one)
+    print(_report(measured, arguments).read_text())
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every cell of one seed."""
     cells = Cells(arguments.out, arguments)
     results = {
         "frozen": cells("frozen", lambda: _learn(arguments, "frozen", arguments.frozen, None)),
@@ -69,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for _, weights, proposal in POLICIES:
         name = f"judged_{proposal}"
         results[name] = cells(name, partial(_judge, arguments, weights, proposal))
-    print(_report(results, arguments).read_text())
+    return results
 
 
 @dataclass(frozen=True)
@@ -232,17 +242,17 @@ def images_rewards(
     return trainer.rewards(images_BCHW, texts).named
 
 
-def _report(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
+def _report(measured: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> Path:
     rows = []
     for policy, _, proposal in POLICIES:
         for prompts in ("training prompts", "held-out prompts"):
-            found = results[f"judged_{proposal}"][prompts]
+            of_seeds = [results[f"judged_{proposal}"][prompts] for results in measured.values()]
             cells = [
-                " / ".join(f"{found[f'{noise} {reward}']['mean']:.3f}" for reward in REWARDS)
+                " / ".join(_median([found[f"{noise} {reward}"]["mean"] for found in of_seeds]) for reward in REWARDS)
                 for noise in ("plain", "learned", "swapped", "searched")
             ]
-            gains = [found[f"learned {reward}"]["gain"] for reward in REWARDS]
-            gained = " / ".join(f"{gain['mean']:+.3f} ± {gain['standard_error']:.3f}" for gain in gains)
+            gains = [found["learned shapes_strict"]["gain"] for found in of_seeds]
+            gained = ", ".join(f"{gain['mean']:+.3f} ± {gain['standard_error']:.3f}" for gain in gains)
             rows.append([policy, prompts, *cells, gained])
     header = [
         "policy",
@@ -251,24 +261,37 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
         "learned",
         "of another prompt",
         f"best of {arguments.best_of}",
-        "learned minus plain",
+        "learned minus plain, strict, a seed each",
     ]
-    curves = [[name, *_curve(results[name])] for name in ("frozen", "beside", "trained")]
-    took = ", ".join(f"{name} {values['cpu_seconds']:.0f}" for name, values in results.items())
+    curves = [
+        [name, str(seed), *_curve(results[name])]
+        for name in ("frozen", "beside", "trained")
+        for seed, results in measured.items()
+    ]
+    took = "; ".join(
+        f"seed {seed}: " + ", ".join(f"{name} {values['cpu_seconds']:.0f}" for name, values in results.items())
+        for seed, results in measured.items()
+    )
     body = (
         f"Graded / strict reward, {arguments.prompts} prompts of each kind, {arguments.images} images of each from "
         "plain and from learned noise, in evaluation's steps; the standard error is that over prompts.  Of another "
         "prompt: learned noise, of the prompt half a list away.  Best of "
-        f"{arguments.best_of}: of so many of the plain images, the one with the highest graded reward.  One seed, "
-        f"{arguments.seed}.\n\n"
+        f"{arguments.best_of}: of so many of the plain images, the one with the highest graded reward.  Medians over "
+        f"{len(measured)} seed(s), and their range.\n\n"
         + table(header, rows)
         + "\n\nWhile it learned: iterations of 12 prompts and 16 images, the graded reward in the first and in the "
         "last fifth of them, and nats of KL to N(0, I) in the last one.\n\n"
-        + table(["learned", "iterations", "first fifth", "last fifth", "nats"], curves)
+        + table(["learned", "seed", "iterations", "first fifth", "last fifth", "nats"], curves)
         + f"\n\nSeconds of one CPU core: {took}."
     )
-    data = {"results": results, "arguments": {**vars(arguments), "out": ""}}
+    data = {"results": measured, "arguments": {**vars(arguments), "out": ""}}
     return write_report("learned_proposal", title="Learned start noise", body=body, data=data)
+
+
+def _median(values: Sequence[float]) -> str:
+    """With the range, where there are several."""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3f}{spread}"
 
 
 def _curve(values: dict[str, Any]) -> list[str]:

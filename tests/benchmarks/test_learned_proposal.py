@@ -1,6 +1,7 @@
 """The comparison of start noises, in a few images: what is measured, and what is kept of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fastgrpo.algorithm.noise import NoiseDraw, plain_starts
 from fastgrpo.proposal.files import load_proposal
 from fastgrpo.types import Conditions
 
-SHORT = ["--frozen=1", "--nft=1", "--trained=1", "--prompts=2", "--images=4", "--best-of=2", "--mix=0"]
+SHORT = ["--seeds=1", "--frozen=1", "--nft=1", "--trained=1", "--prompts=2", "--images=4", "--best-of=2", "--mix=0"]
 SHORT += [
     "algorithm.noise.width=4",
     "train.prompts_per_iteration=1",
@@ -35,13 +36,22 @@ def test_what_is_measured_is_kept_and_not_measured_again(
         assert f"| {policy} | training prompts |" in shown
         assert f"| {policy} | held-out prompts |" in shown
     for name in ("frozen", "beside", "trained"):
-        assert load_proposal(out / name).shape.width == 4
-    judged = json.loads((out / "judged_frozen.json").read_text())["held-out prompts"]
+        assert load_proposal(out / "seed_1" / name).shape.width == 4
+    judged = json.loads((out / "seed_1" / "judged_frozen.json").read_text())["held-out prompts"]
     assert judged["plain shapes"]["gain"] == {"mean": 0.0, "standard_error": 0.0}
     assert judged["searched shapes"]["mean"] >= judged["plain shapes"]["mean"]
     monkeypatch.setattr(learned_proposal, "build_trainer", None)
-    main([f"--out={out}", *SHORT])
-    assert "measured" in capsys.readouterr().out.lower()
+    measured = (out / "seed_1" / "judged_frozen.json").read_text()
+    other = json.loads(measured)
+    other["held-out prompts"]["plain shapes_strict"]["mean"] = 0.75
+    shutil.copytree(out / "seed_1", out / "seed_2")
+    (out / "seed_2" / "judged_frozen.json").write_text(json.dumps(other))
+    main([f"--out={out}", *SHORT[1:], "--seeds", "1", "2"])
+    low = judged["plain shapes_strict"]["mean"]
+    assert low < 0.75
+    shown = capsys.readouterr().out
+    assert f" / {(low + 0.75) / 2:.3f} ({low:.3f} to 0.750) |" in shown
+    assert "measured" in shown.lower()
 
 
 def test_the_best_of_each_so_many_is_taken_by_the_graded_reward(monkeypatch: pytest.MonkeyPatch) -> None:
