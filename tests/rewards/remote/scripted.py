@@ -95,6 +95,9 @@ class Scripted:
             reply = self._replies.pop(0) if self._replies else None
         reply = reply or self._then(asked.content)
         time.sleep(reply.seconds)
+        # before the client has its answer, and asks again
+        with self._lock:
+            self._in_flight -= 1
         return reply
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -117,9 +120,6 @@ class Scripted:
                 except OSError:
                     # the client did not wait
                     pass
-                finally:
-                    with scripted._lock:
-                        scripted._in_flight -= 1
 
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
