@@ -92,7 +92,7 @@ def test_a_mistake_is_told_at_once_with_the_line_of_the_users_file(error: Except
     begun = time.monotonic()
     with pytest.raises(RewardError) as raised:
         ask(reward, retries=5, retry_seconds=10.0)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
     assert reward.calls == 1
     assert str(raised.value).startswith(f"reward 'mine' raised {type(error).__name__}: {error}, at ")
     assert f"test_scoring.py, line {line}; correct it there" in str(raised.value)

@@ -61,7 +61,7 @@ def test_each_remote_reward_that_nobody_serves_ends_before_a_run(name: str, capl
         rf"nobody answered in 0.6 s \({url}: .*Connection refused\); start the server, correct "
         r"reward.terms.NAME.endpoints, or raise reward.terms.NAME.startup_patience_seconds"
     )
-    assert 0.6 <= seconds_of(lambda: golden_scores(rewards, "cpu"), says) < 5
+    assert 0.6 <= seconds_of(lambda: golden_scores(rewards, "cpu"), says) < 15
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"waiting up to 0.6 s for {url}: " in said
 
@@ -76,7 +76,7 @@ def test_twenty_seconds_are_the_default(name: str) -> None:
 
 def test_a_server_that_takes_connections_and_says_nothing_is_not_there() -> None:
     with silent() as url:
-        assert 0.6 <= seconds_of(tried(http_reward(url)), "nobody answered in 0.6 s") < 5
+        assert 0.6 <= seconds_of(tried(http_reward(url)), "nobody answered in 0.6 s") < 15
 
 
 def test_what_a_gateway_says_for_a_server_that_is_not_there_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +94,13 @@ def test_one_of_several_servers_is_enough() -> None:
 
 def test_a_server_that_comes_within_the_patience_is_waited_for() -> None:
     port = free_port()
-    reward = http_reward(f"http://127.0.0.1:{port}", startup_patience_seconds=10.0)
+    reward = http_reward(f"http://127.0.0.1:{port}", startup_patience_seconds=30.0)
     greeted = threading.Thread(target=reward.greet)
     greeted.start()
     time.sleep(0.3)
     assert greeted.is_alive()
     with served({"red": redness}, port=port):
-        greeted.join(5)
+        greeted.join(30)
     assert not greeted.is_alive()
 
 
@@ -125,7 +125,7 @@ def test_a_greeting_takes_no_token_along(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_before_the_first_answer_a_server_that_fails_is_given_up_early_too() -> None:
     with Scripted(then=lambda _: Reply(status=500)) as server:
         says = "status 500.*raise reward.terms.NAME.startup_patience_seconds"
-        assert 0.6 <= seconds_of(tried(http_reward(server.url)), says) < 5
+        assert 0.6 <= seconds_of(tried(http_reward(server.url)), says) < 15
 
 
 def test_once_it_has_answered_a_question_has_the_patience_of_a_run() -> None:

@@ -44,12 +44,12 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_it_serves_terms_and_watched_rewards_and_ends_cleanly_on_sigterm() -> None:
     golden = golden_set()
     with serving("reward=shapes") as (process, url):
-        assert requests.get(f"{url}/health", timeout=5).json()["rewards"] == ["shapes", "shapes_strict"]
+        assert requests.get(f"{url}/health", timeout=30).json()["rewards"] == ["shapes", "shapes_strict"]
         for name, strict in (("shapes", False), ("shapes_strict", True)):
             remote = HttpReward(endpoints=[url], name=name, batch=5)(golden.images_BCHW, golden.prompts)
             assert torch.equal(remote, ShapesReward(strict=strict)(golden.images_BCHW, golden.prompts))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=30) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
 
@@ -68,7 +68,7 @@ def test_it_serves_a_reward_of_the_users_own_beyond_loopback_to_who_has_the_toke
         try:
             remote = HttpReward(endpoints=[url], name="custom", token_env="OWN_TOKEN")
             remote.greet()
-            found.put(requests.post(f"{url}/v1/rewards/custom/score", json={}, timeout=5).status_code)
+            found.put(requests.post(f"{url}/v1/rewards/custom/score", json={}, timeout=30).status_code)
             found.put(remote(torch.full((2, 3, 8, 8), 0.2), ["a", "b"]))
         finally:
             os.kill(os.getpid(), signal.SIGINT)
@@ -101,13 +101,13 @@ def test_a_server_whose_gpu_has_failed_ends_by_that(tmp_path: Path, monkeypatch:
     def visit() -> None:
         HttpReward(endpoints=[url], name="custom").greet()
         body = {"images": [base64.b64encode(to_png(to_pixels(some_images(1))[0])).decode()], "prompts": ["a"]}
-        found.put(requests.post(f"{url}/v1/rewards/custom/score", json=body, timeout=5).status_code)
+        found.put(requests.post(f"{url}/v1/rewards/custom/score", json=body, timeout=30).status_code)
 
     threading.Thread(target=visit, daemon=True).start()
     words = ["reward=custom", "reward.path=own_broken.broken", "reward.golden=false", f"port={port}"]
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         cli.main(["serve-reward", "runtime.device=cpu", *words])
-    assert found.get(timeout=5) == 500
+    assert found.get(timeout=30) == 500
 
 
 def fails(capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
