@@ -75,7 +75,5 @@ def name_of(reward: Reward | Callable[..., Any]) -> str:
 
 
 def _lines(rows: Sequence[Row], key: str) -> bytes:
-    values = [value for _, value in plain_rows(rows, f"prompts.{key}")]
-    return "".join(
-        json.dumps({"prompt": value} if isinstance(value, str) else value) + "\n" for value in values
-    ).encode()
+    # a text alone stays one: its column may be called otherwise in the mappings beside it
+    return "".join(f"{json.dumps(value)}\n" for _, value in plain_rows(rows, f"prompts.{key}")).encode()

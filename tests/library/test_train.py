@@ -12,6 +12,10 @@ from torch import Tensor
 
 import fastgrpo
 from fastgrpo import cli
+from fastgrpo.given import Given
+from fastgrpo.prompts import load_prompts
+from fastgrpo.resolution import Resolution
+from fastgrpo.types import Prompt
 from tests.library.runs import brightness, lora, rows, words
 
 NAMED = ("reward=custom", "reward.path=tests.library.runs.brightness")
@@ -105,6 +109,18 @@ class Called:
     def __call__(self, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
         assert set(prompts) <= {*TEXTS, "a red square"}
         return brightness(images_BCHW, prompts)
+
+
+def test_a_list_is_read_as_the_file_that_is_kept_of_it(tmp_path: Path) -> None:
+    # a tuple is a list in JSON
+    given = Given(path=["a red circle", {"caption": "two squares", "tags": (1, 2), "resolution": 32}])
+    given.keep(tmp_path)
+    found = given.prompts("path", lambda prompt: prompt, "caption")
+    assert found == load_prompts(tmp_path / "prompts.jsonl", column="caption")
+    assert found == [
+        Prompt("a red circle"),
+        Prompt("two squares", resolution=Resolution(32, 32), metadata={"tags": [1, 2]}),
+    ]
 
 
 def test_lists_are_the_files_that_they_would_be(tiny_weights: Path, tmp_path: Path) -> None:
