@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fastgrpo.composing import compose_config, composed, config_groups
 from fastgrpo.files.locations import resolve_path
 from fastgrpo.meanings import general_meanings, meaning_of, meanings
-from fastgrpo.mistakes import in_words, keys_of, unknown_key
+from fastgrpo.mistakes import in_words, keys_of, refuse_groups_of_others, unknown_key
 from fastgrpo.overrides import (
     TEXT_KEYS,
     beside_targets,
@@ -49,6 +49,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     would import must be fastgrpo's own or named by an override, and so must a variable whose token it would send.
     """
     groups = config_groups(name)
+    refuse_groups_of_others(map(key_of, overrides), name)
     overrides = [switched(quoted(override), groups) for override in overrides]
     overrides = [meant for override in overrides for meant in of_file(override, name, groups)]
     overrides = gathered(
@@ -66,7 +67,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     leave_out(config, default, line)
     if missing := sorted(OmegaConf.missing_keys(config)):
         said = _meaning(missing[0], name, overrides)
-        raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE{said and f', {said}'}")
+        raise ValueError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE{said and f': {said}'}")
     _check_plain(OmegaConf.to_container(config), OmegaConf.to_container(default), "", name)
     check(config)
     return config

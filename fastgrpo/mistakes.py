@@ -1,7 +1,7 @@
 """What is said of a line that makes no config: the mistake, and what was probably meant."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -43,6 +43,17 @@ def unknown_key(key: str, name: str) -> str:
     )
 
 
+def refuse_groups_of_others(keys: Iterable[str], name: str) -> None:
+    """ValueError for a group that other commands choose from; what Hydra says of it depends on its value."""
+    top, own = Path(str(files(_CONFIGS))), config_groups(name)
+    for key in keys:
+        if key in own or not (top / key).is_dir():
+            continue
+        if others := [other for other in _commands() if key in config_groups(other)]:
+            have = "the command {} has" if len(others) == 1 else "the commands {} have"
+            raise ValueError(f"unknown key {key}; {have.format(' and '.join(others))} it")
+
+
 def no_setting(word: str, name: str, flags: Sequence[str]) -> str:
     """Says that a word is neither a setting nor one of ``flags``, and how it may have been meant."""
     key, equals, value = word.lstrip("-").partition("=")
@@ -68,6 +79,12 @@ def keys_of(config: Any, prefix: str = "") -> list[str]:
         return [prefix]
     children = [keys_of(config._get_node(key), f"{prefix}.{key}" if prefix else str(key)) for key in config]
     return [key for child in children for key in child] + ([prefix] if prefix else [])
+
+
+def _commands() -> list[str]:
+    """Those that have a config."""
+    top = Path(str(files(_CONFIGS)))
+    return sorted(path.stem for path in top.glob("*.yaml") if "defaults" in OmegaConf.load(path))
 
 
 def _known(name: str) -> list[str]:
