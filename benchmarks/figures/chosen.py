@@ -16,7 +16,7 @@ FAMILIES = "modelled_families_202611_496864e"
 SEARCHED = "search_at_sampling_cpu_202611_27e2c5617"
 RARE = "rare_success_cpu_202611_7e6478852"
 READINGS = "search_readings_cpu_202611_2f112d047"
-LEARNED = "learned_proposal_cpu_202611_ab655944c"
+LEARNED = "learned_proposal_cpu_202611_7e6478852"
 MEMORY = "memory_plan_counted_202611_3f773c635"
 
 _FAST = "flow_grpo_code_fast_ema_1"
