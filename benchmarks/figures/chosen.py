@@ -15,7 +15,7 @@ MODELLED = "modelled_h100_202611_64da16d5e"
 FAMILIES = "modelled_families_202611_496864e"
 SEARCHED = "search_at_sampling_cpu_202611_27e2c5617"
 RARE = "rare_success_cpu_202611_7e6478852"
-READINGS = "search_readings_cpu_202611_2f112d047"
+READINGS = "search_readings_cpu_202611_7e6478852"
 LEARNED = "learned_proposal_cpu_202611_7e6478852"
 MEMORY = "memory_plan_counted_202611_3f773c635"
 
@@ -270,7 +270,7 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("the same after 45 s where success is 1 to 5%, groups of 4", RARE, band("1-5%", 4)),
         Figure("the same, groups of 8, 1 to 5%", RARE, band("1-5%", 8)),
         Figure("the same, groups of 16, 1 to 5%", RARE, band("1-5%", 16)),
-        Figure("Smart-GRPO's two readings against Flow-GRPO, 60 s", READINGS, readings),
+        Figure("Smart-GRPO's two readings against Flow-GRPO, 180 s", READINGS, readings),
         Figure("learned start noise, prompts never seen, untrained", LEARNED, learned("frozen")),
         Figure("the same after NFT", LEARNED, learned("trained")),
     ),
