@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastgrpo.algorithm.image_search import NoSearch
 from fastgrpo.overrides import key_of, line_of, quoted
+from fastgrpo.own_code.found import OF_A_PROGRAM
 from fastgrpo.own_code.named import PIECES, check_named, check_values
 from fastgrpo.parts import read_search
 
@@ -46,6 +47,9 @@ def _check_reward(reward: Mapping[str, Any], source: Path) -> None:
     try:
         check_named({"reward": reward}, source, {}, PIECES)
     except ValueError as error:
+        if OF_A_PROGRAM in str(error):
+            # which no line can name
+            raise
         raise ValueError(
             f"{source}: the run's reward has code of your own or is sent a token, so the command has to name it as the "
             "run did, as in reward=custom reward.path=my_rewards.redness; another reward= judges it otherwise"

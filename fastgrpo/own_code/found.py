@@ -17,7 +17,7 @@ _OURS = ("fastgrpo", "fastgrpo_kernels")
 _MAX_NAMES = 5
 OF_A_PROGRAM = (
     "is a function of the program that gave it, not of a module; give it from Python, as reward=FUNCTION of "
-    "fastgrpo.train, fastgrpo.evaluate or run.resume, or put it into a file of its own and name that"
+    "fastgrpo.train, evaluate, sample or run.resume, or put it into a file of its own and name that"
 )
 
 

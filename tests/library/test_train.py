@@ -92,6 +92,11 @@ def test_a_lambda_trains_and_is_given_again_to_go_on(
     )
     with pytest.raises(ValueError, match=r"reward\.path=.*<lambda> is a function of the program that gave it"):
         run.resume("train.iterations=3")
+    for ask in (lambda: run.sample(["a"], "search=true"), run.evaluate):
+        with pytest.raises(
+            ValueError, match=r"reward\.path=.*<lambda> is a function of .*, evaluate, sample or run\.res"
+        ):
+            ask()
     assert cli.main(["train", f"output={run.path}", "resume=true", f"reward.path={name}"]) == 2
     assert "give it from Python, as reward=FUNCTION of fastgrpo.train" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"was begun otherwise: reward\.path was .*<lambda> and would be .*brightness"):
