@@ -17,6 +17,11 @@ _CONFIGS = "fastgrpo_configs"
 _composing = Lock()
 
 
+def config_files() -> Path:
+    """The directory of the configs, as it is installed."""
+    return Path(str(files(_CONFIGS)))
+
+
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """What Hydra makes of ``configs/<name>.yaml`` and the overrides, unchecked."""
     return deepcopy(composed(name, tuple(overrides))[0])
@@ -51,7 +56,7 @@ def _hydra_of_its_own() -> Iterator[None]:
 
 def config_groups(name: str) -> dict[str, list[str]]:
     """The groups of ``configs/<name>.yaml`` and their options: ``{"algorithm/noise": ["elite", ...], ...}``."""
-    top = Path(str(files(_CONFIGS)))
+    top = config_files()
     groups: dict[str, list[str]] = {}
     for path in sorted(path for group in _chosen(top, name) for path in (top / group).rglob("*.yaml")):
         groups.setdefault(path.parent.relative_to(top).as_posix(), []).append(path.stem)

@@ -5,7 +5,7 @@ its directory; what may change is decided in ``checkpoints/changes.py``).  Every
 names the key, before anything is built.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,7 @@ def load_config(name: str, overrides: Sequence[str]) -> DictConfig:
     would import must be fastgrpo's own or named by an override, and so must a variable whose token it would send.
     """
     groups = config_groups(name)
-    refuse_groups_of_others(map(key_of, overrides), name)
-    overrides = [switched(quoted(override), groups) for override in overrides]
+    overrides = _readable(overrides, name, groups)
     overrides = [meant for override in overrides for meant in of_file(override, name, groups)]
     overrides = gathered(
         overrides, [str(key) for key, value in compose_config(name).items() if OmegaConf.is_list(value)]
@@ -81,10 +80,16 @@ def explained_config(name: str, overrides: Sequence[str]) -> tuple[DictConfig, d
     """
     groups = config_groups(name)
     try:
-        config, chosen = composed(name, tuple(beside_targets([switched(quoted(o), groups) for o in overrides])))
+        config, chosen = composed(name, tuple(beside_targets(_readable(overrides, name, groups))))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(in_words(error, name)) from error
     return deepcopy(config), dict(chosen)
+
+
+def _readable(overrides: Sequence[str], name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The line as Hydra reads it as it was meant."""
+    refuse_groups_of_others(map(key_of, overrides), name)
+    return [switched(quoted(override), groups) for override in overrides]
 
 
 def _resolved(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -111,7 +116,7 @@ def goes_on(name: str, overrides: Sequence[str]) -> bool:
     """Whether the overrides go on with a run that has begun, which keeps its config; they need not be right."""
     groups = config_groups(name)
     try:
-        return _begun(name, [switched(quoted(override), groups) for override in overrides], groups) is not None
+        return _begun(name, _readable(overrides, name, groups), groups) is not None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(in_words(error, name)) from error
 

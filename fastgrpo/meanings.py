@@ -6,12 +6,12 @@ A file's first comment says what the file is.  Each other one belongs to the key
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-_CONFIGS = "fastgrpo_configs"
+from fastgrpo.composing import config_files
+
 # groups whose keys are of the whole config
 _OF_ALL = ("experiment", "hardware")
 _COMMENT, _KEY = re.compile(r"\s*# ?(.*)"), re.compile(r"( *)([\w.-]+):(?: |$)")
@@ -31,7 +31,7 @@ def meanings(name: str, choices: Mapping[str, str]) -> tuple[dict[str, str], dic
 
     ``choices`` are Hydra's: the option of each group, as ``{"reward/terms@reward.watch.jpeg": "jpeg"}``.
     """
-    top = Path(str(files(_CONFIGS)))
+    top = config_files()
     of_keys = _with_below(top, f"{name}").keys
     headings = {}
     for group, option in choices.items():
@@ -57,7 +57,7 @@ def meaning_of(key: str, of_keys: Mapping[str, str], general: Mapping[str, str])
 
 def general_meanings() -> dict[str, str]:
     """Those of keys that many files have, by the end of their name."""
-    loaded = OmegaConf.to_container(OmegaConf.load(Path(str(files(_CONFIGS))) / "meanings.yaml"))
+    loaded = OmegaConf.to_container(OmegaConf.load(config_files() / "meanings.yaml"))
     assert isinstance(loaded, dict)
     return {str(key): " ".join(str(text).split()) for key, text in loaded.items()}
 

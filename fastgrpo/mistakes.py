@@ -3,15 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fastgrpo.composing import compose_config, config_groups
-
-_CONFIGS = "fastgrpo_configs"
+from fastgrpo.composing import compose_config, config_files, config_groups
 
 
 def in_words(error: Exception, name: str) -> str:
@@ -45,7 +42,7 @@ def unknown_key(key: str, name: str) -> str:
 
 def refuse_groups_of_others(keys: Iterable[str], name: str) -> None:
     """ValueError for a group that other commands choose from; what Hydra says of it depends on its value."""
-    top, own = Path(str(files(_CONFIGS))), config_groups(name)
+    top, own = config_files(), config_groups(name)
     for key in keys:
         if key in own or not (top / key).is_dir():
             continue
@@ -83,8 +80,7 @@ def keys_of(config: Any, prefix: str = "") -> list[str]:
 
 def _commands() -> list[str]:
     """Those that have a config."""
-    top = Path(str(files(_CONFIGS)))
-    return sorted(path.stem for path in top.glob("*.yaml") if "defaults" in OmegaConf.load(path))
+    return sorted(path.stem for path in config_files().glob("*.yaml") if "defaults" in OmegaConf.load(path))
 
 
 def _known(name: str) -> list[str]:
@@ -113,6 +109,5 @@ def _unknown_option(group: str, option: str, groups: Mapping[str, Sequence[str]]
 
 def _options_with(key: str, group: str, name: str) -> list[str]:
     """The options of a group whose files have a key."""
-    top = Path(str(files(_CONFIGS)))
     options = config_groups(name).get(group, [])
-    return [option for option in options if key in OmegaConf.load(top / group / f"{option}.yaml")]
+    return [option for option in options if key in OmegaConf.load(config_files() / group / f"{option}.yaml")]

@@ -180,6 +180,7 @@ def test_a_dry_run_shows_the_config_and_makes_nothing(
         ),
         (["evaluate", "reward=http"], ["reward.terms.http.name has no value", "VALUE: what its server calls it"]),
         (["train", "search=true"], ["unknown key search; the commands evaluate and sample have it"]),
+        (["train", "search=true", "--help"], ["unknown key search; the commands evaluate and sample have it"]),
         (["train", "search=halving"], ["unknown key search; the commands evaluate and sample have it"]),
         (["train", "hardware=h100"], ["hardware has no option 'h100'; it has 24gb, 80gb, 8x80gb"]),
         (["train", "algorithm/noise=elit"], ["algorithm/noise has no option 'elit'; did you mean elite?"]),

@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leaves": set(),
     "composing": set(),
     "mistakes": {"composing"},
-    "meanings": {"leaves"},
+    "meanings": {"composing", "leaves"},
     "config": {"files", "overrides", "own_code", "pieces", "composing", "mistakes", "meanings"},
     "help": {"composing", "config", "meanings", "leaves"},
     "given": {"files", "prompts", "prompt_files", "rewards", "types"},

@@ -107,7 +107,8 @@ class Scripted:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 reply = scripted._reply(Asked(self.path, dict(self.headers), json.loads(body)))
-                try:
+                # a client that did not wait
+                with contextlib.suppress(OSError):
                     self.send_response(reply.status)
                     for name, value in reply.headers.items():
                         self.send_header(name, value)
@@ -117,9 +118,6 @@ class Scripted:
                     for first in range(0, len(reply.body), step):
                         self.wfile.write(reply.body[first : first + step])
                         time.sleep(reply.seconds_a_byte)
-                except OSError:
-                    # the client did not wait
-                    pass
 
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
